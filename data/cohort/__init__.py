@@ -1,0 +1,1 @@
+"""The synthetic cohort: tissue, scanners, and slides with truth."""

@@ -1,0 +1,1 @@
+"""One file a labelled data set: layout, classes, splits, checks."""

@@ -1,0 +1,1 @@
+"""Slide-level models on bags of embeddings."""

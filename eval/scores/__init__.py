@@ -1,0 +1,1 @@
+"""Every number once, with its interval."""

@@ -1,0 +1,1 @@
+"""Self-supervised objectives: student and teacher outputs become named loss terms."""
