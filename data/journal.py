@@ -74,7 +74,8 @@ class Progress:
         self.last = now
         rate = self.count / max(now - self.start, 1e-9)
         left = (self.total - self.count) / rate if rate and self.total else 0.0
-        print(f"{self.text}: {self.count}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {self.shown}".rstrip(), file=sys.stderr, flush=True)
+        line = f"{self.text}: {self.count}/{self.total} {self.unit}  {rate:.1f}/s  {left:.0f} s left  {self.shown}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 class Journal:
@@ -133,7 +134,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in new.items():
-        old[name] = _merge(old.get(name) or {}, value) if isinstance(value, Mapping) and isinstance(old.get(name), dict | None) else value
+        nested = isinstance(value, Mapping) and isinstance(old.get(name), dict)
+        old[name] = _merge(old[name], value) if nested else value
     return old
 
 

@@ -1,4 +1,4 @@
-"""Counter hashes: every random choice is a pure function of a seed, a purpose and counters, with the same value on every device."""
+"""Counter hashes: every random choice is a pure function of a seed, a purpose and counters, the same on every device."""
 
 import hashlib
 import math
