@@ -1,0 +1,45 @@
+"""`histoscale <command> key=value …`"""
+
+import sys
+from importlib.util import find_spec
+
+from histoscale.launch.config import COMMANDS, nearest
+
+ABOUT = {
+    "demo": "the whole story on a synthetic cohort, on a laptop, ending in one HTML report",
+    "cohort": "write a synthetic cohort: slides with truth, of any size",
+    "index": "manifest -> catalog",
+    "pretrain": "catalog -> checkpoints (one process, or under torchrun)",
+    "release": "checkpoint -> release directory (timm)",
+    "probe": "any encoder -> patch-level table, with floors and intervals",
+    "embed": "slides -> embedding stores (one HDF5 a slide)",
+    "mil": "embedding stores -> slide-level model, metrics, heatmaps",
+    "bench": "speed of reading, against the decode limit and OpenSlide",
+    "doctor": "is this machine ready?",
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<9} {ABOUT[name]}" for name in COMMANDS)
+    return f"usage: histoscale <command> key=value …      (histoscale <command> --help)\n\n{rows}"
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"histoscale: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
+        return 2
+    if find_spec("torch") is None:
+        print("histoscale: torch is not installed here; `python3 launch/up.py doctor` sets the environment up", file=sys.stderr)
+        return 2
+    from histoscale.launch.run import execute
+
+    return execute(command, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
