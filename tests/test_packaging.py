@@ -1,0 +1,58 @@
+"""The five root folders stay one namespace in every way of installing."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("configs", "data", "eval", "launch", "pretrain")
+
+
+def source_packages() -> set[str]:
+    found = {"histoscale"}
+    for folder in FOLDERS:
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in (".py",) and "__pycache__" not in file.parts:
+                found.add("histoscale." + ".".join(file.parent.relative_to(ROOT).parts))
+    return found
+
+
+def test_every_folder_is_listed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    yaml_folders = {"histoscale." + ".".join(f.parent.relative_to(ROOT).parts) for f in (ROOT / "configs").rglob("*.yaml")}
+    assert listed == source_packages() | yaml_folders
+
+
+def test_links_lead_to_the_folders() -> None:
+    for folder in FOLDERS:
+        assert (ROOT / ".ns" / "histoscale" / folder).resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_bare_name_is_refused(folder: str) -> None:
+    done = subprocess.run([sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and f"import histoscale.{folder}, not {folder}" in done.stderr
+
+
+def test_nothing_installed(tmp_path: Path) -> None:
+    """PYTHONPATH=.ns is the way on a machine without a package index."""
+    code = "import histoscale.data.keys, histoscale.launch.config; print(histoscale.data.keys.__file__)"
+    bare = {"PYTHONPATH": str(ROOT / ".ns"), "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_wheel_from_a_clone_without_links(tmp_path: Path) -> None:
+    """A zip of the repository, or a system without symbolic links, must still build a whole wheel."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "-c", "core.symlinks=false", "clone", "-q", str(ROOT), str(clone)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(clone)], check=True)
+    (wheel,) = tmp_path.glob("histoscale-*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".yaml", ".html"))}
+    tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=clone, capture_output=True, text=True, check=True).stdout.split()
+    assert {f"histoscale/{name}" for name in tracked if name.endswith((".py", ".yaml", ".html"))} <= packed

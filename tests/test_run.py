@@ -1,0 +1,167 @@
+"""The way every command runs: composing, refusing, continuing, exit codes."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from histoscale.data.journal import Journal, JournalConfig, scrub
+from histoscale.launch import config as config_module
+from histoscale.launch import run as run_module
+from histoscale.launch.config import COMMANDS, Composed, ConfigError, load, schema_keys
+from histoscale.launch.run import Refused, invoke
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    size: int
+    workers: int
+    out: str
+    logging: JournalConfig
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A command whose runs are counted; only its composition is replaced, the rest is the real road."""
+    calls: list[int] = []
+    module = ModuleType("toy")
+    module.RESULT = ("size",)  # type: ignore[attr-defined]
+    module.Config = ToyConfig  # type: ignore[attr-defined]
+
+    def work(config: ToyConfig, journal: Journal) -> dict[str, Any]:
+        calls.append(config.size)
+        if config.size < 0:
+            raise ValueError("size is negative")
+        return {"toy": {"size": config.size}}
+
+    module.run = work  # type: ignore[attr-defined]
+
+    def compose(command: str, overrides: list[str]) -> Composed:
+        values: dict[str, Any] = {"size": 1, "workers": 0, "out": "", "logging": {"progress": "off"}}
+        values.update((k, type(values[k])(v)) for k, v in (o.split("=") for o in overrides))
+        logging = JournalConfig(progress="off", interval_s=1, wandb="off", wandb_project="t")
+        return Composed(module, ToyConfig(values["size"], values["workers"], values["out"], logging), values)
+
+    monkeypatch.setattr(run_module, "load", compose)
+    return calls
+
+
+def test_same_result_is_not_made_twice(toy: list[int], tmp_path: Path) -> None:
+    first = invoke("toy", ["size=3", f"out={tmp_path / 'o'}"])
+    second = invoke("toy", ["size=3", f"out={tmp_path / 'o'}", "workers=2"])
+    assert toy == [3] and first["toy"] == second["toy"]
+
+
+def test_other_result_keys_are_refused_by_name(toy: list[int], tmp_path: Path) -> None:
+    invoke("toy", ["size=3", f"out={tmp_path / 'o'}"])
+    with pytest.raises(Refused, match="size: 3 there, 4 now"):
+        invoke("toy", ["size=4", f"out={tmp_path / 'o'}"])
+
+
+def test_changed_speed_keys_are_noted(toy: list[int], tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    with pytest.raises(ValueError):
+        invoke("toy", ["size=-1", f"out={out}"])
+    assert "size is negative" in (out / "error.log").read_text()
+    with pytest.raises(ValueError):
+        invoke("toy", ["size=-1", f"out={out}", "workers=5"])
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"changed": {"workers": [0, 5]}}]
+
+
+def test_two_runs_do_not_share_a_folder(toy: list[int], tmp_path: Path) -> None:
+    with run_module._alone(tmp_path / "o", True), pytest.raises(Refused, match="another run"):
+        invoke("toy", [f"out={tmp_path / 'o'}"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_a_schema(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_module.execute(command, ["--help"]) == 0
+    assert f"histoscale {command}" in capsys.readouterr().out
+    module = __import__(f"histoscale.launch.{command}", fromlist=["Config"])
+    keys = schema_keys(module.Config)
+    assert set(module.RESULT) <= set(keys) and {"out", "logging"} <= set(keys)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_unknown_keys_name_the_nearest(prefix: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'logging.progres'; did you mean 'logging.progress'"):
+        load("doctor", [f"{prefix}logging.progres=off"])
+
+
+def test_wrong_values_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"logging.interval_s = 'soon'"):
+        load("doctor", ["logging.interval_s=soon"])
+    with pytest.raises(ConfigError, match="flag"):
+        load("doctor", ["--verbose"])
+    with pytest.raises(ConfigError, match="sweep"):
+        load("doctor", ["logging.interval_s=1,2"])
+
+
+def test_required_keys_are_asked_for() -> None:
+    with pytest.raises(ConfigError, match="index needs manifest="):
+        load("index", [])
+
+
+def test_no_default_hides_in_the_code() -> None:
+    """Values live in configs/: no field of any command's schema has a default."""
+    import dataclasses
+
+    def fields(schema: type) -> None:
+        for field in dataclasses.fields(schema):
+            assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING, f"{schema}.{field.name}"
+        for kind in config_module.get_type_hints(schema).values():
+            nested = config_module._nested(kind)
+            if nested is not None:
+                fields(nested)
+
+    for command in COMMANDS:
+        fields(__import__(f"histoscale.launch.{command}", fromlist=["Config"]).Config)
+
+
+def test_no_key_is_dead() -> None:
+    """Every field of every schema is read somewhere as an attribute."""
+    root = Path(__file__).resolve().parents[1]
+    code = "\n".join(f.read_text() for folder in ("data", "eval", "launch", "pretrain") for f in (root / folder).rglob("*.py"))
+    for command in COMMANDS:
+        module = __import__(f"histoscale.launch.{command}", fromlist=["Config"])
+        for name in schema_keys(module.Config):
+            assert f".{name.split('.')[-1]}" in code, f"{command}: nothing reads {name}"
+
+
+def test_command_line_from_a_shell(tmp_path: Path) -> None:
+    def histoscale(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "histoscale.launch.cli", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "did you mean 'pretrain'" in histoscale("pretran").stderr
+    good = histoscale("doctor", "out=d")
+    assert good.returncode == 0 and "OpenSlide" in good.stdout
+    assert json.loads((tmp_path / "d" / "summary.json").read_text())["doctor"]["openslide"]["ok"]
+    bad = histoscale("doctor", "otu=d")
+    assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "did you mean 'out'" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://a.blob.core.windows.net/c/x.svs?sv=2024&sig=SECRET%3D",
+        "account_key: SECRET",
+        "{'aws_secret_access_key': 'SECRET', 'x': 1}",
+        "connection_string=SECRET",
+        "https://user:SECRET@host/x",
+        "Authorization: Bearer SECRET",
+    ],
+)
+def test_credentials_are_scrubbed(text: str) -> None:
+    assert "SECRET" not in scrub(text)
+
+
+def test_scrubbing_leaves_ordinary_text() -> None:
+    text = "step: 3, se_loss 0.5, mpp 0.25, slides at az://container/slide.svs"
+    assert scrub(text) == text
