@@ -1,0 +1,111 @@
+"""The area under the ROC curve, its covariance over models and patients (DeLong, Obuchowski), and its intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit, logit
+from scipy.stats import norm, rankdata, t
+
+from histoscale.eval.scores.binomial import clopper_pearson
+
+
+@dataclass(frozen=True)
+class Areas:
+    """values: float64 [M], the area of each model. covariance: [M, M]. spread: [2, M], the shares of the variance that come
+    from positives and from negatives. groups: independent groups (patients, or units) with a positive and with a negative."""
+
+    values: np.ndarray
+    covariance: np.ndarray
+    spread: np.ndarray
+    groups: tuple[int, int]
+
+
+def auroc(labels: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> float:
+    """P(score of a positive > score of a negative) + P(equal) / 2. Raises ValueError when a class is missing."""
+    positive, negative = _split(np.asarray(labels), np.asarray(scores, np.float64)[None])
+    return float(_components(positive, negative)[0].mean())
+
+
+def areas(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str] | None = None) -> Areas:
+    """Areas of M models on the same n units, with their covariance.
+
+    labels: [n], 0 or 1. scores: [M, n] or [n]. groups: a patient a unit, or None for independent units: DeLong 1988
+    (doi 10.2307/2531595); with groups Obuchowski 1997 (doi 10.2307/2533958), which is DeLong's when every group has one unit.
+    Raises ValueError when a class is missing; a class with one group leaves the covariance NaN.
+    """
+    labels, scores = np.asarray(labels), np.atleast_2d(np.asarray(scores, np.float64))
+    positive, negative = _split(labels, scores)
+    above, below = _components(positive, negative)
+    values = above.mean(1)
+    _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
+    deviation = np.zeros((2, len(values), group.max() + 1))  # [class, model, group]: summed centred components
+    for side, (members, parts) in enumerate(((labels == 1, above), (labels == 0, below))):
+        for model, part in enumerate(parts):
+            np.add.at(deviation[side, model], group[members], part - values[model])
+    counts = (labels == 1).sum(), (labels == 0).sum()
+    having = len(np.unique(group[labels == 1])), len(np.unique(group[labels == 0]))
+    if min(having) < 2:
+        nothing = np.full((len(values), len(values)), np.nan)
+        return Areas(values, nothing, np.full((2, len(values)), np.nan), having)
+    scaled = [deviation[side] / counts[side] for side in (0, 1)]
+    within = [having[side] / (having[side] - 1) * scaled[side] @ scaled[side].T for side in (0, 1)]
+    across = deviation.shape[2] / (deviation.shape[2] - 1) * scaled[0] @ scaled[1].T
+    spread = np.stack([within[0].diagonal(), within[1].diagonal()])
+    return Areas(values, within[0] + within[1] + across + across.T, spread, having)
+
+
+def area_interval(found: Areas, model: int, small: bool, level: float = 0.95) -> tuple[float, float]:
+    """The interval of one area on the logit scale (Pepe 2003); NaN ends when there is no variance to speak of.
+
+    small: take Student's t with Welch-Satterthwaite's degrees of freedom in place of the normal.
+    A perfect area has no DeLong variance. min(P, N) disjoint pairs of one positive and one negative group are then
+    independent draws that all fell one way, so the exact binomial interval over the pairs is one for the area.
+    """
+    value, variance = float(found.values[model]), float(found.covariance[model, model])
+    if not math.isfinite(variance):
+        return math.nan, math.nan
+    if value in (0.0, 1.0):
+        pairs = min(found.groups)
+        return clopper_pearson(round(value) * pairs, pairs, level)
+    if variance <= 0:  # every unit tied, or so few distinct scores that nothing varies
+        return math.nan, math.nan
+    parts = found.spread[:, model]
+    freedom = parts.sum() ** 2 / (parts**2 / (np.asarray(found.groups) - 1)).sum()
+    quantile = float(t.ppf(0.5 + level / 2, freedom) if small else norm.ppf(0.5 + level / 2))
+    half = quantile * math.sqrt(variance) / (value * (1 - value))
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
+
+
+def difference(found: Areas, a: int, b: int, level: float = 0.95) -> tuple[float, float, float, float]:
+    """Area of model a minus that of model b on the same units: (value, low, high, two-sided p) by the normal approximation."""
+    value = float(found.values[a] - found.values[b])
+    variance = float(found.covariance[a, a] + found.covariance[b, b] - 2 * found.covariance[a, b])
+    if not variance > 0:
+        return value, math.nan, math.nan, math.nan
+    error = math.sqrt(variance)
+    half = float(norm.ppf(0.5 + level / 2)) * error
+    return value, value - half, value + half, float(2 * norm.sf(abs(value) / error))
+
+
+def _split(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """scores [M, n] -> those of the positives [M, P] and of the negatives [M, N]."""
+    if labels.shape != scores.shape[1:]:
+        raise ValueError(f"{labels.shape} labels for {scores.shape[1:]} scores: expected one label a score")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels are {np.unique(labels)[:5].tolist()}: expected 0 and 1")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{int((~np.isfinite(scores)).sum())} scores are not finite: an area needs numbers that can be ordered")
+    if not 0 < labels.sum() < len(labels):
+        raise ValueError(f"{int(labels.sum())} positives among {len(labels)} units: an area needs both classes")
+    return scores[:, labels == 1], scores[:, labels == 0]
+
+
+def _components(positive: np.ndarray, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DeLong's structural components by mid-ranks (Sun and Xu 2014, doi 10.1109/LSP.2014.2337313): [M, P] and [M, N]."""
+    p, n = positive.shape[1], negative.shape[1]
+    ranks = rankdata(np.concatenate([positive, negative], 1), axis=1)
+    above = (ranks[:, :p] - rankdata(positive, axis=1)) / n
+    below = 1 - (ranks[:, p:] - rankdata(negative, axis=1)) / p
+    return above, below

@@ -1,0 +1,135 @@
+"""The operating point: a threshold fixed on training patients for a required sensitivity, and what it does elsewhere."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from histoscale.eval.scores.binomial import clopper_pearson, needed_without_miss, wilson
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A unit is flagged when its score >= value; -inf flags everything because no threshold keeps the promise."""
+
+    value: float
+    required: float
+    rule: str
+    positives: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Rate:
+    """hits of n units with the Wilson and the Clopper-Pearson interval, both NaN when n is 0."""
+
+    hits: int
+    n: int
+    value: float
+    wilson: tuple[float, float]
+    exact: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a threshold did on one set of units. drift: achieved minus required sensitivity. needed: the threshold that this
+    set would have needed for it, a diagnosis that nothing uses. ppv, npv: as observed; at_prevalence: both at the stated one."""
+
+    sensitivity: Rate
+    specificity: Rate
+    fnr: Rate
+    flagged: Rate
+    ppv: Rate
+    npv: Rate
+    prevalence: float
+    at_prevalence: tuple[float, float]
+    drift: float
+    needed: float
+
+
+def threshold(labels: np.ndarray, scores: np.ndarray, required: float, rule: str) -> Threshold:
+    """The largest threshold that keeps the required sensitivity, from scores that their model did not train on.
+
+    labels: [n], 0 or 1; scores: [n]. rule `conformal`: the k-th largest positive score with k = ceil(s0 (P + 1)), so that the
+    expected sensitivity on new exchangeable positives is at least s0; for k > P there is none and everything is flagged.
+    rule `empirical`: k = ceil(s0 P), whose expected sensitivity is only k / (P + 1). Raises ValueError on an unknown rule, on a
+    requirement outside (0, 1) and without positives.
+    """
+    if rule not in ("conformal", "empirical"):
+        raise ValueError(f"the threshold rule is {rule!r}: expected conformal or empirical")
+    if not 0 < required < 1:
+        raise ValueError(f"the required sensitivity is {required}: expected a number between 0 and 1")
+    positive = np.sort(np.asarray(scores, np.float64)[np.asarray(labels) == 1])[::-1]
+    count = len(positive)
+    if count == 0:
+        raise ValueError("a threshold needs scores of positive units: the training part has none")
+    place = math.ceil(required * (count + (rule == "conformal")) - 1e-12)
+    if place > count:
+        enough = math.ceil(required / (1 - required) - 1e-9)
+        note = f"{count} positives fix no threshold for sensitivity {required:g} ({enough} are needed): everything is flagged"
+        return Threshold(-math.inf, required, rule, count, note)
+    expected = place / (count + 1)
+    note = f"threshold from {count} positives, expected sensitivity {expected:.3f}"
+    proof = needed_without_miss(required)
+    if count < proof:
+        note += f"; {proof} without a miss would be needed to prove {required:g}"
+    return Threshold(float(positive[place - 1]), required, rule, count, note)
+
+
+def operate(labels: np.ndarray, scores: np.ndarray, at: Threshold, prevalence: float) -> Operation:
+    """Sensitivity, specificity, FNR and predictive values of a threshold that these units had no part in.
+
+    labels, scores: [n]. prevalence: the stated one, for PPV and NPV by Bayes' rule. Raises ValueError on an
+    impossible one.
+    """
+    if not 0 < prevalence < 1:
+        raise ValueError(f"the stated prevalence is {prevalence}: expected a number between 0 and 1")
+    labels, scores = np.asarray(labels) == 1, np.asarray(scores, np.float64)
+    flagged = scores >= at.value
+    hit, missed = int((flagged & labels).sum()), int((~flagged & labels).sum())
+    false, passed = int((flagged & ~labels).sum()), int((~flagged & ~labels).sum())
+    sensitivity, specificity = rate(hit, hit + missed), rate(passed, passed + false)
+    return Operation(
+        sensitivity=sensitivity,
+        specificity=specificity,
+        fnr=rate(missed, hit + missed),
+        flagged=rate(hit + false, len(labels)),
+        ppv=rate(hit, hit + false),
+        npv=rate(passed, passed + missed),
+        prevalence=prevalence,
+        at_prevalence=_predictive(sensitivity.value, specificity.value, prevalence),
+        drift=sensitivity.value - at.required,
+        needed=_needed(scores[labels], at.required),
+    )
+
+
+def rate(hits: int, n: int) -> Rate:
+    """A proportion with both intervals; without units everything is NaN."""
+    if n == 0:
+        return Rate(0, 0, math.nan, (math.nan, math.nan), (math.nan, math.nan))
+    return Rate(hits, n, hits / n, wilson(hits, n), clopper_pearson(hits, n))
+
+
+def decide(units: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Slides joined to one decision a unit (a patient): positive when any slide is, scored by the highest score.
+
+    Returns the units in order of first appearance, their labels [U] and scores [U].
+    """
+    names = list(dict.fromkeys(units))
+    rows = {name: [i for i, unit in enumerate(units) if unit == name] for name in names}
+    joined = [(max(labels[i] for i in rows[name]), max(scores[i] for i in rows[name])) for name in names]
+    return names, np.array([pair[0] for pair in joined], np.int64), np.array([pair[1] for pair in joined], np.float64)
+
+
+def _predictive(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:
+    true, false = sensitivity * prevalence, (1 - specificity) * (1 - prevalence)
+    passed, missed = specificity * (1 - prevalence), (1 - sensitivity) * prevalence
+    ppv = true / (true + false) if true + false > 0 else math.nan
+    return ppv, passed / (passed + missed) if passed + missed > 0 else math.nan
+
+
+def _needed(positive: np.ndarray, required: float) -> float:
+    if len(positive) == 0:
+        return math.nan
+    return float(np.sort(positive)[::-1][math.ceil(required * len(positive) - 1e-12) - 1])

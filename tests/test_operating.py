@@ -1,0 +1,94 @@
+"""Operating points: the rule's promise by simulation, published values, and thresholds that are carried over unchanged."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from histoscale.eval.scores.operating import Threshold, decide, operate, threshold
+
+Y = np.array([1] * 5 + [0] * 7)
+P = np.array([0.9, 0.8, 0.8, 0.55, 0.3, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("required", "value", "sensitivity", "specificity"),
+    [(0.6, 0.8, 0.6, 1), (0.8, 0.55, 0.8, 0.857143), (0.95, 0.3, 1, 0.428571)],
+)
+def test_published_values_of_the_empirical_rule(required: float, value: float, sensitivity: float, specificity: float) -> None:
+    at = threshold(Y, P, required, "empirical")
+    assert at.value == value
+    found = operate(Y, P, at, prevalence=0.2)
+    assert found.sensitivity.value == pytest.approx(sensitivity)
+    assert found.specificity.value == pytest.approx(specificity, abs=1e-6)
+    assert found.fnr.value == pytest.approx(1 - sensitivity) and found.needed == value
+
+
+@pytest.mark.parametrize(("required", "enough"), [(0.9, 9), (0.95, 19), (0.98, 49)])
+def test_positives_that_the_promise_needs(required: float, enough: int) -> None:
+    scores = np.linspace(0, 1, enough)
+    assert threshold(np.ones(enough), scores, required, "conformal").value == 0
+    few = threshold(np.ones(enough - 1), scores[1:], required, "conformal")
+    assert few.value == -math.inf and f"{enough} are needed" in few.note
+    everything = operate(np.array([1, 1, 0]), np.array([-5.0, 3.0, 0.0]), few, prevalence=0.1)
+    assert everything.sensitivity.value == 1 and everything.specificity.value == 0 and everything.flagged.value == 1
+
+
+@pytest.mark.parametrize("positives", [20, 40, 60])
+def test_the_conformal_rule_keeps_its_promise_and_the_empirical_does_not(positives: int) -> None:
+    """Expected sensitivity on fresh positives of the same law: at least .95, against k / (P + 1) for the empirical rule."""
+    rng = np.random.default_rng(positives)
+    kept = {"conformal": [], "empirical": []}
+    for _ in range(4000):
+        seen, fresh = rng.normal(size=positives), rng.normal(size=50)
+        for rule, values in kept.items():
+            values.append(np.mean(fresh >= threshold(np.ones(positives), seen, 0.95, rule).value))
+    error = 4 * np.std(kept["conformal"]) / math.sqrt(4000)
+    assert np.mean(kept["conformal"]) >= 0.95 - error
+    expected = math.ceil(0.95 * positives - 1e-12) / (positives + 1)
+    assert np.mean(kept["empirical"]) == pytest.approx(expected, abs=error) and expected < 0.95
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9)), min_size=1, max_size=40), st.sampled_from([0.5, 0.8, 0.95]))
+def test_the_empirical_threshold_is_the_largest_that_keeps_the_sensitivity(pairs: list[tuple[int, int]], required: float) -> None:
+    labels, scores = np.array(pairs).T
+    if not labels.any():
+        with pytest.raises(ValueError, match="has none"):
+            threshold(labels, scores, required, "empirical")
+        return
+    value = threshold(labels, scores, required, "empirical").value
+    positive = scores[labels == 1]
+    assert np.mean(positive >= value) >= required - 1e-12
+    assert np.mean(positive > value) < required
+
+
+def test_predictive_values_at_a_stated_prevalence() -> None:
+    """At the observed prevalence they are the observed ones; at another they follow Bayes' rule."""
+    at = Threshold(0.35, 0.95, "empirical", 5, "")
+    same = operate(Y, P, at, prevalence=5 / 12)
+    assert same.at_prevalence == pytest.approx((same.ppv.value, same.npv.value))
+    rare = operate(Y, P, at, prevalence=0.01)
+    sensitivity, specificity = 0.8, 4 / 7
+    assert rare.at_prevalence[0] == pytest.approx(sensitivity * 0.01 / (sensitivity * 0.01 + (1 - specificity) * 0.99))
+    assert rare.at_prevalence[1] == pytest.approx(specificity * 0.99 / (specificity * 0.99 + 0.2 * 0.01))
+
+
+def test_one_class_leaves_the_other_rate_empty() -> None:
+    found = operate(np.zeros(3), np.array([0.1, 0.5, 0.9]), Threshold(0.4, 0.95, "empirical", 5, ""), prevalence=0.1)
+    assert math.isnan(found.sensitivity.value) and found.sensitivity.n == 0 and math.isnan(found.needed)
+    assert found.specificity.value == pytest.approx(1 / 3) and math.isnan(found.at_prevalence[0])
+
+
+def test_a_patient_is_flagged_by_the_highest_slide() -> None:
+    names, labels, scores = decide(["b", "a", "b", "c"], np.array([0, 0, 1, 0]), np.array([0.9, 0.2, 0.4, 0.1]))
+    assert names == ["b", "a", "c"] and labels.tolist() == [1, 0, 0] and scores.tolist() == [0.9, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("required", "rule", "message"), [(0.95, "youden", "expected conformal or empirical"), (1.0, "empirical", "between 0 and 1")]
+)
+def test_nonsense_is_refused(required: float, rule: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        threshold(Y, P, required, rule)
