@@ -1,0 +1,76 @@
+"""A bounded folder of whole copies of remote files, safe among processes and after a kill."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_ABANDONED_S = 3600.0  # an unfinished copy that nothing wrote to for so long belongs to a process that is gone
+_PARTIAL = ".partial"
+
+
+class FileCache:
+    """Entries are folders named by a hash; they appear by a rename, and the longest unused are removed first."""
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        self.root, self.limit_bytes = folder, limit_bytes
+
+    def folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """The folder of entry `name`, made by `fill(empty folder)` if it is not there. Raises what `fill` raises."""
+        entry = self.root / hashlib.sha256(name.encode()).hexdigest()[:32]
+        if self._used(entry):
+            return entry
+        partial = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        partial.mkdir(parents=True)
+        try:
+            fill(partial)
+            with contextlib.suppress(OSError):  # another process was faster: its copy serves as well
+                partial.rename(entry)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not self._used(entry):
+            raise OSError(f"the cache folder {self.root} does not keep files: is its disk full, or shared by too many processes?")
+        self._evict(entry)
+        return entry
+
+    def _used(self, entry: Path) -> bool:
+        """Whether the entry is there; marks it as used now."""
+        try:
+            os.utime(entry)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the longest unused entries above the limit. Open files live on until they are closed."""
+        entries = sorted((_Entry(path) for path in self.root.iterdir() if path.is_dir()), key=lambda entry: entry.used)
+        total = sum(entry.size for entry in entries)
+        for entry in entries:
+            copying = entry.path.name.endswith(_PARTIAL)
+            stale = copying and time.time() - entry.used > _ABANDONED_S
+            if stale or (total > self.limit_bytes and not copying and entry.path != keep):
+                shutil.rmtree(entry.path, ignore_errors=True)
+                total -= entry.size
+
+
+class _Entry:
+    """A folder's size and last use; files that vanish meanwhile count as nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self.used = path, 0, 0.0
+        for stat in _stats(path):
+            self.size += stat.st_size
+            self.used = max(self.used, stat.st_mtime) if path.name.endswith(_PARTIAL) else self.used
+        with contextlib.suppress(FileNotFoundError):
+            self.used = max(self.used, path.stat().st_mtime)
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file():
+                yield path.stat()
