@@ -1,0 +1,139 @@
+"""A timm vision transformer, and one forward of it that adds mask tokens, any grid and batch-subset stochastic depth."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from histoscale.data import keys as draw
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    architecture: str  # a timm vision transformer; SwiGLU and position-embedding conventions come with the name
+    img_size: int  # px; its grid is the grid of the position table
+    patch_size: int
+    width: int | None  # null: the architecture's own
+    depth: int | None
+    heads: int | None
+    mlp_ratio: float | None
+    registers: int
+    layer_scale: float | None  # initial LayerScale; null: none
+    drop_path: float  # stochastic depth by batch subset, the same rate in every block
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """What `timm.create_model` takes beside the architecture: plain JSON, so a release can carry it."""
+    chosen = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio}
+    return {
+        "img_size": config.img_size,
+        "patch_size": config.patch_size,
+        "reg_tokens": config.registers,
+        "init_values": config.layer_scale,
+        "dynamic_img_size": True,
+        "num_classes": 0,
+        "global_pool": "token",
+        **{name: value for name, value in chosen.items() if value is not None},
+    }
+
+
+def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
+    """The timm model with fresh weights drawn from `seed`; the global generator is left as it was.
+
+    Raises ValueError for an architecture that is no plain ViT with class token and learned positions, or sizes that do not fit.
+    """
+    if config.architecture not in timm.list_models():
+        near = ", ".join(timm.list_models(f"*{config.architecture}*")[:5]) or "see timm.list_models('vit_*')"
+        raise ValueError(f"model.architecture={config.architecture!r} is not a timm model; near: {near}")
+    if config.img_size % config.patch_size:
+        raise ValueError(f"model.img_size={config.img_size} is not a multiple of model.patch_size={config.patch_size}")
+    if not 0 <= config.drop_path < 1:
+        raise ValueError(f"model.drop_path={config.drop_path} must be in [0, 1)")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw.key(seed, "backbone") >> 1)
+        vit = timm.create_model(config.architecture, pretrained=False, **timm_arguments(config))
+    if not isinstance(vit, VisionTransformer) or vit.cls_token is None or vit.pos_embed is None:
+        raise ValueError(f"model.architecture={config.architecture!r} is not a ViT with class token and learned positions")
+    return vit
+
+
+@lru_cache(maxsize=64)
+def position_matrix(source: tuple[int, int], target: tuple[int, int], device: torch.device) -> Tensor:
+    """float32 [h*w, H*W]: bicubic antialiased resizing of a table on grid `source` to grid `target`, timm's convention."""
+    cells = source[0] * source[1]
+    table = torch.eye(cells).view(1, cells, *source)
+    return F.interpolate(table, size=target, mode="bicubic", antialias=True).view(cells, -1).t().contiguous().to(device)
+
+
+def positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+    """Position embeddings of the prefix tokens ([1, R, D], or None where the model gives them none) and of `grid` [1, h*w, D].
+
+    The product is computed in float32 at least, also under autocast. At the table's own grid it is the table itself.
+    """
+    assert vit.pos_embed is not None
+    prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    table = vit.pos_embed[:, prefix:]
+    source = (vit.patch_embed.grid_size[0], vit.patch_embed.grid_size[1])
+    if grid != source:
+        with torch.autocast(table.device.type, enabled=False):
+            table = position_matrix(source, grid, table.device).to(table.dtype) @ table
+    return (vit.pos_embed[:, :prefix] if prefix else None), table
+
+
+def kept_rows(keys: Tensor, crops: int, group: int, rate: float, branches: int) -> Tensor:
+    """Which rows each residual branch runs on: int64 [branches, groups * n], n = max(1, floor(crops * group * (1 - rate))).
+
+    keys: int64 [crops * B], crop-major. Rows are drawn within groups of `group` consecutive slots, so ranks and micro-batches
+    do not matter as long as they hold whole groups. Raises ValueError when they do not.
+    """
+    batch = len(keys) // crops
+    if batch % group:
+        raise ValueError(f"stochastic depth: {batch} slots are not whole groups of method.group={group}")
+    rows = torch.arange(len(keys), device=keys.device).view(crops, batch // group, group)
+    rows = rows.transpose(0, 1).reshape(-1, crops * group)
+    kept = max(1, int(rows.shape[1] * (1 - rate)))
+    order = draw.uniform(keys, branches)[rows].argsort(dim=1, stable=True)[:, :kept]  # [groups, n, branches]
+    return rows[:, :, None].expand(-1, -1, branches).gather(1, order).permute(2, 0, 1).flatten(1)
+
+
+def forward_tokens(
+    vit: VisionTransformer,
+    x: Tensor,
+    masks: Tensor | None = None,
+    mask_token: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Images [B, 3, H, W] -> class token [B, D] and patch tokens [B, N, D], both after the final norm.
+
+    masks: bool [B, N], patches whose embedding becomes mask_token [1, D] before the position is added (arXiv 2304.07193).
+    kept: from `kept_rows` (2 * depth branches): branch outputs of those rows only, scaled by B / kept (stochastic depth, ibid.).
+    """
+    size = vit.patch_embed.patch_size
+    grid = (x.shape[2] // size[0], x.shape[3] // size[1])
+    tokens = vit.patch_embed(x).flatten(1, 2)
+    if masks is not None and mask_token is not None:
+        tokens = torch.where(masks[:, :, None], mask_token.to(tokens.dtype), tokens)
+    at_prefix, at_patches = positions(vit, grid)
+    prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
+    if at_prefix is not None:
+        prefix = prefix + at_prefix
+    tokens = vit.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), tokens + at_patches], 1))
+    for depth, block in enumerate(vit.blocks):
+        if kept is None:
+            tokens = block(tokens)
+        else:
+            tokens = _add_kept(tokens, kept[2 * depth], lambda t, b=block: b.ls1(b.attn(b.norm1(t))))
+            tokens = _add_kept(tokens, kept[2 * depth + 1], lambda t, b=block: b.ls2(b.mlp(b.norm2(t))))
+    tokens = vit.norm(tokens)
+    return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
+
+
+def _add_kept(tokens: Tensor, rows: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    update = branch(tokens[rows]) * (len(tokens) / len(rows))
+    return tokens.index_add(0, rows, update.to(tokens.dtype))
