@@ -1,6 +1,5 @@
 """A timm vision transformer, and one forward of it that adds mask tokens, any grid and batch-subset stochastic depth."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -128,12 +127,13 @@ def forward_tokens(
         if kept is None:
             tokens = block(tokens)
         else:
-            tokens = _add_kept(tokens, kept[2 * depth], lambda t, b=block: b.ls1(b.attn(b.norm1(t))))
-            tokens = _add_kept(tokens, kept[2 * depth + 1], lambda t, b=block: b.ls2(b.mlp(b.norm2(t))))
+            part = tokens[kept[2 * depth]]
+            tokens = _add_kept(tokens, kept[2 * depth], block.ls1(block.attn(block.norm1(part))))
+            part = tokens[kept[2 * depth + 1]]
+            tokens = _add_kept(tokens, kept[2 * depth + 1], block.ls2(block.mlp(block.norm2(part))))
     tokens = vit.norm(tokens)
     return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
 
 
-def _add_kept(tokens: Tensor, rows: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-    update = branch(tokens[rows]) * (len(tokens) / len(rows))
-    return tokens.index_add(0, rows, update.to(tokens.dtype))
+def _add_kept(tokens: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    return tokens.index_add(0, rows, (update * (len(tokens) / len(rows))).to(tokens.dtype))

@@ -1,7 +1,7 @@
 """Self-supervised losses and teacher targets: pure functions of tensors, at least float32 inside.
 
-Sources: DINO arXiv 2104.14294, iBOT 2111.07832, DINOv2 2304.07193 with Sinkhorn-Knopp of SwAV 2006.09882, KoLeo 1806.03198, KDE as
-a regulariser 2408.00738. `across` is the process group whose rows count as one batch; None is this process alone.
+Sources: DINO arXiv 2104.14294, iBOT 2111.07832, DINOv2 2304.07193 with Sinkhorn-Knopp of SwAV 2006.09882, KoLeo 1806.03198,
+KDE as a regulariser 2408.00738. `across` is the process group whose rows count as one batch; None is this process alone.
 """
 
 import math

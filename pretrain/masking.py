@@ -29,7 +29,7 @@ class Masks(NamedTuple):
 
 
 def counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
-    """Masked patches of each masked crop in a group of `crops`: ratios in even steps up to the greatest (facebookresearch/dinov3)."""
+    """Patches of each masked crop in a group of `crops`: ratios in even steps to the greatest (facebookresearch/dinov3)."""
     masked = int(crops * config.probability)
     edges = np.linspace(config.ratio[0], config.ratio[1], masked + 1)[1:]
     return [int(patches * ratio) for ratio in edges]
