@@ -4,7 +4,6 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -157,10 +156,3 @@ def mpp_problem(mpp: float | None) -> str | None:
         return f"absurd mpp: {mpp:g} µm/px is outside {MPP_RANGE[0]}-{MPP_RANGE[1]:g}; set it in the manifest's column mpp"
     return None
 
-
-def by_patient(slides: Sequence[Slide]) -> dict[str, list[int]]:
-    """Patient -> places of its slides; a slide without patient_id is its own patient."""
-    groups: dict[str, list[int]] = {}
-    for i, slide in enumerate(slides):
-        groups.setdefault(slide.patient_id or f"slide:{slide.slide_id}", []).append(i)
-    return groups

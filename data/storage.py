@@ -27,6 +27,7 @@ _TOKENS = {
     "az": "sas_token", "abfs": "sas_token", "abfss": "sas_token", "s3": "key and storage.options.s3.secret", "gs": "token",
     "gcs": "token", "http": "headers", "https": "headers",
 }  # fmt: skip
+_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "Last-Modified", "last_modified", "LastModified", "updated", "created", "mtime")
 _PACKAGES = {"s3": "histoscale[s3]", "gs": "histoscale[gcs]", "gcs": "histoscale[gcs]"}
 
 
@@ -101,7 +102,7 @@ def _path(uri: str) -> Path:
 
 
 class Store:
-    """All file access. Only the configuration is pickled; clients are opened lazily, once a process (they do not survive a fork)."""
+    """All file access. Only the configuration is pickled; clients (they do not survive a fork) open lazily, once a process."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.config = config
@@ -157,10 +158,9 @@ class Store:
                 stat = _path(uri).stat()
             return Fingerprint(stat.st_size, str(stat.st_mtime_ns))
         info = self._info(uri)
-        names = ("ETag", "etag", "e_tag", "md5Hash", "Last-Modified", "last_modified", "LastModified", "updated", "created", "mtime")
         if info.get("size") is None:
             raise StorageError(f"{scrub(uri)}: the server does not tell the size of the file, so it cannot be read by range")
-        return Fingerprint(int(info["size"]), next((str(info[name]) for name in names if info.get(name)), ""))
+        return Fingerprint(int(info["size"]), next((str(info[name]) for name in _TAGS if info.get(name)), ""))
 
     def read(self, uri: str) -> bytes:
         """The whole file."""
@@ -219,7 +219,8 @@ class Store:
             wanted = [(uri, folder / name)]
         total = sum(self.size(source) for source, _ in wanted)
         if total > self.config.cache_bytes:
-            raise StorageError(f"{scrub(uri)} takes {total} bytes, more than storage.cache_bytes={self.config.cache_bytes}: raise it")
+            limit = self.config.cache_bytes
+            raise StorageError(f"{scrub(uri)} takes {total} bytes, more than storage.cache_bytes={limit}: raise it")
         for source, path in wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
@@ -278,9 +279,9 @@ class Store:
                     self._clients[scheme] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
                 except ImportError as error:
                     package = _PACKAGES.get(scheme, "the package it names")
-                    raise StorageError(f"{scheme}:// needs a client that is not installed: pip install {package} ({error})") from error
+                    raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from error
                 except (ValueError, TypeError) as error:
-                    raise StorageError(f"{scheme}:// cannot be opened with storage.options.{scheme}: {scrub(str(error))}") from error
+                    raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {scrub(str(error))}") from error
             return self._clients[scheme]
 
     def _patiently(self, uri: str, attempt: Callable[[float], Result]) -> Result:

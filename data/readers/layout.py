@@ -1,0 +1,223 @@
+"""Headers to tile tables: what a slide file holds, so that later reads touch pixels only."""
+
+import io
+import logging
+import re
+import xml.sax.saxutils
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from histoscale.data.readers import vendor
+from histoscale.data.readers.pyramid import Layout, LayoutError, Level, downsample
+from histoscale.data.storage import StorageError, Store
+
+BLOCK = 256 << 10  # header bytes a request: five requests opened a 100 MB slide
+_BLOCKS_KEPT = 16
+_ASPECT = 0.03  # a level may differ so much from level 0's aspect: rounding of small levels
+_COMPRESSIONS = {1: "raw", 5: "lzw", 8: "deflate", 32946: "deflate", 7: "jpeg", **dict.fromkeys((33003, 33005, 34712), "jpeg2000")}
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds wrong ends in a LayoutError or with OpenSlide
+_RGB, _YCBCR = 2, 6  # TIFF photometric interpretations
+_MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}  # units of OME-XML
+
+
+def read_layout(uri: str, store: Store) -> Layout:
+    """The layout of a slide; raises LayoutError, Missing or StorageError. Label and macro images are never opened."""
+    if store.is_folder(uri):
+        return _by_openslide(uri, store, "it is a folder")
+    size = store.size(uri)
+    if size == 0:
+        raise LayoutError("the file is empty")
+    head = store.ranges(uri, [(0, min(size, 8))])[0]
+    if head[:2] not in (b"II", b"MM"):
+        return _by_openslide(uri, store, "it is no TIFF")
+    try:
+        with tifffile.TiffFile(_RangeFile(uri, size, store)) as file:
+            found = _tiff(file)
+    except (StorageError, LayoutError):
+        raise
+    except Exception as error:  # tifffile meets damaged headers with many types
+        found = f"its TIFF header is damaged or a vendor's own ({type(error).__name__}: {error})"
+    if isinstance(found, str):
+        return _by_openslide(uri, store, found)
+    for number, level in enumerate(found.levels):
+        last = int((level.offsets + level.counts).max(initial=0))
+        if last > size:
+            raise LayoutError(f"truncated: the tiles of level {number} reach byte {last}, the file has {size}")
+        if not level.counts.any():
+            raise LayoutError(f"level {number} has no tiles")
+    return found
+
+
+def _by_openslide(uri: str, store: Store, reason: str) -> Layout:
+    """What OpenSlide knows of it; `reason` says why it is not read by range."""
+    try:
+        return vendor.read_header(uri, store)
+    except LayoutError as error:
+        raise LayoutError(f"{error}; not read by range either: {reason}") from error
+
+
+def _tiff(file: tifffile.TiffFile) -> Layout | str:
+    """The layout, or why this TIFF goes to OpenSlide."""
+    for name in ("ndpi", "scn", "bif", "philips", "qpi"):
+        if getattr(file, f"is_{name}"):
+            return f"{name} is a vendor's own TIFF"
+    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage)]
+    tiled = [page for page in pages if page.is_tiled and not _is_associated(page)]
+    if not tiled:
+        return "no tiled image in this TIFF"
+    first = max(tiled, key=lambda page: page.imagewidth * page.imagelength)
+    smaller = list(first.pages or ()) or tiled[tiled.index(first) + 1 :]
+    levels: list[Level] = []
+    size = (first.imagewidth, first.imagelength)
+    text = first.description or pages[0].description or ""
+    ome = "<OME" in text
+    for page in (first, *smaller):
+        if not isinstance(page, tifffile.TiffPage) or not page.is_tiled or (levels and not _is_level(page, size, levels[-1])):
+            continue
+        problem = _problem(page)
+        if problem and not levels:
+            return problem
+        if not problem:
+            levels.append(_level(page, size, ome))
+    if text.startswith("Aperio"):
+        fields = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*?)\s*(?=\||$)", text))
+        return Layout("tiff", tuple(levels), _float(fields.get("MPP")), _float(fields.get("AppMag")), fields.get("ScanScope ID"))
+    if ome:
+        mpp, objective, scanner = _ome(text, size)
+        return Layout("tiff", tuple(levels), mpp or _resolution(first), objective, scanner)
+    return Layout("tiff", tuple(levels), _resolution(first), None, None)
+
+
+def _is_associated(page: tifffile.TiffPage) -> bool:
+    """Label and macro images: they carry names, so they are told by their tags alone."""
+    last = (page.description or "").rsplit("\n", 1)[-1].strip().lower()
+    return last.startswith(("label", "macro")) or (page.subfiletype == 9)
+
+
+def _is_level(page: tifffile.TiffPage, size: tuple[int, int], previous: Level) -> bool:
+    if page.imagewidth >= previous.width or page.imagelength >= previous.height:
+        return False
+    across, down = size[0] / page.imagewidth, size[1] / page.imagelength
+    return abs(across - down) <= max(_ASPECT * across, across * (1 / page.imagewidth + 1 / page.imagelength))
+
+
+def _problem(page: tifffile.TiffPage) -> str | None:
+    if int(page.compression) not in _COMPRESSIONS:
+        return f"compression {int(page.compression)}"
+    if page.bitspersample != 8 or page.samplesperpixel != 3 or page.planarconfig != 1 or page.imagedepth != 1:
+        return f"{page.samplesperpixel} samples of {page.bitspersample} bit, planar configuration {int(page.planarconfig)}"
+    if int(page.photometric) not in (_RGB, _YCBCR):
+        return f"photometric interpretation {int(page.photometric)}"
+    if int(page.photometric) == _YCBCR and int(page.compression) in (1, 5, 8, 32946):
+        return "YCbCr without JPEG"
+    if page.predictor not in (1, 2):
+        return f"predictor {page.predictor}"
+    return None
+
+
+def _level(page: tifffile.TiffPage, size: tuple[int, int], ome: bool) -> Level:
+    """The photometric tag says what JPEG samples are (OpenSlide goes by it too), but writers of OME-TIFF put RGB there and JFIF
+    tiles, which are YCbCr by definition."""
+    width, height = page.imagewidth, page.imagelength
+    code = int(page.compression)
+    jpeg_ycbcr = _COMPRESSIONS[code] == "jpeg" and (int(page.photometric) == _YCBCR or (ome and page.is_jfif))
+    level = Level(
+        width, height, page.tilewidth, page.tilelength, downsample(size, (width, height)), _COMPRESSIONS[code],
+        "ycbcr" if jpeg_ycbcr or code == 33003 else "rgb", int(page.predictor), bytes(page.jpegtables or b""),
+        np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64),
+    )  # fmt: skip
+    if level.columns * level.rows != len(level.offsets) or len(level.offsets) != len(level.counts):
+        expected = f"{level.columns}x{level.rows} tiles"
+        raise LayoutError(f"truncated: a level of {expected} has {len(level.offsets)} offsets and {len(level.counts)} counts")
+    return level
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
+def _ome(text: str, size: tuple[int, int]) -> tuple[float | None, float | None, str | None]:
+    """mpp, objective and scanner of OME-XML, by patterns: an XML parser would expand hostile entities."""
+    mpp = None
+    for pixels in re.findall(r"<(?:\w+:)?Pixels\b([^>]*)>", text):
+        values = {k: xml.sax.saxutils.unescape(v) for k, v in re.findall(r'(\w+)\s*=\s*"([^"]*)"', pixels)}
+        if (values.get("SizeX"), values.get("SizeY")) == (str(size[0]), str(size[1])):
+            sides = []
+            for axis in "XY":
+                unit = values.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").replace("&#181;", "µ")
+                length = _float(values.get(f"PhysicalSize{axis}"))
+                sides.append(length * _MICRONS[unit] if length and unit in _MICRONS else None)
+            mpp = _mean(*sides)
+            break
+    power = re.search(r'<(?:\w+:)?Objective\b[^>]*\bNominalMagnification\s*=\s*"([^"]*)"', text)
+    model = re.search(r'<(?:\w+:)?Microscope\b[^>]*\bModel\s*=\s*"([^"]*)"', text)
+    return mpp, _float(power[1]) if power else None, model[1] if model else None
+
+
+def _resolution(page: tifffile.TiffPage) -> float | None:
+    unit = page.tags.get("ResolutionUnit")
+    microns = {2: 25400.0, 3: 10000.0}.get(int(unit.value)) if unit else None
+    sides: list[float | None] = []
+    for name in ("XResolution", "YResolution"):
+        tag = page.tags.get(name)
+        above, below = tag.value if tag else (0, 1)
+        sides.append(microns * below / above if microns and above and below else None)
+    return _mean(*sides)
+
+
+def _mean(across: float | None, down: float | None) -> float | None:
+    if across is None or down is None:
+        return across or down
+    if abs(across - down) > 0.02 * max(across, down):
+        raise LayoutError(f"pixels are not square: {across:g} x {down:g} µm")
+    return (across + down) / 2
+
+
+class _RangeFile(io.RawIOBase):
+    """A seekable file over ranges, in blocks; for headers only."""
+
+    def __init__(self, uri: str, size: int, store: Store) -> None:
+        self.uri, self.size, self.store = uri, size, store
+        self.place = 0
+        self.blocks: dict[int, bytes] = {}
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, count: int = -1) -> bytes:
+        stop = self.size if count < 0 else min(self.place + count, self.size)
+        if self.place >= stop:
+            return b""
+        data = b"".join(self._parts(self.place, stop))
+        self.place = stop
+        return data
+
+    def _parts(self, start: int, stop: int) -> Iterator[bytes]:
+        for number in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+            first = number * BLOCK
+            if number not in self.blocks:
+                while len(self.blocks) >= _BLOCKS_KEPT:
+                    del self.blocks[next(iter(self.blocks))]
+                self.blocks[number] = self.store.ranges(self.uri, [(first, min(first + BLOCK, self.size))])[0]
+            yield self.blocks[number][max(start - first, 0) : stop - first]

@@ -1,0 +1,105 @@
+"""Every other format, through OpenSlide on a local file."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image
+
+from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, LayoutError, Level, downsample
+from histoscale.data.storage import Missing, Store
+
+_SCANNERS = ("dicom.ManufacturerModelName", "hamamatsu.Product", "leica.device-model", "philips.DICOM_MANUFACTURERS_MODEL_NAME")
+
+
+def read_header(uri: str, store: Store) -> Layout:
+    """A layout without tile tables. Raises LayoutError, Missing or StorageError."""
+    with open_slide(store.local(uri)) as slide:
+        known = slide.properties
+        across, down = (_number(known.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        if across and down and abs(across - down) > 0.02 * max(across, down):
+            raise LayoutError(f"pixels are not square: {across:g} x {down:g} µm")
+        nothing = np.zeros(0, np.int64)
+        levels = []
+        for i, (width, height) in enumerate(slide.level_dimensions):
+            wide, high = (int(known.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("width", "height"))
+            shrunk = downsample(slide.dimensions, (width, height))
+            levels.append(Level(width, height, wide, high, shrunk, "openslide", "rgb", 1, b"", nothing, nothing))
+        mpp = (across + down) / 2 if across and down else across or down
+        scanner = next((known[name] for name in _SCANNERS if known.get(name) not in (None, "", "Unknown")), None)
+        return Layout("openslide", tuple(levels), mpp, _number(known.get("openslide.objective-power")), scanner)
+
+
+def open_slide(path: Path) -> openslide.OpenSlide:
+    """A handle; of a folder, the DICOM series in it. Raises LayoutError or Missing."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise Missing(f"{path}: the folder holds no files")
+    problem = ""
+    for file in files:  # OpenSlide takes any instance of a series and finds the others beside it
+        try:
+            return openslide.OpenSlide(file)
+        except openslide.OpenSlideError as error:
+            problem = problem or str(error)
+        except FileNotFoundError as error:
+            raise Missing(f"{file}: no such file") from error
+    raise LayoutError(f"OpenSlide does not read it ({problem})")
+
+
+class OpenSlideReader:
+    """One handle a process. A handle that met an error stays in it, so it is dropped.
+
+    Level coordinates become level-0 ones by the level's downsample; where OpenSlide gives that as a fraction the place is rounded
+    to a level-0 pixel and OpenSlide interpolates within one level pixel.
+    """
+
+    def __init__(self, uri: str, layout: Layout, store: Store) -> None:
+        self.uri, self.layout, self.store = uri, layout, store
+        self._slide: openslide.OpenSlide | None = None
+        self._pid = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[str, Layout, Store]]:
+        return OpenSlideReader, (self.uri, self.layout, self.store)
+
+    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
+        try:
+            slide = self._open()
+            step = slide.level_downsamples[level]
+            image = slide.read_region((round(x * step), round(y * step)), level, (width, height))
+        except (LayoutError, openslide.OpenSlideError) as error:
+            self._drop()
+            if damage is None:
+                raise DecodeError(f"{self.uri}, level {level}, {width}x{height} at ({x}, {y}): {error}") from error
+            damage.append(Damage(0, 0, width, height))
+            return np.full((height, width, 3), WHITE, np.uint8)
+        return over_white(image)
+
+    def _open(self) -> openslide.OpenSlide:
+        with self._lock:
+            if self._slide is None or self._pid != os.getpid():
+                self._slide, self._pid = open_slide(self.store.local(self.uri)), os.getpid()
+            return self._slide
+
+    def _drop(self) -> None:
+        with self._lock:
+            self._slide = None
+
+
+def over_white(image: Image.Image) -> np.ndarray:
+    """RGBA to uint8 [h, w, 3], transparent parts white."""
+    pixels = np.asarray(image)
+    if (pixels[..., 3] == 255).all():
+        return np.ascontiguousarray(pixels[..., :3])
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image))[..., :3].copy()
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
