@@ -1,0 +1,60 @@
+"""Smooth random fields on grids in um, and their exact reading through any window."""
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def generator(k: int) -> np.random.Generator:
+    """The stream of random numbers that a key of `data.keys` names."""
+    return np.random.Generator(np.random.SFC64(k))
+
+
+def linear_weights(positions: Array, size: int) -> Array:
+    """float32 [len(positions), size]: rows that interpolate linearly between grid nodes, constant beyond the ends.
+
+    positions: in grid steps, node i at i. Two entries a row are not zero, so a product with them is exact in any order of summation.
+    """
+    clipped = np.clip(positions, 0, size - 1)
+    left = np.minimum(clipped.astype(np.int64), max(size - 2, 0))
+    right = np.minimum(left + 1, size - 1)
+    share = (clipped - left).astype(np.float32)
+    rows = np.arange(len(positions))
+    weights = np.zeros((len(positions), size), np.float32)
+    weights[rows, left] = 1 - share
+    weights[rows, right] += share
+    return weights
+
+
+def _spline_weights(positions: Array, size: int) -> Array:
+    """float32 [len(positions), size]: cubic B-spline rows of unit length, so that white noise keeps unit variance everywhere."""
+    base = np.floor(positions).astype(np.int64)
+    t = positions - base
+    taps = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], 1)
+    taps /= np.linalg.norm(taps, axis=1, keepdims=True)
+    weights = np.zeros((len(positions), size), np.float32)
+    weights[np.arange(len(positions))[:, None], base[:, None] + np.arange(4)] = taps
+    return weights
+
+
+def smooth_field(rng: np.random.Generator, height: int, width: int, step_um: float, scale_um: float) -> Array:
+    """A standard normal field, float32 [height, width], sampled every step_um; scale_um is the spacing of its free values."""
+    rows, columns = (np.arange(n) * step_um / scale_um + rng.random() for n in (height, width))
+    size_y, size_x = int(rows[-1]) + 5, int(columns[-1]) + 5
+    noise = rng.standard_normal((size_y, size_x), dtype=np.float32)
+    return (_spline_weights(rows, size_y) @ noise) @ _spline_weights(columns, size_x).T
+
+
+def periodic_texture(rng: np.random.Generator, size: int, sigmas_px: tuple[float, float]) -> Array:
+    """A standard normal texture that tiles the plane, float32 [size, size]: white noise under a Gaussian of these sigmas (rows, columns)."""
+    frequency = np.fft.fftfreq(size), np.fft.rfftfreq(size)
+    transfer = [np.exp(-2 * (np.pi * s * f) ** 2) for s, f in zip(sigmas_px, frequency, strict=True)]
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size))) * transfer[0][:, None] * transfer[1][None, :]
+    texture = np.fft.irfft2(spectrum, s=(size, size))
+    return ((texture - texture.mean()) / texture.std()).astype(np.float32)
+
+
+def wrapped(texture: Array, y: int, x: int, height: int, width: int) -> Array:
+    """The window [height, width] at (y, x) of a texture that tiles the plane."""
+    rows, columns = (np.arange(start, start + n) % size for start, n, size in zip((y, x), (height, width), texture.shape, strict=True))
+    return texture[rows[:, None], columns[None, :]]
