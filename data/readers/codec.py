@@ -36,7 +36,7 @@ def _jpeg(data: bytes, level: Level) -> np.ndarray:
 def with_tables(data: bytes, tables: bytes, colour: str) -> bytes:
     """A whole JPEG of a tile and the shared tables, with an Adobe marker that says what the samples are.
 
-    The layout decides the colour space, so JFIF and Adobe markers of the tile are dropped: libjpeg would believe JFIF before Adobe.
+    The layout decides the colour space, so the tile's own JFIF and Adobe markers are dropped: libjpeg would believe JFIF first.
     """
     marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([_ADOBE[colour]])
     return b"\xff\xd8" + _segments(tables, False) + marker + _segments(data, True)

@@ -17,7 +17,8 @@ from histoscale.data.storage import StorageError, Store
 BLOCK = 256 << 10  # header bytes a request: five requests opened a 100 MB slide
 _BLOCKS_KEPT = 16
 _ASPECT = 0.03  # a level may differ so much from level 0's aspect: rounding of small levels
-_COMPRESSIONS = {1: "raw", 5: "lzw", 8: "deflate", 32946: "deflate", 7: "jpeg", **dict.fromkeys((33003, 33005, 34712), "jpeg2000")}
+_COMPRESSIONS = {1: "raw", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate"}
+_COMPRESSIONS |= {33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000"}
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds wrong ends in a LayoutError or with OpenSlide
 _RGB, _YCBCR = 2, 6  # TIFF photometric interpretations
 _MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}  # units of OME-XML
