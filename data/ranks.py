@@ -1,0 +1,142 @@
+"""Rank, world and what ranks say to each other; one plain process needs no process group."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among `world`. `group` is None in a plain process, and every method then needs no torch.distributed.
+
+    `elastic`: started by torchrun, which restarts on any exit code but 0.
+    """
+
+    rank: int
+    world: int
+    local: int
+    device: torch.device
+    elastic: bool
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.world > 1 else None
+
+    def barrier(self) -> None:
+        """All ranks have arrived; on the CPU, so that no device waits."""
+        if self.world > 1:
+            self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; the answer is the same on all. On the CPU: the device's queue is not waited for."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks of a tensor of one shape; a new tensor, without gradient."""
+        total = x.detach().clone()
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over ranks of a float tensor of one shape; a new tensor, without gradient."""
+        return self.sum(x) / self.world
+
+    def concat(self, x: Tensor) -> Tensor:
+        """All ranks' rows in rank order, without gradient: [n, ...] of equal n -> [world*n, ...]."""
+        return gather(x.detach(), self.group)
+
+    def objects(self, value: Any) -> list[Any]:
+        """Every rank's small object, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. An OSError or ValueError there is raised on all ranks."""
+        if self.world == 1:
+            return make()
+        said: list[Any] = [None, None]
+        if self.main:
+            try:
+                said = [make(), None]
+            except (OSError, ValueError) as error:
+                said = [None, error]
+        dist.broadcast_object_list(said, src=0)
+        if said[1] is not None:
+            raise said[1]
+        return said[0]
+
+
+def open_ranks(device: str = "auto", timeout_s: float = 1800.0) -> Ranks:
+    """The ranks of this process, by torchrun's environment; with more than one, opens the group `cpu:gloo,cuda:nccl`.
+
+    device: auto (CUDA where there is one), cpu, cuda. Raises ValueError for another word, or for cuda where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"hardware.device is {device!r}: expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("hardware.device is cuda but torch sees no CUDA device: set hardware.device=cpu or auto")
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))  # fmt: skip
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local} has no CUDA device of its own ({torch.cuda.device_count()} here): start fewer processes a node"
+        )
+    place = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(place)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    return Ranks(rank, world, local, place, "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+def close_ranks() -> None:
+    """Leave the process group, if one was opened."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward sums the gradients that all ranks have for a rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.rows
+        return total[start : start + ctx.rows], None
+
+
+def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows in rank order, with gradient: [n, ...] of equal n -> [world*n, ...]; x itself without a group.
+
+    Each rank's loss is over the joined rows; the gradients that reach a row from all ranks are summed.
+    """
+    return x if group is None else _Gather.apply(x, group)

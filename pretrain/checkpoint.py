@@ -1,0 +1,254 @@
+"""Checkpoints: `step-N/` of safetensors shards and a `state.json` that vouches for them; nothing is pickled.
+
+A directory whose `state.json` is missing or does not match its shards does not exist for the reader. Writing is synchronous.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from histoscale.data.journal import plain, scrub
+from histoscale.data.ranks import Ranks
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: a checkpoint each so many steps, and one at the end. keep_last: how many of the newest stay.
+
+    keep_every: those at multiples of so many steps stay for ever; null keeps none beyond keep_last.
+    """
+
+    every: int
+    keep_last: int
+    keep_every: int | None
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written or trusted; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """A checkpoint that was found whole. `facts`: whatever the writer recorded (configuration, identity)."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    shards: dict[str, dict[str, Any]]
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the shards' own hashes: names the weights, 64 hex digits."""
+        listed = "".join(f"{name}:{self.shards[name]['sha256']}\n" for name in sorted(self.shards))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], ranks: Ranks) -> Path:
+    """Write `folder/step-N`; every rank calls it with its (possibly sharded) tensors and all return when it is there.
+
+    Shards go to `step-N.partial`; when all are synced, rank 0 adds `state.json` and renames, so a reader sees all or nothing.
+    Raises CheckpointError on every rank when any rank cannot write; the earlier checkpoints are then untouched.
+    """
+    final = folder / f"step-{step}"
+    partial = folder / f"step-{step}.partial"
+    ranks.first(lambda: _empty(partial))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                no_dist=ranks.world == 1,
+            )
+    except CheckpointException as error:
+        ranks.first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise CheckpointError(f"checkpoint {final} was not written ({_causes(error)}); earlier checkpoints are intact") from None
+
+    def publish() -> None:
+        shards = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
+        state = {"format": FORMAT, "step": step, "shards": shards, "facts": plain(facts)}
+        try:
+            _write_synced(partial / "state.json", scrub(json.dumps(state, indent=2)) + "\n")
+            if final.exists():  # only ever a directory that the reader refused
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"checkpoint {final} was not written ({error}); earlier checkpoints are intact") from None
+
+    ranks.first(publish)
+    return final
+
+
+def read_checkpoint(path: Path | str) -> CheckpointState:
+    """The checkpoint at `step-N`, or the newest whole one in a run's folder; every shard's size and sha256 are compared.
+
+    Raises CheckpointError: no state.json, another format, a shard missing, cut short or changed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint: no such folder")
+    folder = path / "checkpoints"
+    if folder.is_dir() or _steps(path):
+        found, skipped = newest_checkpoint(folder if folder.is_dir() else path)
+        if found is None:
+            raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {why}' for why in skipped)}")
+        return found
+    try:
+        state = json.loads((path / "state.json").read_text())
+        step, shards, facts = int(state["step"]), dict(state["shards"]), dict(state["facts"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no state.json: it was never finished") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'} cannot be read ({error!r})") from None
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')!r}; this version reads format {FORMAT}")
+    present = {file.name for file in path.glob("*.safetensors")}
+    if present != shards.keys():
+        raise CheckpointError(
+            f"{path}: state.json lists the shards {sorted(shards)}, the folder holds {sorted(present)}"
+        )
+    for name, expected in shards.items():
+        size = (path / name).stat().st_size
+        if size != expected["size"]:
+            raise CheckpointError(f"{path / name} has {size} bytes, not {expected['size']} as state.json says: cut or changed")
+        if _sha256(path / name) != expected["sha256"]:
+            raise CheckpointError(f"{path / name} does not have the sha256 that state.json says: its bytes changed")
+    return CheckpointState(path, step, facts, shards)
+
+
+def newest_checkpoint(folder: Path) -> tuple[CheckpointState | None, list[str]]:
+    """The newest whole checkpoint under `folder`, or None; and why each newer directory was passed over."""
+    skipped: list[str] = []
+    if not folder.is_dir():
+        return None, skipped
+    skipped += [f"{path.name}: its writing never finished" for path in sorted(folder.glob("step-*.partial"))]
+    for _, path in _steps(folder)[::-1]:
+        try:
+            return read_checkpoint(path), skipped
+        except CheckpointError as error:
+            skipped.append(f"{path.name}: {error}")
+    return None, skipped
+
+
+def prune_checkpoints(folder: Path, config: CheckpointConfig) -> list[Path]:
+    """Remove all but the newest `keep_last` and the multiples of `keep_every`; returns what was removed."""
+    older = _steps(folder)[: -config.keep_last]
+    gone = [path for step, path in older if not config.keep_every or step % config.keep_every]
+    for path in gone:
+        (path / "state.json").unlink(missing_ok=True)  # first, so that a kill in between leaves no half checkpoint
+        shutil.rmtree(path)
+    return gone
+
+
+def load_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill the tensors (sharded ones too, from any number of writers) in place with the checkpoint's values.
+
+    Raises CheckpointError unless names, shapes and dtypes are exactly the checkpoint's: nothing is loaded in part.
+    """
+    stored = _stored(state.path)
+    missing, extra = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{state.path} does not fit this model: it lacks {_few(missing)} and holds, beyond it, {_few(extra)}"
+        )
+    wrong = [
+        f"{name} is {list(stored[name].shape)} {stored[name].dtype} there, {list(x.shape)} {x.dtype} here"
+        for name, x in tensors.items()
+        if stored[name].shape != x.shape or stored[name].dtype != x.dtype
+    ]
+    if wrong:
+        raise CheckpointError(f"{state.path} does not fit this model: {_few(wrong)}")
+    _load(state.path, dict(tensors), no_dist=ranks.world == 1)
+
+
+def read_tensors(state: CheckpointState, prefix: str) -> dict[str, Tensor]:
+    """Whole tensors on the CPU whose names begin with `prefix`, under the rest of their names; in one process.
+
+    Raises CheckpointError when there are none.
+    """
+    wanted = {name: torch.empty_like(x, device="cpu") for name, x in _stored(state.path).items() if name.startswith(prefix)}
+    if not wanted:
+        raise CheckpointError(f"{state.path} holds no tensor whose name begins with {prefix!r}")
+    _load(state.path, wanted, no_dist=True)
+    return {name.removeprefix(prefix): x for name, x in wanted.items()}
+
+
+def _load(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read ({_causes(error)})") from None
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    """Name -> an empty tensor of its whole shape and dtype, without memory."""
+    listed = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in listed.items()
+        if isinstance(entry, dcp.TensorStorageMetadata)
+    }
+
+
+def _causes(error: CheckpointException) -> str:
+    causes = (cause for cause, _ in error.failures.values())
+    return "; ".join(sorted({f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}" for cause in causes}))
+
+
+def _few(names: list[str]) -> str:
+    return "nothing" if not names else ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*") if path.is_dir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

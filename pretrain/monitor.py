@@ -1,0 +1,127 @@
+"""Is it learning or collapsing? Read-outs of features and targets as pure functions, and warnings in words.
+
+At initialisation every ViT has CE = ln K and class tokens of cosine 0.99, so features are centred first and nothing is judged
+before twice the warm-up.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from histoscale.data.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """every: steps between rows of metrics. window: class tokens over which RankMe and correlations are taken (all ranks).
+
+    Warn when CE/ln K > ce_above, when target entropy/ln K is outside entropy_below .. entropy_above, when the used share of the
+    prototypes that could have been used is < used_below, when RankMe/D < rankme_below. stop_on_collapse: a warning ends the run.
+    """
+
+    every: int
+    window: int
+    ce_above: float
+    entropy_below: float
+    entropy_above: float
+    used_below: float
+    rankme_below: float
+    stop_on_collapse: bool
+
+
+def rankme_cov(z: Tensor) -> Tensor:
+    """exp of the entropy of the centred covariance's normalised eigenvalues: z [N, D] -> float64 scalar in [1, D].
+
+    Eigenvalues clamped at 1e-12 (the convention of arXiv 2601.02198's code). It is not `rankme_sv`.
+    """
+    z = z.double() - z.double().mean(0)
+    return _entropy_rank(torch.linalg.eigvalsh(z.T @ z / max(len(z) - 1, 1)).clamp_min(1e-12))
+
+
+def rankme_sv(z: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of uncentred z [N, D] (arXiv 2210.02885): float64 scalar."""
+    return _entropy_rank(torch.linalg.svdvals(z.double()) + 1e-12)
+
+
+def _entropy_rank(weights: Tensor) -> Tensor:
+    p = weights / weights.sum()
+    return (-(p * p.log()).sum()).exp()
+
+
+def odcorr_abs(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean absolute off-diagonal Pearson correlation of the features z [N, D], and how many of D were constant (left out).
+
+    Our own definition (arXiv 2404.15217 names the measure but gives no formula); its floor for N independent rows is
+    sqrt(2 / (pi N)).
+    """
+    z = z.double() - z.double().mean(0)
+    deviation = z.square().mean(0).sqrt()
+    moving = deviation >= 1e-6
+    z = z[:, moving] / deviation[moving]
+    width = z.shape[1]
+    if width < 2:
+        return z.new_tensor(math.nan), (~moving).sum()
+    correlation = z.T @ z / len(z)
+    return (correlation.abs().sum() - correlation.diagonal().abs().sum()) / (width * (width - 1)), (~moving).sum()
+
+
+class Window:
+    """The last class tokens, and the prototypes chosen since the last reading, on the device; no state of the run."""
+
+    def __init__(self, rows: int, ranks: Ranks) -> None:
+        self.rows, self.ranks = max(rows // ranks.world, 1), ranks
+        self.tokens: deque[Tensor] = deque()
+        self.chosen: dict[str, Tensor] = {}
+
+    def add(self, tokens: Tensor, chosen: Mapping[str, Tensor]) -> None:
+        """tokens: [n, D] class tokens; chosen: head -> int64 [K], samples whose greatest target is this prototype."""
+        self.tokens.append(tokens.detach().float())
+        while sum(map(len, self.tokens)) - len(self.tokens[0]) >= self.rows:
+            self.tokens.popleft()
+        for head, counts in chosen.items():
+            self.chosen[head] = self.chosen[head] + counts if head in self.chosen else counts
+
+    def read(self) -> dict[str, float]:
+        """Read-outs over all ranks; every rank must call it. The prototype counts start anew."""
+        tokens = self.ranks.concat(torch.cat(list(self.tokens)))
+        rank, (correlation, constant) = float(rankme_cov(tokens)), odcorr_abs(tokens)
+        found = {
+            "rankme_cov": rank,
+            "rankme_cov_of_width": rank / tokens.shape[1],
+            "rankme_n": len(tokens),
+            "odcorr_abs": float(correlation),
+            "constant_features": int(constant),
+        }
+        for head, counts in self.chosen.items():
+            total = self.ranks.sum(counts)
+            used = int((total > 0).sum())
+            found[f"{head}/prototypes_used"] = used
+            found[f"{head}/prototypes_used_of_reachable"] = used / max(min(len(total), int(total.sum())), 1)
+        self.chosen = {}
+        return found
+
+
+def signs_of_collapse(row: Mapping[str, float], step: int, warmup_steps: int, config: MonitorConfig) -> list[str]:
+    """What looks like collapse in a row of metrics, in words; nothing before twice the warm-up."""
+    if step < 2 * warmup_steps:
+        return []
+    signs = []
+    for head in [name.removesuffix("/ce_of_lnk") for name in row if name.endswith("/ce_of_lnk")]:
+        ce, targets = row[f"{head}/ce_of_lnk"], row[f"{head}/target_entropy_of_lnk"]
+        used, share = row[f"{head}/prototypes_used"], row[f"{head}/prototypes_used_of_reachable"]
+        if ce > config.ce_above:
+            signs.append(f"{head}: the cross-entropy is {ce:.3f} ln K, that of a student which says the same of every patch")
+        if targets > config.entropy_above:
+            signs.append(f"{head}: the teacher's targets are nearly uniform (entropy {targets:.3f} ln K), so nothing is taught")
+        if targets < config.entropy_below:
+            signs.append(f"{head}: the teacher's targets are nearly one-hot (entropy {targets:.3f} ln K)")
+        if share < config.used_below:
+            signs.append(f"{head}: {used:.0f} prototypes are in use, {share:.1%} of those that the window could show")
+    rank = row["rankme_cov_of_width"]
+    if rank < config.rankme_below:
+        signs.append(f"class tokens fill {row['rankme_cov']:.1f} dimensions, {rank:.1%} of the width (centred RankMe)")
+    return signs

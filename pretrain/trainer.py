@@ -1,0 +1,362 @@
+"""The training loop: batch, views, teacher, student, losses, one update; readable in one sitting.
+
+No step waits for the device but those that write a row or a checkpoint.
+"""
+
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from histoscale.data import keys as draw
+from histoscale.data.journal import Journal, plain, write_atomic
+from histoscale.data.ranks import Ranks
+from histoscale.data.stream import Batch
+from histoscale.data.views import ViewsConfig, make_views
+from histoscale.pretrain.backbone import ModelConfig
+from histoscale.pretrain.checkpoint import (
+    CheckpointConfig,
+    load_tensors,
+    newest_checkpoint,
+    prune_checkpoints,
+    write_checkpoint,
+)
+from histoscale.pretrain.masking import Masks
+from histoscale.pretrain.methods.dinov2 import (
+    Centres,
+    Losses,
+    MethodConfig,
+    build,
+    first_centres,
+    losses,
+    masks_at,
+    scheduled,
+)
+from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
+from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
+from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
+from histoscale.pretrain.schedule import ScheduleConfig
+
+Source = Callable[[int], Iterator[Batch]]
+Watcher = Callable[[nn.Module, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that the loop reads. The result keys are seed, views, model, method, optim and schedule."""
+
+    seed: int
+    views: ViewsConfig
+    model: ModelConfig
+    method: MethodConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    hardware: HardwareConfig
+    checkpoint: CheckpointConfig
+    monitor: MonitorConfig
+
+    def result(self) -> dict[str, Any]:
+        """The keys that make the result, as plain values."""
+        speed = ("hardware", "checkpoint", "monitor")
+        return {name: value for name, value in plain(dataclasses.asdict(self)).items() if name not in speed}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """steps done, both branches on this rank's device, the last checkpoint and the last row of metrics."""
+
+    step: int
+    student: nn.Module
+    teacher: nn.Module
+    checkpoint: Path
+    row: dict[str, float]
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM, SIGUSR1) and has saved itself after `step` steps."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped on request after step {step}; the same command continues")
+        self.step = step
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient was not finite; weights, moments, centres and teacher are those before that step."""
+
+
+class Collapsed(ArithmeticError):
+    """The read-outs say collapse, and monitor.stop_on_collapse is set."""
+
+
+def train(
+    config: TrainConfig, source: Source, watchers: Sequence[Watcher], journal: Journal, ranks: Ranks, facts: Mapping[str, Any]
+) -> TrainResult:
+    """Train to schedule.steps, or from the newest whole checkpoint in the journal's `checkpoints` on.
+
+    source(step): this rank's batches from that step on. watchers: called with the teacher's backbone and the steps done, at each
+    row of metrics. facts: what else makes the result (sampler, catalog hash); it must equal the checkpoint's.
+    Raises ValueError (a batch that does not divide, a checkpoint of another run), Preempted, NonFinite, Collapsed and
+    CheckpointError.
+    """
+    optim, method, schedule, steps = config.optim, config.method, config.schedule, config.schedule.steps
+    check_batch(optim.global_batch, ranks.world, optim.micro_batches, method.group)
+    if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every) < 1:
+        raise ValueError("checkpoint.every, checkpoint.keep_last and monitor.every must be at least 1")
+    set_threads(config.hardware)
+    student, teacher = build(config.model, method, config.seed)
+    parallel = prepare(student, teacher, ranks)
+    optimizer = build_optimizer(student.named_parameters(), len(student.backbone.blocks), optim)
+    start_moments(optimizer)
+    guard = Guard(optimizer, ranks)
+    centres = first_centres(method, ranks.device)
+    identity = {**config.result(), "facts": plain(facts)}
+    folder = journal.out / "checkpoints"
+    start = _resume(folder, identity, state_tensors(parallel, optimizer, centres), journal, ranks)
+    if start < steps:
+        journal.say(_opening(config, parallel, ranks))
+    window, meter, recent = Window(config.monitor.window, ranks), Meter(), list[Batch]()
+    row: dict[str, float] = {"step": start}
+    signs: list[str] = []
+
+    def save(step: int) -> None:
+        tensors = state_tensors(parallel, optimizer, centres)
+        write_checkpoint(folder, step, tensors, {"identity": identity, "phase": 0}, ranks)
+        ranks.first(lambda: prune_checkpoints(folder, config.checkpoint))
+
+    batches = source(start)
+    with stop_signals() as asked, journal.progress(steps, "pretrain", "step") as progress:
+        progress.advance(start)
+        for step in range(start, steps):
+            batch = meter.wait_for(batches)
+            recent.append(batch)
+            lr, weight_decay = lr_at(step, optim, schedule), weight_decay_at(step, optim, schedule)
+            now = scheduled(step, method, schedule)
+            set_scheduled(optimizer, lr, weight_decay, now.last_layer)
+
+            # Forward and backward of every micro-batch; gradients of all ranks meet in the last one.
+            shown: dict[str, Tensor] = {}
+            next_centres = centres
+            share = len(batch.slots) // optim.micro_batches
+            for piece in range(optim.micro_batches):
+                rows = slice(piece * share, (piece + 1) * share)
+                with parallel.accumulating(last=piece == optim.micro_batches - 1):
+                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now.teacher_temp)
+                    (found.total / optim.micro_batches).backward()
+                next_centres = found.centres
+                window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
+                for name, value in _scalars(found).items():
+                    shown[name] = shown.get(name, 0) + value / optim.micro_batches
+
+            # One update, or none: from the first loss or gradient that is not finite on, nothing moves any more.
+            norms = parallel.norms()
+            guard.check(torch.stack([shown["loss"], *norms.values()]), step)
+            parallel.clip(optim.clip_scope, optim.clip_value, norms)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            parallel.update_teacher((1 - now.momentum) * guard.healthy)
+            centres = guard.choose(next_centres, centres)
+
+            # Looking, saving and stopping: the only places where the host waits for the device.
+            done = step + 1
+            stopping = ranks.any(bool(asked))
+            saving = done == steps or stopping or done % config.checkpoint.every == 0
+            if saving or done % config.monitor.every == 0 or step == start:
+                guard.raise_if_tripped(recent, save, journal)
+                recent.clear()
+                row = {
+                    "step": done,
+                    **{name: float(ranks.mean(value)) for name, value in shown.items()},
+                    **window.read(),
+                    **{f"grad_norm/{name}": float(norm) for name, norm in norms.items()},
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "teacher_momentum": now.momentum,
+                    "teacher_temp": now.teacher_temp,
+                    **meter.read(optim.global_batch),
+                }
+                for watcher in watchers:
+                    row |= watcher(parallel.bare_teacher.get_submodule("backbone"), done)
+                journal.row(**row)
+                signs = signs_of_collapse(row, done, schedule.warmup_steps, config.monitor)
+                for sign in signs:
+                    journal.say(f"step {done}: WARNING, {sign}")
+            progress.advance(loss=row["loss"])
+            if saving:
+                save(done)
+            if stopping and done < steps:
+                raise Preempted(done)
+            if signs and config.monitor.stop_on_collapse:
+                raise Collapsed(f"step {done}: {'; '.join(signs)} (monitor.stop_on_collapse is set)")
+    return TrainResult(steps, student, teacher, folder / f"step-{steps}", row)
+
+
+def _losses(
+    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, teacher_temp: float
+) -> tuple[Losses, Tensor]:
+    """One micro-batch, the batch's `rows`: losses with gradient, and the teacher's class tokens [B, D] of the first view."""
+    method, device = config.method, parallel.ranks.device
+    slots = batch.slots[rows]
+    on_device = slots.to(device, non_blocking=True)
+    views = make_views(batch.pixels[rows].to(device, non_blocking=True), config.seed, step, on_device, config.views)
+    count = config.views.global_count
+    masks = masks_at(config.model, method, config.seed, step, slots, views.globals.shape[-1], count)  # drawn on the CPU
+    masks = None if masks is None else Masks(*(x.to(device, non_blocking=True) for x in masks))
+    crops, indices = (None, None) if masks is None else (masks.crops, masks.indices)
+    with autocast(config.optim.precision, device):
+        taught = parallel.teacher(views.globals, None, None, indices)
+        drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
+        learned = parallel.student(views.globals, views.locals, crops, indices, drawn)
+    found = losses(learned, taught, masks, centres, method, teacher_temp, count, parallel.ranks.group)
+    return found, taught["features"][: len(slots)]
+
+
+def _scalars(found: Losses) -> dict[str, Tensor]:
+    """What a row of metrics shows of one micro-batch; still on the device."""
+    shares = {f"{name}_of_lnk": value for name, value in found.read.items() if not name.endswith("/prototypes")}
+    return {"loss": found.total.detach(), **{f"loss/{name}": value for name, value in found.terms.items()}, **shares}
+
+
+class Guard:
+    """Finds what is not finite on the device, and makes every update from then on do nothing until the host looks.
+
+    AdamW's fused step leaves weights and moments alone while `tripped` is 1 (the flag that gradient scalers use).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.tripped = torch.zeros((), device=ranks.device)
+        self.step = torch.full((), -1.0, device=ranks.device)
+        optimizer.grad_scale, optimizer.found_inf = None, self.tripped  # type: ignore[attr-defined]
+
+    @property
+    def healthy(self) -> Tensor:
+        return 1 - self.tripped
+
+    def check(self, values: Tensor, step: int) -> None:
+        """values: this rank's loss and gradient norms; all ranks trip together."""
+        bad = self.ranks.sum((~values.isfinite().all()).float()).clamp(max=1)
+        self.step.copy_(torch.where((self.tripped == 0) & (bad > 0), step, self.step))
+        self.tripped.copy_(torch.maximum(self.tripped, bad))
+
+    def choose(self, fresh: Centres, kept: Centres) -> Centres:
+        """The fresh centres, or the kept ones once tripped."""
+        return Centres(*(torch.where(self.tripped > 0, old, new) for new, old in zip(fresh, kept, strict=True)))
+
+    def raise_if_tripped(self, recent: Sequence[Batch], save: Callable[[int], None], journal: Journal) -> None:
+        """Waits for the device. Before raising NonFinite: a checkpoint of the state before that step, and its patches."""
+        step = int(self.step)
+        if step < 0:
+            return
+        batch = next(batch for batch in recent if batch.step == step)
+        save(step)
+        named = {name: getattr(batch, name).tolist() for name in ("slots", "slide", "mpp", "level", "x", "y")}
+        parts = self.ranks.objects(named)
+        path = journal.path(f"nonfinite-step-{step}.json")
+        if self.ranks.main:
+            whole = {name: [value for part in parts for value in part[name]] for name in named}
+            write_atomic(path, json.dumps({"step": step, **whole}) + "\n")
+        raise NonFinite(
+            f"step {step}: a loss or gradient is not finite; nothing was updated. {path} names the patches, and the checkpoint "
+            f"step-{step} is the state before it: the same command replays the step"
+        )
+
+
+class Meter:
+    """Images a second, and the share of time that the loop waited for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        self.steps += 1
+        return batch
+
+    def read(self, images: int) -> dict[str, float]:
+        passed = time.perf_counter() - self.start
+        found = {"images_per_s": images * self.steps / passed, "data/wait_fraction": self.waited / passed}
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        return found
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While inside, SIGTERM and SIGUSR1 are only noted in the list that is given; outside the main thread nothing is changed."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_batch(global_batch: int, world: int, micro_batches: int, group: int) -> None:
+    """Raises ValueError, naming the nearest batches that would do, unless processes x micro-batches x group divides the batch."""
+    unit = world * micro_batches * group
+    if global_batch % unit or global_batch < unit:
+        low = global_batch // unit * unit
+        nearest = " and ".join(str(batch) for batch in (low, low + unit) if batch)
+        raise ValueError(
+            f"optim.global_batch={global_batch} does not divide into {world} processes x {micro_batches} micro-batches of whole "
+            f"groups of method.group={group}; the nearest that do: {nearest}"
+        )
+
+
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """AdamW's moments at zero, as its first step would make them, so that a checkpoint has tensors to load into."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            zeros = torch.zeros_like(p, memory_format=torch.preserve_format)
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer, centres: Centres) -> dict[str, Tensor]:
+    """The whole state by name: student, teacher, moments, centres. Loading fills these very tensors."""
+    tensors = parallel.tensors()
+    for name, p in parallel.bare_student.named_parameters():
+        tensors |= {f"optimizer.{name}.{moment}": x for moment, x in optimizer.state[p].items()}
+    return tensors | {f"centres.{name}": x for name, x in centres._asdict().items()}
+
+
+def _resume(folder: Path, identity: Mapping[str, Any], tensors: dict[str, Tensor], journal: Journal, ranks: Ranks) -> int:
+    """Fill the tensors from the newest whole checkpoint and return its step; 0 without one."""
+    state, skipped = ranks.first(lambda: newest_checkpoint(folder))
+    for why in skipped:
+        journal.say(f"ignored a checkpoint that is not whole: {why}")
+    if state is None:
+        return 0
+    differ = sorted(name for name in identity if plain(identity[name]) != state.facts["identity"].get(name))
+    if differ:
+        raise ValueError(f"{state.path} is of a run with other values in {', '.join(differ)}; give another out=")
+    load_tensors(state, tensors, ranks)
+    journal.say(f"continuing from {state.path}")
+    journal.row(resumed=state.step, skipped=skipped)
+    return state.step
+
+
+def _opening(config: TrainConfig, parallel: Parallel, ranks: Ranks) -> str:
+    optim = config.optim
+    millions = sum(p.numel() for p in parallel.bare_student.parameters()) / 1e6
+    together = optim.global_batch // optim.micro_batches
+    return (
+        f"learning rate {peak_lr(optim):.3g} (base {optim.lr:g}, rule {optim.lr_rule}) for a batch of {optim.global_batch}: "
+        f"{ranks.world} processes x {optim.micro_batches} micro-batches x {together // ranks.world}; "
+        f"teacher targets are assigned over {together} patches at a time; student {millions:.1f}M parameters, "
+        f"{optim.precision} on {ranks.device.type}, {config.schedule.steps} steps"
+    )
