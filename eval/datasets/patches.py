@@ -1,0 +1,124 @@
+"""Labelled patches of any source: who may choose, who is reported, and pixels in bounded batches."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ROLES = ("train", "report", "external")  # choices see train alone; report and external are only ever scored
+
+Reading = Callable[[np.ndarray], np.ndarray]  # rows int64 [b] -> uint8 [b, 3, S, S]
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which data set, and which of its roles may choose and which are reported.
+
+    name: `cohort` (patches.parquet beside a catalog) or `folder` (images with labels of your own).
+    task: the labels' name where a set has several; null where it has one.
+    train, report, external: the set's own names of the three roles; external may be null.
+    mpp: µm per pixel of ready images; null where the set says it itself.
+    """
+
+    name: str
+    task: str | None
+    train: str
+    report: str
+    external: str | None
+    mpp: float | None
+
+
+class DatasetError(ValueError):
+    """A labelled set that cannot be used; the message names the file, the column or the ids."""
+
+
+@dataclass(frozen=True)
+class LabelledPatches:
+    """n patches of S px. labels: int64 [n] into `classes`. roles: [n] of ROLES. groups: what `patients` holds (`patient`,
+    `slide`, or `none` where nothing is known). mpp: nominal µm per pixel, None where unknown. hash: of everything that
+    makes the pixels and labels."""
+
+    name: str
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    roles: np.ndarray
+    patients: np.ndarray
+    sites: np.ndarray
+    groups: str
+    mpp: float | None
+    size_px: int
+    hash: str
+    read: Reading
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, role: str) -> np.ndarray:
+        return np.flatnonzero(self.roles == role)
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(rows [b], pixels uint8 [b, 3, S, S]) in order, at most `size` at once."""
+        for start in range(0, len(self), size):
+            rows = np.arange(start, min(start + size, len(self)))
+            yield rows, self.read(rows)
+
+    def only(self, rows: np.ndarray) -> "LabelledPatches":
+        """A part of the patches, in the given order."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            roles=self.roles[rows],
+            patients=self.patients[rows],
+            sites=self.sites[rows],
+            hash=hashlib.sha256(self.hash.encode() + rows.astype("<i8").tobytes()).hexdigest()[:16],
+            read=lambda part: self.read(rows[part]),
+        )
+
+
+def check_roles(roles: np.ndarray, patients: np.ndarray, groups: str) -> None:
+    """Raises DatasetError when a patient stands in two roles, or when train or report is empty."""
+    for role in ROLES[:2]:
+        if not (roles == role).any():
+            raise DatasetError(f"no labelled patch has the role {role!r}: expected patches in {ROLES[0]} and {ROLES[1]}")
+    if groups == "none":
+        return
+    for a, first in enumerate(ROLES):
+        for second in ROLES[a + 1 :]:
+            both = sorted(set(patients[roles == first]) & set(patients[roles == second]))
+            if both:
+                raise DatasetError(
+                    f"{len(both)} {groups}s stand in both {first} and {second} ({', '.join(both[:4])}): "
+                    f"every {groups} must have one role"
+                )
+
+
+def check_sites(roles: np.ndarray, sites: np.ndarray) -> None:
+    """Raises DatasetError unless the external patches come from known sites that no other patch comes from."""
+    outside, inside = set(sites[roles == "external"]), set(sites[roles != "external"])
+    if "" in outside:
+        raise DatasetError("external patches have no site, so they prove nothing external: fill it or set dataset.external=null")
+    both = sorted(outside & inside)
+    if both:
+        raise DatasetError(f"the sites {', '.join(both[:4])} have both external and other patches: an external site must be new")
+
+
+def encode_labels(names: Sequence[str], train: np.ndarray, where: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Sorted classes and int64 labels. Raises DatasetError when fewer than two classes can be learnt from, or when a reported
+    class has no training patch."""
+    table = np.asarray(names)
+    classes = sorted(set(table))
+    unseen = sorted(set(classes) - set(table[train]))
+    if len(classes) < 2 or unseen:
+        problem = f"the class {unseen[0]!r} has no training patch" if unseen else f"there is one class, {classes}"
+        raise DatasetError(f"{where}: {problem}; a probe needs at least two classes, each with training patches")
+    return tuple(classes), np.searchsorted(classes, table)
+
+
+def hash_of(*parts: object) -> str:
+    """16 hex digits over parts that print without loss."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.tobytes() if isinstance(part, np.ndarray) and part.dtype != object else repr(part).encode())
+        digest.update(b"\x1f")
+    return digest.hexdigest()[:16]

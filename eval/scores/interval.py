@@ -1,0 +1,138 @@
+"""Intervals that respect patients: one bootstrap for every statistic, a t-interval for few patients, silence for fewer."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from histoscale.data.keys import keys, uniform
+
+BOOTSTRAP_PATIENTS = 20  # fewer: the percentile bootstrap is too narrow, so a t-interval and a warning
+REPORTABLE_PATIENTS = 10  # fewer: no interval at all
+MAX_REDRAWN = 0.05  # a statistic undefined in more replicates than this has no honest interval
+
+Statistic = Callable[[np.ndarray], float]  # rows int64 [m], repeated as they were drawn -> a number, NaN where undefined
+
+
+@dataclass(frozen=True)
+class IntervalConfig:
+    """draws: bootstrap replicates. level: coverage, as .95. seed: of the draws, shared by every model and every metric."""
+
+    draws: int
+    level: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its interval over patients; `low` and `high` are None where withheld, and `note` then says why."""
+
+    value: float
+    low: float | None
+    high: float | None
+    patients: int
+    units: int
+    note: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("value", "low", "high", "patients", "units", "note")}
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3f} [withheld]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def patient_bootstrap(
+    statistic: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
+) -> Interval:
+    """Percentile interval of `statistic` by drawing whole patients with replacement.
+
+    patients: one id a row. strata: one label a row, the same for all rows of a patient: then drawn inside their stratum.
+    Draws depend on the seed and on the set of patients alone, so any two statistics on the same rows share them.
+    Undefined replicates are drawn again and counted. Under 20 patients: the t-interval of `_patient_t`. Under 10: withheld.
+    Raises ValueError for no rows, or a patient in two strata.
+    """
+    members = _members(patients)
+    value = float(statistic(np.arange(len(patients))))
+    n = len(members)
+
+    def interval(low: float | None, high: float | None, note: str) -> Interval:
+        return Interval(value, low, high, n, len(patients), note)
+
+    if math.isnan(value):
+        return interval(None, None, "interval withheld: the statistic is undefined on these rows")
+    if n < REPORTABLE_PATIENTS:
+        return interval(None, None, f"interval withheld: {n} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one")
+    if n < BOOTSTRAP_PATIENTS:
+        return _patient_t(statistic, members, value, len(patients), config.level)
+
+    groups = _strata(members, strata)
+    values = np.empty(config.draws)
+    open_draws, redrawn, attempt = np.arange(config.draws), 0, 0
+    while len(open_draws):
+        if redrawn > MAX_REDRAWN * config.draws:
+            return interval(None, None, f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates")
+        chosen = _draw(groups, open_draws, attempt, config.seed)
+        values[open_draws] = [statistic(np.concatenate([members[i] for i in row])) for row in chosen]
+        open_draws = open_draws[np.isnan(values[open_draws])]
+        redrawn, attempt = redrawn + len(open_draws), attempt + 1
+    tail = (1 - config.level) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return interval(float(low), float(high), f"{redrawn} undefined replicates drawn again" if redrawn else "")
+
+
+def paired_difference(
+    first: Statistic, second: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
+) -> Interval:
+    """first − second on the same patients, subtracted inside every replicate."""
+    return patient_bootstrap(lambda rows: first(rows) - second(rows), patients, config, strata)
+
+
+def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, units: int, level: float) -> Interval:
+    """Student's t on one number a patient: the jackknife pseudo-value nθ − (n−1)θ₋ᵢ (Arvesen 1969, doi 10.1214/aoms/1177697287).
+
+    For a mean over patients of equal size a pseudo-value is the patient's own mean; for AUC it gives DeLong's variance.
+    """
+    n = len(members)
+    without = np.array([statistic(np.concatenate(members[:i] + members[i + 1 :])) for i in range(n)])
+    if np.isnan(without).any():
+        return Interval(value, None, None, n, units, "interval withheld: the statistic is undefined without one of the patients")
+    pseudo = n * value - (n - 1) * without
+    half = float(stats.t.ppf((1 + level) / 2, n - 1) * pseudo.std(ddof=1) / math.sqrt(n))
+    note = f"warning: {n} patients, t-interval on patient-level values; read it with care under {BOOTSTRAP_PATIENTS}"
+    return Interval(value, value - half, value + half, n, units, note)
+
+
+def _members(patients: Sequence[str]) -> list[np.ndarray]:
+    """The rows of each patient, patients in the order of their ids."""
+    if len(patients) == 0:
+        raise ValueError("an interval needs at least one row, got none")
+    _, codes = np.unique(np.asarray(patients), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(codes))[:-1])
+
+
+def _strata(members: list[np.ndarray], strata: Sequence[str] | None) -> list[np.ndarray]:
+    if strata is None:
+        return [np.arange(len(members))]
+    labels = np.asarray(strata)
+    for rows in members:
+        if len(np.unique(labels[rows])) > 1:
+            raise ValueError(f"a patient stands in the strata {sorted(set(labels[rows]))}: expected one stratum a patient")
+    _, codes = np.unique(labels[[rows[0] for rows in members]], return_inverse=True)
+    return [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+
+
+def _draw(groups: list[np.ndarray], draws: np.ndarray, attempt: int, seed: int) -> np.ndarray:
+    """Patients of every replicate: int64 [len(draws), patients]."""
+    columns = []
+    for number, group in enumerate(groups):
+        parents = keys(seed, f"bootstrap/{number}", attempt, torch.from_numpy(draws))
+        places = (uniform(parents, len(group)).double() * len(group)).long().numpy()
+        columns.append(group[places])
+    return np.concatenate(columns, axis=1)
