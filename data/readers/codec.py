@@ -48,7 +48,8 @@ def _segments(data: bytes, scan: bool) -> bytes:
         return b""
     if data[:2] != b"\xff\xd8":
         raise ValueError("no JPEG start marker")
-    kept, place = [], 2
+    kept: list[bytes] = []
+    place = 2
     while place + 4 <= len(data):
         if data[place] != 0xFF:
             raise ValueError(f"no JPEG marker at byte {place}")

@@ -35,7 +35,7 @@ def read_layout(uri: str, store: Store) -> Layout:
     if head[:2] not in (b"II", b"MM"):
         return _by_openslide(uri, store, "it is no TIFF")
     try:
-        with tifffile.TiffFile(_RangeFile(uri, size, store)) as file:
+        with tifffile.TiffFile(io.BufferedReader(_RangeFile(uri, size, store), 4096)) as file:
             found = _tiff(file)
     except (StorageError, LayoutError):
         raise
