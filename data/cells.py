@@ -1,0 +1,143 @@
+"""Where patches may lie on one level of one slide: the tissue rule on an integral image, and regions placed uniformly."""
+
+import math
+
+import numpy as np
+
+from histoscale.data.keys import key
+
+_EDGE = 1e-6  # level px and shares: rounding of coordinates that are not whole numbers
+_TRIES = (8, 64, 512, 4096)  # places tried at random before the slide is searched for blocks that can hold a cell
+
+
+class Tissue:
+    """The integral image of a slide's mask bool [h, w], cut to the tissue's bounding box. mpp: um per mask pixel."""
+
+    def __init__(self, mask: np.ndarray, mpp: float) -> None:
+        self.mpp = mpp
+        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+        if not len(columns):
+            columns = rows = np.zeros(1, int)
+        self.left, self.top = int(columns[0]), int(rows[0])
+        crop = mask[self.top : rows[-1] + 1, self.left : columns[-1] + 1]
+        self.integral = np.zeros((crop.shape[0] + 1, crop.shape[1] + 1), np.int32)
+        np.cumsum(np.cumsum(crop, axis=0, dtype=np.int32), axis=1, out=self.integral[1:, 1:])
+
+    def area(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Mask px of tissue above and left of the points u, v (mask px, broadcast together): interpolated between its points."""
+        rows, columns = self.integral.shape
+        u, v = np.clip(u - self.left, 0, columns - 1), np.clip(v - self.top, 0, rows - 1)
+        i, j = np.minimum(u.astype(np.int64), columns - 2), np.minimum(v.astype(np.int64), rows - 2)
+        du, dv, flat, at = u - i, v - j, self.integral.ravel(), j * columns + i
+        upper, lower = flat[at] * (1 - du) + flat[at + 1] * du, flat[at + columns] * (1 - du) + flat[at + columns + 1] * du
+        return upper * (1 - dv) + lower * dv
+
+
+class Cells:
+    """The square cells of `size` px that lie inside a level and hold enough tissue.
+
+    width, height, mpp: the level, px and um/px. fraction: least share of tissue in a cell.
+    """
+
+    def __init__(self, tissue: Tissue, width: int, height: int, mpp: float, size: float, fraction: float) -> None:
+        self.tissue, self.width, self.height, self.size = tissue, width, height, size
+        self.pitch = mpp / tissue.mpp  # mask px a level px
+        self.needed = fraction * (size * self.pitch) ** 2 * (1 - _EDGE)  # mask px of tissue in a cell
+        self.what = f"a cell of {size:g} px with {fraction:.0%} tissue on a level of {width} x {height} px"
+
+    def any(self) -> bool:
+        """Is there one cell at whole level coordinates? Exact: tissue is bilinear in the corner between the lines of the mask."""
+        if self.size > min(self.width, self.height) + _EDGE:
+            return False
+        for stride in (8, 2, 0.5):  # cheap looks first
+            coarse = [np.arange(0, side - self.size + 1, max(1, int(self.size * stride))) for side in (self.width, self.height)]
+            across, down = np.meshgrid(*coarse)
+            if (self._held(across, down, self.size) >= self.needed).any():
+                return True
+        across, down = (self._breakpoints(axis) for axis in (0, 1))
+        return any((self._held(across, np.full(len(across), y), self.size) >= self.needed).any() for y in down)
+
+    def fits(self, x: np.ndarray, y: np.ndarray, grid: int) -> np.ndarray:
+        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit."""
+        steps = np.arange(grid + 1) * self.size
+        xs, ys = x[:, None] + steps, y[:, None] + steps
+        area = self.tissue.area(xs[:, None, :] * self.pitch, ys[:, :, None] * self.pitch)
+        held = area[:, 1:, 1:] - area[:, :-1, 1:] - area[:, 1:, :-1] + area[:, :-1, :-1]
+        inside_x = (xs[:, :-1] >= -_EDGE) & (xs[:, 1:] <= self.width + _EDGE)
+        inside_y = (ys[:, :-1] >= -_EDGE) & (ys[:, 1:] <= self.height + _EDGE)
+        return (held >= self.needed) & inside_y[:, :, None] & inside_x[:, None, :]
+
+    def region(self, k: int, grid: int) -> tuple[int, int, np.ndarray]:
+        """A region of grid x grid cells: corner x, y and bool [grid, grid], the cells that fit.
+
+        Uniform over all whole corners (overhang allowed) whose region holds at least one cell that fits, so that each position of
+        a cell is equally likely: tried at random within reach of the tissue, first accepted; where tissue is rare, only in blocks
+        that can hold one. Raises ValueError when no cell fits anywhere.
+        """
+        low, span = self._reach(grid)
+        start = 0
+        for count in _TRIES:
+            x, y = (low[a] + _draws(k, f"corner {a}", start, count, span[a]) for a in (0, 1))
+            found = self._first(x, y, grid)
+            if found is not None:
+                return found
+            start += count
+        block, corners = self._blocks(grid, low, span)
+        if not len(corners):
+            raise ValueError(f"there is no place for {self.what}")
+        for start in range(0, 1 << 24, _TRIES[-1]):
+            chosen = corners[_draws(k, "block", start, _TRIES[-1], len(corners))]
+            x, y = (chosen[:, a] + _draws(k, f"inner {a}", start, _TRIES[-1], block) for a in (0, 1))
+            within = (x >= low[0]) & (x < low[0] + span[0]) & (y >= low[1]) & (y < low[1] + span[1])
+            found = self._first(x[within], y[within], grid)
+            if found is not None:
+                return found
+        raise ValueError(f"no place found in {1 << 24} tries for {self.what}")
+
+    def _first(self, x: np.ndarray, y: np.ndarray, grid: int) -> tuple[int, int, np.ndarray] | None:
+        fits = self.fits(x, y, grid)
+        held = np.flatnonzero(fits.any(axis=(1, 2)))
+        return (int(x[held[0]]), int(y[held[0]]), fits[held[0]]) if len(held) else None
+
+    def _held(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
+        """Mask px of tissue in the squares of `size` level px with corners x, y."""
+        left, right, top, below = x * self.pitch, (x + size) * self.pitch, y * self.pitch, (y + size) * self.pitch
+        area = self.tissue.area
+        return area(right, below) - area(left, below) - area(right, top) + area(left, top)
+
+    def _breakpoints(self, axis: int) -> np.ndarray:
+        """Whole corners around the places where an edge of a cell crosses a line of the mask: tissue peaks at one of them."""
+        side, first = ((self.width, self.tissue.left), (self.height, self.tissue.top))[axis]
+        lines = (first + np.arange(self.tissue.integral.shape[1 - axis])) / self.pitch
+        edges = np.concatenate([lines, lines - self.size])
+        return np.unique(np.clip(np.concatenate([np.floor(edges), np.ceil(edges)]), 0, math.floor(side - self.size)))
+
+    def _reach(self, grid: int) -> tuple[list[int], list[int]]:
+        """Lowest corner and number of corners per axis with which some cell is inside the level and near the tissue."""
+        low, span = [], []
+        for axis, (side, first) in enumerate(((self.width, self.tissue.left), (self.height, self.tissue.top))):
+            start, stop = first / self.pitch, (first + self.tissue.integral.shape[1 - axis] - 1) / self.pitch
+            lowest = max(math.ceil(-(grid - 1) * self.size - _EDGE), math.floor(start - grid * self.size))
+            highest = min(math.floor(side - self.size + _EDGE), math.ceil(stop))
+            low.append(lowest)
+            span.append(max(1, highest - lowest + 1))
+        return low, span
+
+    def _blocks(self, grid: int, low: list[int], span: list[int]) -> tuple[int, np.ndarray]:
+        """Side and corners [M, 2] of blocks of corners whose region might hold a cell that fits: all that do are among them."""
+        block = math.ceil(self.size)
+        origin = [math.floor(low[a] / block) for a in (0, 1)]
+        counts = [(low[a] + span[a]) // block + grid + 2 - origin[a] for a in (0, 1)]
+        x, y = np.meshgrid(*((origin[a] + np.arange(counts[a])) * block for a in (0, 1)))
+        possible = self._held(x, y, block + self.size) >= self.needed  # cells with their corner in the block lie in here
+        held = np.zeros_like(possible)
+        shifts = {d for i in range(grid) for d in (math.floor(i * self.size / block), math.floor(i * self.size / block) + 1)}
+        for down in shifts:
+            for right in shifts:
+                held[: counts[1] - down, : counts[0] - right] |= possible[down:, right:]
+        return block, np.stack([x[held], y[held]], axis=1)
+
+
+def _draws(k: int, purpose: str, start: int, count: int, n: int) -> np.ndarray:
+    """Numbers start … start + count of a keyed sequence over range(n): int64 [count]."""
+    return np.array([key(k, purpose, i) % n for i in range(start, start + count)], np.int64)

@@ -1,0 +1,248 @@
+"""The pure plan: which patch of which visit to which slide stands in slot g of step b. No rank, worker or file in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from histoscale.data.keys import key, permutation, permute
+from histoscale.data.pixelfilter import PixelFilterConfig
+
+PLAN_VERSION = 1  # part of every result identity: raise it when the same keys would name other patches
+ATTEMPTS = 8  # a visit that fails is replaced by attempts 1 … 8
+_ONE = 1 << 32  # a whole visit in the fixed-point arithmetic of a pass
+_WEIGHTINGS = ("patients", "slides", "area", "organ", "site", "cohort")
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Where patches come from; every key changes results.
+
+    mpps [um/px] and weights: the mix of magnifications, as whole-number counts of a repeating cycle.
+    patch_px: side of a patch in output pixels. grid: a visit is grid x grid patches. lanes_per_slot: visits open at a time.
+    tissue_fraction: least share of tissue in a patch. mpp_tolerance: a stored level this near to the target is taken unscaled.
+    max_upsample: how far a slide may be enlarged to serve a finer mpp.
+    slide_weighting: patients (uniform over patients, then over their slides), slides (uniform), area (tissue area ** exponent),
+    or organ, site, cohort (group ** exponent in patients, then as patients; exponent 0 balances the groups).
+    slide_budget: keep so many slides, nested over budgets. patch_budget: distinct patches in all, repeated in epochs.
+    """
+
+    mpps: list[float]
+    weights: list[int]
+    patch_px: int
+    grid: int
+    lanes_per_slot: int
+    tissue_fraction: float
+    mpp_tolerance: float
+    max_upsample: float
+    slide_weighting: str
+    weighting_exponent: float
+    slide_budget: int | None
+    patch_budget: int | None
+    pixel_filter: PixelFilterConfig
+
+
+@dataclass(frozen=True)
+class SlideTable:
+    """What the plan must know of the slides: one entry a slide, in the order of the catalog.
+
+    patients: the slide's own id where no patient is known. area: tissue, mm2 [slides]. eligible: bool [slides, mpps].
+    """
+
+    slide_ids: Sequence[str]
+    patients: Sequence[str]
+    organs: Sequence[str]
+    sites: Sequence[str]
+    cohorts: Sequence[str]
+    area: np.ndarray
+    eligible: np.ndarray
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the patch of a (step, slot) comes from: patch `number` of the visit at `turn` of a lane."""
+
+    slot: int
+    lane: int
+    turn: int
+    number: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit: everything that its patches depend on besides the slide's bytes. slide: row; target: index into sampler.mpps."""
+
+    slot: int
+    lane: int
+    number: int
+    attempt: int
+    slide: int
+    target: int
+    key: int
+
+
+def rank_slots(global_batch: int, rank: int, world: int) -> range:
+    """The contiguous slots of a rank. Raises ValueError unless world divides the batch, naming the nearest that would do."""
+    if global_batch % world:
+        low = global_batch // world * world
+        nearest = " and ".join(str(g) for g in (low, low + world) if g)
+        raise ValueError(f"optim.global_batch {global_batch} does not divide over {world} processes: the nearest are {nearest}")
+    share = global_batch // world
+    return range(rank * share, (rank + 1) * share)
+
+
+def slide_weights(table: SlideTable, rows: np.ndarray, weighting: str, exponent: float) -> np.ndarray:
+    """Relative weights float64 [len(rows)] of the slides in `rows`, which are those that can serve one mpp."""
+    if weighting == "slides":
+        return np.ones(len(rows))
+    if weighting == "area":
+        return table.area[rows].astype(np.float64) ** exponent
+    _, patient, slides_of = np.unique([table.patients[row] for row in rows], return_inverse=True, return_counts=True)
+    within = 1.0 / slides_of[patient]
+    if weighting == "patients":
+        return within
+    names = {"organ": table.organs, "site": table.sites, "cohort": table.cohorts}[weighting]
+    groups, group = np.unique([names[row] for row in rows], return_inverse=True)
+    patients_of = np.bincount(group, weights=within, minlength=len(groups))  # a patient in two groups counts for a part in each
+    return (patients_of ** (exponent - 1))[group] * within
+
+
+def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
+    """bool [slides]: the slides that a budget keeps, in the order of a keyed hash of the patients, then of their slides.
+
+    A smaller budget is a subset of a larger one. Slides that can serve no mpp are not counted.
+    Raises ValueError when the budget is not within 1 and the slides that there are.
+    """
+    usable = np.flatnonzero(table.eligible.any(axis=1))
+    if budget is None:
+        budget = len(usable)
+    elif not 1 <= budget <= len(usable):
+        raise ValueError(f"sampler.slide_budget is {budget}: {len(usable)} slides can serve a magnification of the mix")
+
+    def place(row: int) -> tuple[int, int]:
+        return key(seed, "patient " + table.patients[row]), key(seed, "slide " + table.slide_ids[row])
+
+    kept = np.zeros(len(table.slide_ids), bool)
+    kept[sorted(usable.tolist(), key=place)[:budget]] = True
+    return kept
+
+
+class Passes:
+    """Endless passes over slides: in N visits slide s stands floor(N w_s) or ceil(N w_s) times, on average N w_s.
+
+    A pass is a systematic sample (a comb with a random offset over the cumulated weights) read in a keyed order, so that one
+    visit costs a search and no table of a pass is kept.
+    """
+
+    def __init__(self, rows: np.ndarray, weights: np.ndarray) -> None:
+        self.rows = rows
+        shares = np.maximum(np.rint(weights / weights.sum() * (1 << 52)), 1).astype(np.int64)
+        self.shares = np.cumsum(shares)
+        total = int(self.shares[-1])
+        # Python's integers: shares * N * 2**32 does not fit in 64 bits, and equal weights must give whole visits exactly.
+        self.bounds = np.array([int(share) * len(rows) * _ONE // total for share in self.shares], np.int64)
+
+    def at(self, seed: int, target: int, place: int) -> int:
+        """The slide at a place of the endless list of visits of one mpp."""
+        number, within = divmod(place, len(self.rows))
+        k = key(seed, "pass", target, number)
+        tooth = permute(k, len(self.rows), within) * _ONE + key(seed, "comb", target, number) % _ONE
+        return int(self.rows[np.searchsorted(self.bounds, tooth, side="right")])
+
+    def draw(self, k: int) -> int:
+        """One slide by weight."""
+        return int(self.rows[np.searchsorted(self.shares, k % int(self.shares[-1]), side="right")])
+
+
+class Plan:
+    """The plan of one run: a function of the seed, the global batch G, the sampler and the slides.
+
+    Raises ValueError on an inconsistent sampler, a magnification that no slide can serve, or a budget that does not come out.
+    """
+
+    def __init__(self, seed: int, global_batch: int, sampler: SamplerConfig, table: SlideTable) -> None:
+        _check(sampler, table)
+        self.seed, self.global_batch, self.sampler = seed, global_batch, sampler
+        self.lanes, self.per_visit = sampler.lanes_per_slot, sampler.grid**2
+        self.epoch_visits = _epoch_visits(sampler.patch_budget, global_batch, self.lanes * self.per_visit)
+        self.cycle = np.repeat(np.arange(len(sampler.mpps)), sampler.weights)
+        self.first = np.cumsum([0, *sampler.weights])
+        kept = budgeted(seed, table, sampler.slide_budget)
+        self.passes = []
+        for target, mpp in enumerate(sampler.mpps):
+            rows = np.flatnonzero(kept & table.eligible[:, target])
+            if not len(rows):
+                raise ValueError(f"none of {int(kept.sum())} slides can serve {mpp:g} um/px: take it out of sampler.mpps")
+            weights = slide_weights(table, rows, sampler.slide_weighting, sampler.weighting_exponent)
+            self.passes.append(Passes(rows, weights))
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._inner: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+
+    def place(self, step: int, slot: int) -> Place:
+        """Which lane, turn and patch number slot `slot` takes at step `step`."""
+        t, u = divmod(step, self.lanes)
+        lane = int(self._order(slot, t)[u])
+        age = t + key(self.seed, "phase", slot, lane) % self.per_visit
+        turn, i = divmod(age, self.per_visit)
+        return Place(slot, lane, turn, int(self._numbers(slot, lane, turn)[i]), i == self.per_visit - 1)
+
+    def visit(self, slot: int, lane: int, turn: int, attempt: int = 0) -> Visit:
+        """The visit at a turn of a lane; an attempt > 0 replaces its slide by one drawn by weight."""
+        number = turn
+        if self.epoch_visits is not None:
+            epoch, within = divmod(turn, self.epoch_visits)
+            number = permute(key(self.seed, "epoch", epoch, slot, lane), self.epoch_visits, within)
+        ordinal = (number * self.global_batch + slot) * self.lanes + lane
+        round_, within = divmod(ordinal, len(self.cycle))
+        index = permute(key(self.seed, "cycle", round_), len(self.cycle), within)
+        target = int(self.cycle[index])
+        k = key(self.seed, "visit", slot, lane, number, attempt)
+        if attempt:
+            slide = self.passes[target].draw(key(self.seed, "replacement", slot, lane, number, attempt))
+        else:
+            place = round_ * self.sampler.weights[target] + index - int(self.first[target])
+            slide = self.passes[target].at(self.seed, target, place)
+        return Visit(slot, lane, number, attempt, slide, target, k)
+
+    def _order(self, slot: int, t: int) -> np.ndarray:
+        """The order in which the lanes of a slot are taken in round t; the last one of a slot is remembered."""
+        known = self._orders.get(slot)
+        if known is None or known[0] != t:
+            known = self._orders[slot] = (t, permutation(key(self.seed, "order", slot, t), self.lanes))
+        return known[1]
+
+    def _numbers(self, slot: int, lane: int, turn: int) -> np.ndarray:
+        """The order in which the patches of a visit are taken; the last one of a lane is remembered."""
+        known = self._inner.get((slot, lane))
+        if known is None or known[0] != turn:
+            known = (turn, permutation(key(self.seed, "inner", slot, lane, turn), self.per_visit))
+            self._inner[slot, lane] = known
+        return known[1]
+
+
+def _check(sampler: SamplerConfig, table: SlideTable) -> None:
+    if not sampler.mpps or len(sampler.mpps) != len(sampler.weights) or min(sampler.weights) < 1 or min(sampler.mpps) <= 0:
+        given = f"sampler.mpps {sampler.mpps} and sampler.weights {sampler.weights}"
+        raise ValueError(f"{given}: expected positive magnifications and as many whole counts of at least 1")
+    for name in ("patch_px", "grid", "lanes_per_slot"):
+        if getattr(sampler, name) < 1:
+            raise ValueError(f"sampler.{name} is {getattr(sampler, name)}: expected at least 1")
+    if sampler.slide_weighting not in _WEIGHTINGS:
+        raise ValueError(f"sampler.slide_weighting is {sampler.slide_weighting!r}: expected one of {', '.join(_WEIGHTINGS)}")
+    if table.eligible.shape != (len(table.slide_ids), len(sampler.mpps)):
+        raise ValueError(f"eligible is {table.eligible.shape}: expected {len(table.slide_ids)} slides x {len(sampler.mpps)} mpp")
+
+
+def _epoch_visits(budget: int | None, global_batch: int, per_slot: int) -> int | None:
+    """Visits a lane in one epoch of a patch budget. Raises ValueError, naming its neighbours, for one that does not come out."""
+    if budget is None:
+        return None
+    unit = global_batch * per_slot
+    if budget < unit or budget % unit:
+        low = budget // unit * unit
+        nearest = " and ".join(str(p) for p in (low, low + unit) if p)
+        raise ValueError(
+            f"sampler.patch_budget is {budget}: expected a multiple of batch x lanes x grid^2 = {unit}; the nearest are {nearest}"
+        )
+    return budget // unit

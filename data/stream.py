@@ -1,0 +1,337 @@
+"""The stream: owners read the visits of their slots ahead; whole uint8 batches are put together by slot, never by arrival."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from histoscale.data.catalog import open_catalog
+from histoscale.data.journal import scrub
+from histoscale.data.plan import ATTEMPTS, Place, Plan, SamplerConfig, Visit, rank_slots
+from histoscale.data.storage import StorageConfig, StorageError, Store
+from histoscale.data.tally import Tally
+from histoscale.data.visit import Patches, SlideSource, Source, VisitFailed
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How patches are read; nothing here changes which.
+
+    workers: processes a rank (0: none). prefetch: batches read ahead by each. threads: visits in flight in each.
+    max_lost: the run stops when failed visits pass this share of all.
+    """
+
+    workers: int
+    prefetch: int
+    threads: int
+    max_lost: float
+
+
+class StreamError(OSError):
+    """The stream cannot go on; the message names the slide and the cause."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The patches of a rank's slots at one step, in the order of the slots.
+
+    slots: int64 [B]. pixels: uint8 [B, 3, S, S], channels last in memory. slide: row of the catalog, int64 [B]. mpp: true um/px,
+    float32 [B]. level, x, y: where the patch was cut, level px, int64 [B]. target: index into sampler.mpps, int64 [B].
+    """
+
+    step: int
+    slots: Tensor
+    pixels: Tensor
+    slide: Tensor
+    mpp: Tensor
+    level: Tensor
+    x: Tensor
+    y: Tensor
+    target: Tensor
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An attempt at a visit that failed: one row of lost.jsonl."""
+
+    slot: int
+    lane: int
+    visit: int
+    attempt: int
+    slide: int
+    target: int
+    tested: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A visit that was read, after its failed attempts."""
+
+    visit: Visit
+    patches: Patches
+    lost: list[Lost]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one owner hands over for one step. where: int64 [b, 6]: slot, slide, target, level, x, y.
+    opened: int64 [v, 5]: slide, target, tested, passed, repeated of visits that are first used here."""
+
+    step: int
+    pixels: Tensor
+    where: np.ndarray
+    mpp: np.ndarray
+    opened: np.ndarray
+    lost: list[Lost]
+
+
+@dataclass(frozen=True)
+class _Fault:
+    reason: str
+
+
+def read_visit(plan: Plan, source: Source, place: Place) -> _Read:
+    """The visit of a place, or the first of its replacements that can be read.
+
+    Raises StreamError when every attempt failed, or when the store does not answer.
+    """
+    lost: list[Lost] = []
+    for attempt in range(ATTEMPTS + 1):
+        visit = plan.visit(place.slot, place.lane, place.turn, attempt)
+        try:
+            return _Read(visit, source.read(visit), lost)
+        except VisitFailed as failed:
+            reason = scrub(str(failed))
+            lost.append(Lost(place.slot, place.lane, visit.number, attempt, visit.slide, visit.target, failed.tested, reason))
+        except StorageError as error:
+            raise StreamError(f"slide {source.slide_ids[visit.slide]}: {scrub(str(error))}") from error
+    slides = ", ".join(source.slide_ids[one.slide] for one in lost)
+    raise StreamError(f"{ATTEMPTS + 1} slides in a row could not be read ({slides}); the last one: {lost[-1].reason}")
+
+
+class Owner:
+    """Reads the visits of some slots; each visit is read once and kept until its last patch is taken."""
+
+    def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig) -> None:
+        self.plan, self.source, self.slots, self.config = plan, source, slots, config
+
+    def parts(self, start: int) -> Iterator[_Part]:
+        """The parts of steps start, start + 1, … without end. Raises StreamError."""
+        pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="visit")
+        reading: dict[tuple[int, int, int], Future[_Read]] = {}
+        seen: set[tuple[int, int, int]] = set()
+        ahead: dict[int, list[Place]] = {}
+        try:
+            for step in count(start):
+                for future_step in range(max(ahead, default=step - 1) + 1, step + self.config.prefetch + 1):
+                    ahead[future_step] = [self.plan.place(future_step, slot) for slot in self.slots]
+                    for place in ahead[future_step]:
+                        name = (place.slot, place.lane, place.turn)
+                        if name not in reading:
+                            reading[name] = pool.submit(read_visit, self.plan, self.source, place)
+                yield self._part(step, ahead.pop(step), reading, seen)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _part(
+        self, step: int, places: list[Place], reading: dict[tuple[int, int, int], Future[_Read]], seen: set[tuple[int, int, int]]
+    ) -> _Part:
+        side = self.plan.sampler.patch_px
+        pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
+        image, where, mpp = pixels.numpy(), np.empty((len(places), 6), np.int64), np.empty(len(places))
+        opened, lost = [], []
+        for i, place in enumerate(places):
+            name = (place.slot, place.lane, place.turn)
+            read = reading[name].result()
+            patches, visit = read.patches, read.visit
+            if name not in seen:
+                seen.add(name)
+                opened.append((visit.slide, visit.target, patches.tested, patches.passed, patches.repeated))
+                lost += read.lost
+            image[i] = patches.pixels[place.number]
+            where[i] = place.slot, visit.slide, visit.target, patches.level, patches.x[place.number], patches.y[place.number]
+            mpp[i] = patches.mpp
+            if place.last:
+                del reading[name]
+                seen.discard(name)
+        return _Part(step, pixels, where, mpp, np.array(opened, np.int64).reshape(-1, 5), lost)
+
+
+class _Owners(IterableDataset[_Part | _Fault]):
+    """One owner a worker: the slots of the rank by slot mod workers."""
+
+    def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig, start: int) -> None:
+        self.plan, self.source, self.slots, self.config, self.start = plan, source, slots, config, start
+
+    def __iter__(self) -> Iterator[_Part | _Fault]:
+        worker = get_worker_info()
+        slots = self.slots if worker is None else self.slots[worker.id :: worker.num_workers]
+        try:
+            yield from Owner(self.plan, self.source, slots, self.config).parts(self.start)
+        except StreamError as error:
+            yield _Fault(str(error))  # a plain value: the main process raises it without a worker's traceback around it
+
+
+class Stream:
+    """The batches of one rank from step `start` on, without end; close it, or use it as a context.
+
+    `lost`: the file that failed visits are appended to. Raises ValueError when the ranks do not divide the global batch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        config: StreamConfig,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        lost: Path | None = None,
+    ) -> None:
+        if min(config.threads, config.prefetch) < 1 or config.workers < 0:
+            raise ValueError(f"{config}: expected at least one thread and one batch of prefetch, and no fewer than zero workers")
+        self.plan, self.source, self.config, self.start = plan, source, config, start
+        self.slots = rank_slots(plan.global_batch, rank, world)
+        self.tally = Tally(source, plan.sampler.mpps)
+        self._lost, self._visits = lost, 0
+        self._waited, self._since = 0.0, time.perf_counter()
+        self._parts: Iterator[_Part | _Fault] | None = None
+        self._batches: Iterator[Batch] | None = None
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises StreamError when a store does not answer or too many slides in a row cannot be read."""
+        if self._batches is None:
+            self._batches = self._run()
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - asked
+        return batch
+
+    def close(self) -> None:
+        """Stop the workers and threads."""
+        if self._batches is not None:
+            self._batches.close()  # type: ignore[attr-defined]
+        self._batches = None
+
+    def stats(self) -> dict[str, float]:
+        """For a metric row: share of the time since the last call that the caller waited; counts since the stream began."""
+        now = time.perf_counter()
+        waited, self._waited = self._waited / max(now - self._since, 1e-9), 0.0
+        self._since = now
+        totals = self.tally.totals()
+        return {
+            "data/wait_fraction": min(1.0, waited),
+            "data/patches": totals["served"],
+            "data/accepted": totals["passed"] / max(1, totals["tested"]),
+            "data/repeated": totals["repeated"],
+            "data/failed": totals["failed"],
+        }
+
+    def check_lost(self, total: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        """Raises StreamError when failed visits, summed over ranks by `total` (Ranks.sum), pass config.max_lost of all."""
+        failed, read = total(torch.tensor([self.tally.totals()["failed"], self._visits])).tolist()
+        if failed > self.config.max_lost * (failed + read):
+            limit = f"stream.max_lost={self.config.max_lost:g}"
+            raise StreamError(f"{failed} of {failed + read} visits failed, more than {limit}: see lost.jsonl")
+
+    def _run(self) -> Iterator[Batch]:
+        owners = min(self.config.workers, len(self.slots))
+        dataset = _Owners(self.plan, self.source, self.slots, self.config, self.start)
+        if owners:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["histoscale.data.stream"])  # imported once, not once a worker
+            ahead = self.config.prefetch
+            loader = DataLoader(
+                dataset, batch_size=None, num_workers=owners, prefetch_factor=ahead, multiprocessing_context=context
+            )
+            parts: Iterator[_Part | _Fault] = iter(loader)
+        else:
+            parts = iter(dataset)
+        try:
+            while True:
+                yield self._batch([self._checked(next(parts)) for _ in range(max(1, owners))])
+        finally:
+            if owners:
+                parts._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the garbage collector comes by
+            else:
+                parts.close()  # type: ignore[attr-defined]
+
+    def _checked(self, part: _Part | _Fault) -> _Part:
+        if isinstance(part, _Fault):
+            raise StreamError(part.reason)
+        return part
+
+    def _batch(self, parts: list[_Part]) -> Batch:
+        steps = {part.step for part in parts}
+        assert len(steps) == 1, f"workers are at different steps: {sorted(steps)}"
+        pixels, where = parts[0].pixels, parts[0].where
+        mpp = parts[0].mpp
+        if len(parts) > 1:
+            pixels = torch.empty((len(self.slots), *pixels.shape[1:]), dtype=torch.uint8)
+            where, mpp = np.empty((len(self.slots), 6), np.int64), np.empty(len(self.slots))
+            for worker, part in enumerate(parts):
+                pixels[worker :: len(parts)] = part.pixels
+                where[worker :: len(parts)] = part.where
+                mpp[worker :: len(parts)] = part.mpp
+        self._record(parts, where)
+        columns = torch.from_numpy(where)
+        slots, slide, target, level, x, y = columns.unbind(1)
+        return Batch(parts[0].step, slots, pixels.permute(0, 3, 1, 2), slide, torch.from_numpy(mpp).float(), level, x, y, target)
+
+    def _record(self, parts: list[_Part], where: np.ndarray) -> None:
+        tally = self.tally
+        tally.serve(where[:, 1], where[:, 2])
+        rows = []
+        for part in parts:
+            self._visits += len(part.opened)
+            for slide, target, tested, passed, repeated in part.opened:
+                tally.counts[[tally.TESTED, tally.PASSED, tally.REPEATED], slide, target] += tested, passed, repeated
+            for one in part.lost:
+                tally.counts[[tally.TESTED, tally.FAILED], one.slide, one.target] += one.tested, 1
+                rows.append({"step": part.step, "slide_id": self.source.slide_ids[one.slide], **vars(one)})
+        if rows and self._lost is not None:
+            text = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: (row["slot"], row["attempt"])))
+            descriptor = os.open(self._lost, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, text.encode())  # one write: ranks share the file
+            finally:
+                os.close(descriptor)
+
+
+def open_stream(
+    catalog: str,
+    sampler: SamplerConfig,
+    stream: StreamConfig,
+    storage: StorageConfig,
+    seed: int,
+    global_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    start: int = 0,
+    lost: Path | None = None,
+) -> Stream:
+    """The stream of one rank over the slides of a catalog. Raises ValueError, StorageError."""
+    store = Store(storage)
+    source = SlideSource(open_catalog(catalog, store), store, sampler)
+    return Stream(Plan(seed, global_batch, sampler, source.table()), source, stream, rank, world, start, lost)
