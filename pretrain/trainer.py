@@ -89,11 +89,11 @@ class Preempted(Exception):
         self.step = step
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(ValueError):
     """A loss or gradient was not finite; weights, moments, centres and teacher are those before that step."""
 
 
-class Collapsed(ArithmeticError):
+class Collapsed(ValueError):
     """The read-outs say collapse, and monitor.stop_on_collapse is set."""
 
 

@@ -1,0 +1,201 @@
+"""Pretrain a vision transformer on the slides of a catalog, without labels; run it again to continue.
+
+Examples:
+    histoscale pretrain catalog=catalog recipe=demo out=run
+    torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
+    histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
+
+A recipe sets every group; keys after it change single values. `out` holds checkpoints/step-N, metrics.jsonl (losses, collapse
+read-outs, rates), lost.jsonl (visits that failed) and summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with
+code 75.
+"""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from histoscale.data.catalog import Catalog, open_catalog
+from histoscale.data.journal import Journal, JournalConfig, plain
+from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig
+from histoscale.data.ranks import Ranks, close_ranks, open_ranks
+from histoscale.data.storage import StorageConfig, Store
+from histoscale.data.stream import Batch, Stream, StreamConfig
+from histoscale.data.views import ViewsConfig
+from histoscale.data.visit import SlideSource
+from histoscale.launch import run as launched
+from histoscale.pretrain import trainer
+from histoscale.pretrain.backbone import ModelConfig
+from histoscale.pretrain.checkpoint import CheckpointConfig
+from histoscale.pretrain.methods.dinov2 import MethodConfig
+from histoscale.pretrain.monitor import MonitorConfig
+from histoscale.pretrain.optim import OptimConfig
+from histoscale.pretrain.parallel import HardwareConfig
+from histoscale.pretrain.schedule import ScheduleConfig
+
+RESULT = ("seed", "roles", "sampler", "views", "model", "method", "optim", "schedule")
+HELD_OUT = ("test", "external")  # roles of patients that results are reported on
+
+
+@dataclass(frozen=True)
+class Config:
+    """catalog: from `histoscale index`. seed: of every random choice. roles: values of the column `role` to train on."""
+
+    catalog: str
+    seed: int
+    roles: list[str]
+    sampler: SamplerConfig
+    views: ViewsConfig
+    model: ModelConfig
+    method: MethodConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    storage: StorageConfig
+    stream: StreamConfig
+    hardware: HardwareConfig
+    checkpoint: CheckpointConfig
+    monitor: MonitorConfig
+    out: str
+    logging: JournalConfig
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The catalog by its hash, wherever it lies, and the version of the plan."""
+    return {"catalog": open_catalog(config.catalog, Store(config.storage)).hash, "plan": PLAN_VERSION}
+
+
+def run(config: Config, journal: Journal) -> dict[str, Any]:
+    """Train to the end of the schedule. Raises what data/stream.py and pretrain/trainer.py raise, and ValueError."""
+    ranks = open_ranks(config.hardware.device, config.hardware.timeout_s)
+    check_shared(journal.out, ranks)
+    store = Store(config.storage)
+    catalog = open_catalog(config.catalog, store)
+    source = SlideSource(catalog, store, config.sampler)
+    table = source.table()
+    for slide_id, why in source.ineligible:
+        journal.say(f"ineligible: {slide_id}: {why}")
+    kept = of_roles(catalog, config.roles, journal)
+    table = dataclasses.replace(table, eligible=table.eligible & kept[:, None])
+    plan = Plan(config.seed, config.optim.global_batch, config.sampler, table)
+    used = np.flatnonzero(table.eligible.any(axis=1))
+    transductive = any(catalog.slides[row].labels.get("role") in HELD_OUT for row in used)
+    if transductive:
+        journal.say(f"transductive: slides of the roles {', '.join(HELD_OUT)} are trained on; label every number of this run so")
+    facts = {
+        **identity(config),
+        "sampler": dataclasses.asdict(config.sampler),
+        "data": describe(catalog, used),
+        "transductive": transductive,
+    }
+    streams: list[Stream] = []
+
+    def batches(start: int) -> Iterator[Batch]:
+        streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, journal.path("lost.jsonl")))
+        return streams[-1]
+
+    def reading(backbone: nn.Module, step: int) -> dict[str, float]:
+        streams[-1].check_lost(ranks.sum)
+        return streams[-1].stats()
+
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(trainer.TrainConfig)}
+    train_config = trainer.TrainConfig(**shared)
+    rows = tracked(journal, {**train_config.result(), **plain(facts)})
+    try:
+        result = trainer.train(train_config, batches, [reading], rows, ranks, facts)
+    except trainer.Preempted as stop:
+        close_ranks()
+        raise launched.Preempted(stop.step) from None
+    finally:
+        for stream in streams:
+            stream.close()
+    tally = streams[-1].tally.summed(ranks.sum)
+    journal.say(f"what was streamed:\n{tally.text()}")
+    for warning in tally.warnings():
+        journal.say(warning)
+    close_ranks()
+    return {
+        "pretrain": {
+            "steps": result.step,
+            "patches": result.step * config.optim.global_batch,
+            "checkpoint": str(result.checkpoint.relative_to(journal.out)),
+            "last": result.row,
+            "streamed": tally.mix(),
+            "ineligible": dict(source.ineligible),
+            **{name: facts[name] for name in ("data", "transductive", "catalog")},
+        }
+    }
+
+
+def of_roles(catalog: Catalog, roles: list[str], journal: Journal) -> np.ndarray:
+    """bool [slides]: those whose label `role` is in `roles`; all, and a line that says so, without such a column."""
+    found = [slide.labels.get("role") for slide in catalog.slides]
+    if not any(found):
+        journal.say("the manifest has no column `role`: every slide is trained on")
+        return np.ones(len(found), bool)
+    kept = np.array([role in roles for role in found])
+    counted = ", ".join(f"{role or 'none'} ({n})" for role, n in sorted(Counter(map(str, found)).items()))
+    if not kept.any():
+        raise ValueError(f"roles={roles} selects no slide; the manifest has {counted}")
+    journal.say(f"{int(kept.sum())} of {len(found)} slides have a role in {roles}; there are: {counted}")
+    return kept
+
+
+def describe(catalog: Catalog, rows: np.ndarray) -> dict[str, Any]:
+    """Counts for the log and the model card."""
+    slides = [catalog.slides[row] for row in rows]
+    return {
+        "slides": len(slides),
+        "patients": len({slide.patient_id or slide.slide_id for slide in slides}),
+        **{f"{name}s": sorted({str(value) for slide in slides if (value := getattr(slide, name)) is not None})
+           for name in ("site", "organ", "stain", "scanner")},
+    }  # fmt: skip
+
+
+def check_shared(out: Path, ranks: Ranks) -> None:
+    """Raises ValueError on all ranks unless each of them sees what rank 0 writes into `out`."""
+    probe = out / ".seen-by-all-ranks"
+    out.mkdir(parents=True, exist_ok=True)
+    ranks.first(probe.touch)
+    blind = [rank for rank, sees in enumerate(ranks.objects(probe.exists())) if not sees]
+    ranks.first(lambda: probe.unlink(missing_ok=True))
+    if blind:
+        raise ValueError(f"out={out} is not one folder for all processes: rank {blind[0]} does not see what rank 0 writes there")
+
+
+class Tracked(Journal):
+    """The journal, whose rows also go to Weights & Biases."""
+
+    def __init__(self, journal: Journal, values: dict[str, Any]) -> None:
+        super().__init__(journal.out, journal.config, journal.main)
+        import wandb  # half a second, and not everywhere
+
+        self.tracker = wandb.init(
+            project=journal.config.wandb_project,
+            mode="online" if journal.config.wandb == "online" else "offline",
+            dir=journal.out,
+            config=values,
+        )
+
+    def row(self, **values: Any) -> None:
+        super().row(**values)
+        if "loss" in values:
+            self.tracker.log(plain(values), step=values["step"])
+
+
+def tracked(journal: Journal, values: dict[str, Any]) -> Journal:
+    """The journal itself, or one that also logs to Weights & Biases, as logging.wandb says."""
+    if journal.config.wandb not in ("off", "offline", "online"):
+        raise ValueError(f"logging.wandb is {journal.config.wandb!r}: expected off, offline or online")
+    return Tracked(journal, values) if journal.main and journal.config.wandb != "off" else journal
+
+
+if __name__ == "__main__":
+    from histoscale.launch.run import execute
+
+    sys.exit(execute("pretrain", sys.argv[1:]))
