@@ -1,13 +1,14 @@
 """A timm vision transformer, and one forward of it that adds mask tokens, any grid and batch-subset stochastic depth."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from histoscale.data import keys as draw
@@ -123,7 +124,7 @@ def forward_tokens(
     if at_prefix is not None:
         prefix = prefix + at_prefix
     tokens = vit.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), tokens + at_patches], 1))
-    for depth, block in enumerate(vit.blocks):
+    for depth, block in enumerate(cast(Iterable[Block], vit.blocks)):
         if kept is None:
             tokens = block(tokens)
         else:

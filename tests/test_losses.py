@@ -1,0 +1,210 @@
+"""Losses and targets against definitions restated naively, row by row, in float64; then their traps."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from histoscale.pretrain.losses import (
+    center_targets,
+    center_update,
+    dino_ce,
+    ibot_ce,
+    kde,
+    koleo,
+    sinkhorn_scalings,
+    sinkhorn_targets,
+)
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    parts = [math.exp(v - top) for v in row]
+    return [v / sum(parts) for v in parts]
+
+
+def cross_entropy(target: list[float], logits: list[float], temp: float) -> float:
+    return -sum(p * math.log(q) for p, q in zip(target, softmax([v / temp for v in logits]), strict=True))
+
+
+def assignment(logits: Tensor, temp: float, rounds: int) -> Tensor:
+    """Sinkhorn-Knopp as a matrix that is rescaled in place (arXiv 2006.09882): prototypes to 1/K, then samples to 1/N."""
+    q = (logits / temp).exp()
+    q = q / q.sum()
+    for _ in range(rounds):
+        q = q / q.sum(0, keepdim=True) / q.shape[1]
+        q = q / q.sum(1, keepdim=True) / q.shape[0]
+    return q * q.shape[0]
+
+
+@pytest.mark.parametrize("temp", [0.04, 0.07])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_sinkhorn_equals_the_matrix_form(temp: float, rounds: int) -> None:
+    logits = torch.nn.functional.normalize(noise(60, 24), dim=1)
+    assert torch.allclose(sinkhorn_targets(logits, temp, rounds), assignment(logits, temp, rounds), atol=1e-10, rtol=1e-10)
+    single = sinkhorn_targets(logits.float(), temp, rounds)
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), assignment(logits, temp, rounds), atol=1e-4)
+
+
+def test_sinkhorn_is_a_softmax_with_one_bias_a_prototype() -> None:
+    logits = noise(20, 8)
+    bias = sinkhorn_scalings(logits, 0.5, 3)
+    assert bias.shape == (8,)
+    assert torch.allclose((logits / 0.5 + bias).softmax(1), sinkhorn_targets(logits, 0.5, 3))
+
+
+def test_sinkhorn_ignores_a_shift_of_all_and_of_prototypes_but_not_of_samples() -> None:
+    logits = noise(30, 10)
+    targets = sinkhorn_targets(logits, 0.1, 3)
+    assert torch.allclose(sinkhorn_targets(logits + 3, 0.1, 3), targets, atol=1e-9)
+    assert torch.allclose(sinkhorn_targets(logits + noise(1, 10, seed=1), 0.1, 3), targets, atol=1e-9)
+    assert not torch.allclose(sinkhorn_targets(logits + noise(30, 1, seed=1), 0.1, 3), targets, atol=1e-2)
+
+
+def test_sinkhorn_does_not_overflow_where_the_matrix_form_does() -> None:
+    logits = 20 * noise(16, 6).float()
+    assert not assignment(logits, 0.04, 3).isfinite().all()
+    assert sinkhorn_targets(logits, 0.04, 3).isfinite().all()
+
+
+def test_sinkhorn_uses_prototypes_equally() -> None:
+    logits = noise(400, 8) + 5 * noise(1, 8, seed=2)
+    assert torch.allclose(sinkhorn_targets(logits, 1.0, 50).mean(0), torch.full((8,), 1 / 8, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("locals_", [0, 3])
+def test_dino_equals_the_sum_over_pairs(locals_: int) -> None:
+    views, batch, prototypes, temp = 2, 3, 5, 0.1
+    student, targets = noise(views + locals_, batch, prototypes), noise(views, batch, prototypes, seed=1).softmax(-1)
+    pairs = [(v, c) for v in range(views) for c in range(views + locals_) if v != c]
+    expected = sum(
+        cross_entropy(targets[v, b].tolist(), student[c, b].tolist(), temp) for v, c in pairs for b in range(batch)
+    ) / (batch * len(pairs))  # fmt: skip
+    assert abs(dino_ce(student, targets, temp).item() - expected) < 1e-10
+
+
+def test_dino_without_a_pair_is_an_error() -> None:
+    with pytest.raises(ValueError, match="two global views"):
+        dino_ce(noise(1, 2, 4), noise(1, 2, 4).softmax(-1), 0.1)
+
+
+def test_uniform_student_has_cross_entropy_ln_k() -> None:
+    targets = noise(2, 4, 64).softmax(-1)
+    assert math.isclose(dino_ce(torch.zeros(10, 4, 64), targets, 0.1).item(), math.log(64), rel_tol=1e-6)
+
+
+def test_ibot_weighs_crops_alike_and_divides_by_all_of_them() -> None:
+    sizes, crops, temp = [3, 1, 5], 6, 0.1  # three of six crops are masked
+    student, targets = noise(9, 7), noise(9, 7, seed=1).softmax(-1)
+    weights = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in sizes])
+    expected, start = 0.0, 0
+    for n in sizes:
+        rows = range(start, start + n)
+        expected += sum(cross_entropy(targets[i].tolist(), student[i].tolist(), temp) for i in rows) / n / crops
+        start += n
+    assert abs(ibot_ce(student, targets, weights, crops, temp).item() - expected) < 1e-10
+
+
+def test_centring() -> None:
+    logits, centre = noise(6, 4), noise(4, seed=1)
+    expected = [softmax([(v - c) / 0.07 for v, c in zip(row, centre.tolist(), strict=True)]) for row in logits.tolist()]
+    assert torch.allclose(center_targets(logits, centre, 0.07), torch.tensor(expected, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(center_update(logits, centre, 0.9), 0.9 * centre + 0.1 * logits.mean(0), atol=1e-12)
+
+
+@pytest.mark.parametrize("group", [4, 12])
+def test_koleo_equals_the_definition(group: int) -> None:
+    z = noise(12, 6)
+    expected = 0.0
+    for start in range(0, 12, group):
+        rows = [torch.nn.functional.normalize(z[i], dim=0) for i in range(start, start + group)]
+        for i, row in enumerate(rows):
+            nearest = max((float(row @ other), j) for j, other in enumerate(rows) if j != i)[1]
+            expected -= math.log(float((row - rows[nearest] + 1e-8).norm()) + 1e-8) / 12
+    assert abs(koleo(z, group).item() - expected) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("term", [lambda z: koleo(z, 8), lambda z: kde(z, 10.0, 8)])
+def test_identical_rows_stay_finite(dtype: torch.dtype, term: Callable[[Tensor], Tensor]) -> None:
+    """In half precision 1e-8 is 0 and the logarithm of the distance infinite (facebookresearch/dinov2#143)."""
+    z = noise(1, 384, dtype=dtype).expand(8, 384).clone().requires_grad_()
+    value = term(z)
+    value.backward()
+    assert z.grad is not None
+    assert value.isfinite() and z.grad.isfinite().all() and value.dtype in (torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("term", [lambda z: koleo(z, 1), lambda z: kde(z, 5.0, 1)])
+def test_one_row_has_no_neighbour(term: Callable[[Tensor], Tensor]) -> None:
+    assert term(noise(3, 4)).item() == 0
+
+
+@pytest.mark.parametrize("kappa", [5.0, 10.0])
+def test_kde_golden_values(kappa: float) -> None:
+    assert math.isclose(kde(noise(1, 384).expand(48, 384), kappa, 48).item(), kappa, rel_tol=1e-9)
+    assert abs(kde(torch.eye(384, dtype=torch.float64)[:48], kappa, 48).item()) < 1e-9
+    assert 0 < kde(noise(48, 384), kappa, 48).item() < 0.2
+    angle = [0.1, 0.5, 1.0, 2.0, 3.0]
+    pairs = [kde(torch.tensor([[1.0, 0.0], [math.cos(a), math.sin(a)]], dtype=torch.float64), kappa, 2).item() for a in angle]
+    assert all(math.isclose(v, kappa * math.cos(a), rel_tol=1e-9) for v, a in zip(pairs, angle, strict=True))
+
+
+@pytest.mark.parametrize("term", [lambda z: koleo(z, 16), lambda z: kde(z, 5.0, 16)])
+def test_one_gradient_step_spreads_the_rows(term: Callable[[Tensor], Tensor]) -> None:
+    """The sign: minimising must push apart (public code adds the density with the wrong one)."""
+    z = (noise(1, 32) + 0.05 * noise(16, 32, seed=1)).requires_grad_()
+    term(z).backward()
+    assert z.grad is not None
+    moved = z.detach() - 0.05 * z.grad / z.grad.norm(dim=1, keepdim=True)
+
+    def similarity(rows: Tensor) -> float:
+        rows = torch.nn.functional.normalize(rows, dim=1)
+        return float((rows @ rows.T).mean())
+
+    assert similarity(moved) < similarity(z.detach())
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    student, targets, z = noise(3, 4, 16).float(), noise(2, 4, 16).softmax(-1).float(), noise(8, 32).float()
+
+    def all_terms() -> list[Tensor]:
+        return [dino_ce(student, targets, 0.1), koleo(z, 8), kde(z, 10.0, 8), sinkhorn_targets(z, 0.07, 3)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = all_terms()
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(inside, all_terms(), strict=True))
+
+
+def _rank(rank: int, address: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    logits = noise(24, 10)[rank * 12 : rank * 12 + 12]
+    world = dist.group.WORLD
+    results[rank] = sinkhorn_scalings(logits, 0.07, 3, world), center_update(logits, torch.zeros(10), 0.9, world)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Any) -> None:
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_rank, (f"file://{tmp_path / 'meet'}", results), nprocs=2)
+        for scalings, centre in results.values():
+            assert torch.allclose(scalings, sinkhorn_scalings(noise(24, 10), 0.07, 3), atol=1e-10)
+            assert torch.allclose(centre, center_update(noise(24, 10), torch.zeros(10), 0.9), atol=1e-10)
+
+
+def test_inputs_are_not_changed() -> None:
+    inputs = [noise(4, 6, 8), noise(2, 6, 8).softmax(-1), noise(8, 8)]
+    before = [x.clone() for x in inputs]
+    dino_ce(inputs[0], inputs[1], 0.1), koleo(inputs[2], 4), kde(inputs[2], 5.0, 4), sinkhorn_targets(inputs[2], 0.1, 3)
+    center_update(inputs[2], inputs[2][0], 0.9)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
