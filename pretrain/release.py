@@ -76,6 +76,7 @@ def write_release(state: CheckpointState, out: Path, config: ReleaseConfig, meas
     out.mkdir(parents=True, exist_ok=True)
     weights = {name: x.contiguous() for name, x in vit.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     facts = _facts(state, model, vit, config, out / "model.safetensors")
     write_atomic(out / "config.json", _json(_timm_config(model, vit, config, facts)))
     write_atomic(out / "preprocessor_config.json", _json(_preprocessor(model, facts)))
