@@ -89,6 +89,17 @@ def test_perfect_separation_still_has_an_interval() -> None:
     assert area_interval(areas(Y, -Y.astype(float)), 0, small=False) == pytest.approx((0, 1 - 0.025 ** (1 / 5)))
 
 
+def test_a_perfect_area_is_not_certain_beside_a_floor() -> None:
+    """A constant floor has an area of .5 for certain, so the gain is as uncertain as the perfect area itself."""
+    found = areas(Y, np.stack([Y.astype(float), np.zeros(12), P]))
+    low, high = area_interval(found, 0, small=False)
+    value, below, above, _ = difference(found, 0, 1)
+    assert (value, below, above) == pytest.approx((0.5, low - 0.5, high - 0.5))
+    value, below, above, _ = difference(found, 0, 2)
+    naive = 1.96 * np.sqrt(found.covariance[2, 2])
+    assert below < value - naive and above <= 1 - area_interval(found, 2, small=False)[0] + 1e-12
+
+
 def test_what_cannot_be_estimated_is_not_a_number() -> None:
     one = areas(np.array([1, 0, 0, 0]), np.array([0.5, 0.1, 0.9, 0.3]))
     assert one.values[0] == pytest.approx(2 / 3) and np.isnan(area_interval(one, 0, small=True)).all()

@@ -9,6 +9,9 @@ from scipy.special import expit, logit
 from scipy.stats import norm, rankdata, t
 
 from histoscale.eval.scores.binomial import clopper_pearson
+from histoscale.eval.scores.interval import BOOTSTRAP_PATIENTS, REPORTABLE_PATIENTS, Interval
+
+REPORTABLE_CLASS = 3  # groups of a class; fewer have no variance to speak of
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,37 @@ def areas(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str] | None =
     return Areas(values, within[0] + within[1] + across + across.T, spread, having)
 
 
+def report_area(found: Areas, model: int, patients: int, units: int, level: float) -> Interval:
+    """The area of one model as it may be reported.
+
+    Under 10 patients in all, or 3 groups of a class, the interval is withheld; under 20, or 10 of a class, it is wider (t) and
+    warns: the rarer class, not the number of patients, decides how much an area is known.
+    """
+    value, rarer = float(found.values[model]), min(found.groups)
+    if patients < REPORTABLE_PATIENTS or rarer < REPORTABLE_CLASS:
+        why = f"{patients} patients, {found.groups[0]} with a positive and {found.groups[1]} with a negative"
+        return Interval(value, None, None, patients, units, f"interval withheld: {why}")
+    small = patients < BOOTSTRAP_PATIENTS or rarer < REPORTABLE_PATIENTS
+    low, high = area_interval(found, model, small, level)
+    if math.isnan(low):
+        return Interval(value, None, None, patients, units, "interval withheld: the score does not vary between units")
+    note = f"warning: {patients} patients, {rarer} of the rarer class: t-interval" if small else ""
+    return Interval(value, low, high, patients, units, note)
+
+
+def report_difference(found: Areas, a: int, b: int, patients: int, units: int, level: float) -> Interval:
+    """Area of model a minus that of model b under the rules of `report_area`."""
+    value, low, high, _ = difference(found, a, b, level)
+    rarer = min(found.groups)
+    if patients < REPORTABLE_PATIENTS or rarer < REPORTABLE_CLASS:
+        return Interval(value, None, None, patients, units, f"interval withheld: {patients} patients, {rarer} of the rarer class")
+    if math.isnan(low):
+        return Interval(value, None, None, patients, units, "interval withheld: the difference does not vary between units")
+    small = patients < BOOTSTRAP_PATIENTS or rarer < REPORTABLE_PATIENTS
+    note = f"warning: {patients} patients, {rarer} of the rarer class" if small else ""
+    return Interval(value, low, high, patients, units, note)
+
+
 def area_interval(found: Areas, model: int, small: bool, level: float = 0.95) -> tuple[float, float]:
     """The interval of one area on the logit scale (Pepe 2003); NaN ends when there is no variance to speak of.
 
@@ -79,14 +113,29 @@ def area_interval(found: Areas, model: int, small: bool, level: float = 0.95) ->
 
 
 def difference(found: Areas, a: int, b: int, level: float = 0.95) -> tuple[float, float, float, float]:
-    """Area of model a minus that of model b on the same units: (value, low, high, two-sided p) by the normal approximation."""
+    """Area of model a minus that of model b on the same units: (value, low, high, two-sided p) by the normal approximation.
+
+    Beside a perfect area DeLong's variance forgets that it is known only roughly: the ends then come from the two intervals
+    (Newcombe 1998; Zou and Donner 2008), which ignores their correlation and is therefore wide, and p is NaN.
+    """
     value = float(found.values[a] - found.values[b])
     variance = float(found.covariance[a, a] + found.covariance[b, b] - 2 * found.covariance[a, b])
+    if math.isfinite(variance) and not {float(found.values[a]), float(found.values[b])}.isdisjoint((0.0, 1.0)):
+        (low_a, high_a), (low_b, high_b) = (_or_itself(found, model, level) for model in (a, b))
+        down = math.hypot(found.values[a] - low_a, high_b - found.values[b])
+        up = math.hypot(high_a - found.values[a], found.values[b] - low_b)
+        return value, value - down, value + up, math.nan
     if not variance > 0:
         return value, math.nan, math.nan, math.nan
     error = math.sqrt(variance)
     half = float(norm.ppf(0.5 + level / 2)) * error
     return value, value - half, value + half, float(2 * norm.sf(abs(value) / error))
+
+
+def _or_itself(found: Areas, model: int, level: float) -> tuple[float, float]:
+    """The interval of an area, or the value twice for a score that never varies: its area is .5 for certain."""
+    low, high = area_interval(found, model, False, level)
+    return (float(found.values[model]),) * 2 if math.isnan(low) else (low, high)
 
 
 def _split(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

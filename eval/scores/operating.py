@@ -8,6 +8,8 @@ import numpy as np
 
 from histoscale.eval.scores.binomial import clopper_pearson, needed_without_miss, wilson
 
+RULES = ("conformal", "empirical")
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -56,7 +58,7 @@ def threshold(labels: np.ndarray, scores: np.ndarray, required: float, rule: str
     rule `empirical`: k = ceil(s0 P), whose expected sensitivity is only k / (P + 1). Raises ValueError on an unknown rule, on a
     requirement outside (0, 1) and without positives.
     """
-    if rule not in ("conformal", "empirical"):
+    if rule not in RULES:
         raise ValueError(f"the threshold rule is {rule!r}: expected conformal or empirical")
     if not 0 < required < 1:
         raise ValueError(f"the required sensitivity is {required}: expected a number between 0 and 1")
