@@ -10,6 +10,7 @@ from histoscale.data.readers.pyramid import DecodeError, Level
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _PLAIN = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_END_OF_CODESTREAM = b"\xff\xd9"
 _ADOBE = {"rgb": 0, "ycbcr": 1}  # the transform byte of the Adobe marker
 # T.871 (JFIF) in libjpeg's 16-bit fixed point
 _HALF = 1 << 15
@@ -76,6 +77,8 @@ def _jpeg2000(data: bytes, level: Level) -> np.ndarray:
         right, bottom, left, top = (int.from_bytes(data[i : i + 4], "big") for i in (8, 12, 16, 20))
         if (right - left, bottom - top) != (level.tile_width, level.tile_height):
             raise ValueError(f"its image is {right - left}x{bottom - top}")
+        if _END_OF_CODESTREAM not in data[-16:]:  # OpenJPEG may decode a cut one in silence
+            raise ValueError("the codestream has no end")
     tile = imagecodecs.jpeg2k_decode(data)
     return rgb_of_ycbcr(tile) if level.colour == "ycbcr" else tile
 
