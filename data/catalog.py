@@ -207,6 +207,7 @@ def write_catalog(
     entries = sorted(accepted, key=lambda entry: entry.slide.slide_id)
     digest = hashlib.sha256(f"{FORMAT} {VERSION}".encode())
     rows, levels = [], []
+    out.mkdir(parents=True, exist_ok=True)
     with _partial(out, "tables.bin").open("wb") as tables, _partial(out, "masks.bin").open("wb") as masks:
         for entry in entries:
             mask = np.packbits(entry.mask)

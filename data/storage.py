@@ -337,6 +337,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an exception of any client."""
     for cause in _causes(error):
+        if type(cause).__module__ == "aiohttp.http_exceptions":
+            continue  # a body that was cut calls itself 400
         reply = getattr(cause, "response", None)
         meta = reply.get("ResponseMetadata", {}) if isinstance(reply, dict) else {}
         for value in (getattr(cause, "status", None), getattr(cause, "status_code", None), getattr(cause, "code", None),
@@ -346,11 +348,17 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
+def _cut_off(error: BaseException) -> bool:
+    """Whether a "not found" is a connection that failed: fsspec's http client says so of every failure of `info`."""
+    causes = list(_causes(error))[1:]
+    return any(isinstance(c, TimeoutError | ConnectionError) or type(c).__module__.startswith("aiohttp") for c in causes)
+
+
 def _final(uri: str, error: Exception, config: StorageConfig) -> Exception | None:
     """What to raise at once, or None for what may pass by itself."""
     scheme, status = _scheme(uri), _status(error)
     names = {type(cause).__name__ for cause in _causes(error)}
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and status is None and not _cut_off(error)):
         return Missing(f"{scrub(uri)}: no such file")
     refused = {"ClientAuthenticationError", "NoCredentialsError", "PartialCredentialsError", "CredentialUnavailableError"}
     if isinstance(error, PermissionError) or status in (401, 403) or names & refused:
