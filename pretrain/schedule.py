@@ -27,7 +27,7 @@ def cosine(step: int, config: ScheduleConfig, warmup: int, start: float, peak: f
     if step < warmup:
         return start + (peak - start) * step / max(warmup if closed else warmup - 1, 1)
     turn = (step - warmup) / max(config.steps - warmup - (1 if closed else 0), 1)
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * turn))
+    return peak - 0.5 * (peak - final) * (1 - math.cos(math.pi * turn))
 
 
 def linear_then_flat(step: int, steps: int, start: float, end: float) -> float:

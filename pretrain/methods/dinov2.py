@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from histoscale.data import keys as draw
-from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_tokens, kept_rows
+from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_tokens, fuse_attention, kept_rows
 from histoscale.pretrain.heads import Head, HeadConfig
 from histoscale.pretrain.losses import Across, center_targets, center_update, dino_ce, ibot_ce, kde, koleo, sinkhorn_targets
 from histoscale.pretrain.masking import MaskConfig, Masks, make_masks
@@ -87,6 +87,7 @@ class Branch(nn.Module):
         depth (none: no stochastic depth).
         Returns features [V * B, D] (class tokens of the globals), cls [(V + L) * B, K], and with indices patch [M, K_p].
         """
+        fuse_attention(self.backbone, globals_.device.type != "cpu" or not torch.is_autocast_enabled("cpu"))
         features, patches = self._tokens(globals_, masks, keys, "global")
         rows = [features]
         if locals_ is not None and len(locals_):
