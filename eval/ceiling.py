@@ -14,7 +14,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class CeilingConfig:
-    """steps of `batch` crops; widths: channels of the six layers; jitter: SD of the log factor on each patch's and channel's density."""
+    """steps of `batch` crops; widths: channels of the six layers; jitter: SD of the log factor on each patch's and channel's
+    density."""
 
     steps: int
     batch: int
@@ -28,8 +29,8 @@ class CeilingConfig:
 def ceiling_predictions(pixels: Array, train: Array, labels: Array, classes: int, config: CeilingConfig) -> Array:
     """Predicted class of every patch, int64 [n], by a network trained on the rows `train`.
 
-    pixels: uint8 [n, 3, S, S]. labels: int64 [n], read at `train` only. Patches are seen as optical density with their own mean and SD
-    taken out, so that a new stain is no excuse. Raises ValueError when `train` is empty.
+    pixels: uint8 [n, 3, S, S]. labels: int64 [n], read at `train` only. Patches are seen as optical density with their own mean
+    and SD taken out, so that a new stain is no excuse. Raises ValueError when `train` is empty.
     """
     if len(train) == 0:
         raise ValueError("the supervised ceiling needs at least one training patch, got none")
@@ -60,7 +61,8 @@ def ceiling_predictions(pixels: Array, train: Array, labels: Array, classes: int
 def _network(widths: list[int], classes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(zip([3, *widths[:-1]], widths, strict=True)):
-        layers += [nn.Conv2d(before, after, 3, 2 if i % 2 == 0 else 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        stride = 2 if i % 2 == 0 else 1
+        layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
 
 

@@ -1,8 +1,7 @@
 """Is the synthetic cohort neither trivial nor impossible? Floors, oracle, ceiling and traps, measured on the files as written."""
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class ProofConfig:
-    """ceiling: the supervised network, or null to leave it out. trees: of the oracle's forest. mpp_tolerance, max_upsample, threads: of
-    reading. sheet_mpp, sheet_um: resolution and width of a picture in the contact sheet."""
+    """ceiling: the supervised network, or null to leave it out. trees: of the oracle's forest. mpp_tolerance, max_upsample,
+    threads: of reading. sheet_mpp, sheet_um: resolution and width of a picture in the contact sheet."""
 
     ceiling: CeilingConfig | None
     trees: int
@@ -61,7 +60,8 @@ class Proof:
     def table(self) -> str:
         """Plain text, a line a check."""
         wide = max(len(check.name) for check in self.checks)
-        return "\n".join(f"{'ok ' if c.holds else 'NOT'}  {c.name:<{wide}}  {c.found}  (expected {c.expected})" for c in self.checks)
+        signs = {True: "ok ", False: "NOT"}
+        return "\n".join(f"{signs[c.holds]}  {c.name:<{wide}}  {c.found}  (expected {c.expected})" for c in self.checks)
 
     def summary(self) -> dict[str, Any]:
         return {check.name: {"value": check.value, "expected": check.expected, "holds": check.holds} for check in self.checks}
@@ -69,7 +69,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Places:
-    """n labelled patches: ids and labels str [n], corners int64 [n] in level-0 px, um per level-0 pixel [n], mpp and size of the task."""
+    """n labelled patches: ids and labels str [n], corners int64 [n] in level-0 px, um per level-0 pixel [n], mpp and size of
+    the task."""
 
     slide: Array
     patient: Array
@@ -142,7 +143,8 @@ def forest(train: Array, labels: Array, test: Array, trees: int, seed: int) -> A
 
 
 def leak(features: Array, labels: Array, patients: Array, seed: int) -> float:
-    """How much a split by tiles flatters: balanced accuracy of 15 nearest neighbours on random halves, less that on halves of patients."""
+    """How much a split by tiles flatters: balanced accuracy of 15 nearest neighbours on random halves, less that on halves
+    of patients."""
     rng = np.random.default_rng(seed)
     names = np.unique(patients)
     random_half = rng.random(len(labels)) < 0.5
@@ -158,12 +160,13 @@ def leak(features: Array, labels: Array, patients: Array, seed: int) -> float:
 
 
 def site_accuracy(features: Array, sites: Array, patients: Array, trees: int, seed: int) -> float:
-    """Balanced accuracy for the site by the better of logistic regression and a forest, across two halves of each site's patients."""
+    """Balanced accuracy for the site by the better of logistic regression and a forest, across two halves of each site's
+    patients."""
     half = np.zeros(len(sites), bool)
     for site in np.unique(sites):
         half |= np.isin(patients, np.unique(patients[sites == site])[::2])
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    found = {"linear": [], "forest": []}  # type: dict[str, list[float]]
+    found: dict[str, list[float]] = {"linear": [], "forest": []}
     for fit in (half, ~half):
         found["linear"].append(accuracy(sites[~fit], linear.fit(features[fit], sites[fit]).predict(features[~fit])))
         found["forest"].append(accuracy(sites[~fit], forest(features[fit], sites[fit], features[~fit], trees, seed)))
@@ -187,14 +190,15 @@ def contact_sheet(places: Places, catalog: Catalog, store: Store, config: ProofC
         for site in np.unique(places.site) for label in np.unique(places.label)
     ]  # fmt: skip
     rows = np.concatenate(chosen)
-    part = Places(*(v[rows] if isinstance(v, np.ndarray) else v for v in vars(places).values()))
+    part = replace(places, **{name: v[rows] for name, v in vars(places).items() if isinstance(v, np.ndarray)})
     pixels = read_pixels(part, catalog, store, config, config.sheet_mpp, size).transpose(0, 2, 3, 1)
     sites = len(np.unique(places.site))
     return pixels.reshape(sites, -1, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(sites * size, -1, 3)
 
 
 def slide_checks(catalog: Catalog, store: Store, truth: Path, map_um: float) -> list[Check]:
-    """What must not tell the slide label: site, tissue area, mean colour, artefacts. Fitted on `train`, area under ROC on other patients."""
+    """What must not tell the slide label: site, tissue area, mean colour, artefacts. Fitted on `train`, area under ROC on
+    other patients."""
     cases = [i for i, s in enumerate(catalog.slides) if s.labels.get("tumour") in ("0", "1")]
     slides = [catalog.slides[i] for i in cases]
     positive = np.array([s.labels["tumour"] == "1" for s in slides]).astype(np.int64)
@@ -203,15 +207,14 @@ def slide_checks(catalog: Catalog, store: Store, truth: Path, map_um: float) -> 
     area = np.array([catalog.mask(i).sum() * catalog.mask_mpp(i) ** 2 for i in cases])
     artefact = np.array([(_map(truth / s.slide_id / "artefacts.png") > 0).mean() for s in slides])
     colours = np.stack([_mean_colour(catalog, i, store) for i in cases])
-    known = {"site": (sites[:, None] == np.unique(sites[train])[None]).astype(float), "tissue area": area[:, None], "mean colour": colours,
-             "artefact share": artefact[:, None]}  # fmt: skip
+    one_hot = (sites[:, None] == np.unique(sites[train])[None]).astype(float)
+    known = {"site": one_hot, "tissue area": area[:, None], "mean colour": colours, "artefact share": artefact[:, None]}
     patients = [str(slides[j].patient_id) for j in np.flatnonzero(~train)]
     checks = []
     for name, features in known.items():
         model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0)).fit(features[train], positive[train])
-        found = report_area(
-            areas(positive[~train], model.decision_function(features[~train]), patients), 0, len(set(patients)), len(patients), 0.95
-        )
+        areas_found = areas(positive[~train], model.decision_function(features[~train]), patients)
+        found = report_area(areas_found, 0, len(set(patients)), len(patients), 0.95)
         covers = found.low is None or found.high is None or found.low <= 0.5 <= found.high
         checks.append(Check(f"slide label from {name}, AUC", found.value, str(found), "interval covers .5", covers))
     overlap = [mask_iou(catalog, i, _map(truth / s.slide_id / "classes.png"), map_um) for i, s in zip(cases, slides, strict=True)]
@@ -234,12 +237,12 @@ def prove(cohort: Path, catalog_uri: str | Path, store: Store, config: ProofConf
         progress.advance(1)
         labels = places.label
         by_colour = colour_predictions(colour[train], labels[train], colour, config.seed)
-        floor = {role: max(accuracy(labels[rows], p[rows]) for p in by_colour.values()) for role, rows in _parts(internal, external)}
-        checks = [_most("colour floor, internal", floor["internal"], 0.45)]
-        checks += [_most("colour floor, external", floor["external"], 0.45)] if external.any() else []
+        parts = [("internal", internal)] + ([("external", external)] if external.any() else [])
+        floors = {part: max(accuracy(labels[rows], p[rows]) for p in by_colour.values()) for part, rows in parts}
+        checks = [_most(f"colour floor, {part}", floor, 0.45) for part, floor in floors.items()]
         progress.advance(1)
         by_oracle = forest(oracle[train], labels[train], oracle, config.trees, config.seed)
-        checks += [_least(f"oracle on nuclei, {role}", accuracy(labels[rows], by_oracle[rows]), 0.90) for role, rows in _parts(internal, external)]
+        checks += [_least(f"oracle on nuclei, {part}", accuracy(labels[rows], by_oracle[rows]), 0.90) for part, rows in parts]
         if config.ceiling is not None:
             classes, codes = np.unique(labels, return_inverse=True)
             top = classes[ceiling_predictions(pixels, np.flatnonzero(train), codes, len(classes), config.ceiling)]
@@ -251,18 +254,16 @@ def prove(cohort: Path, catalog_uri: str | Path, store: Store, config: ProofConf
         inside = ~external
         sites, patients = places.site[inside], places.patient[inside]
         count = len(np.unique(sites))
-        from_colour, from_oracle = (site_accuracy(f[inside], sites, patients, config.trees, config.seed) for f in (colour, oracle))
-        checks.append(_least("site from colour", from_colour, 0.90))
-        checks.append(_most("site from oracle", from_oracle, 1 / count + 0.05))
-        checks.append(_least("leak of a tile split, colour kNN", leak(colour[inside], labels[inside], patients, config.seed), 0.02))
+        for name, features in (("colour", colour), ("oracle", oracle)):
+            found = site_accuracy(features[inside], sites, patients, config.trees, config.seed)
+            limit = (_least, 0.90) if name == "colour" else (_most, 1 / count + 0.05)
+            checks.append(limit[0](f"site from {name}", found, limit[1]))
+        flattery = leak(colour[inside], labels[inside], patients, config.seed)
+        checks.append(_least("leak of a tile split, colour kNN", flattery, 0.02))
         progress.advance(1)
         checks += slide_checks(catalog, store, Path(cohort) / "truth", 2.0)
         progress.advance(1)
     return Proof(tuple(checks))
-
-
-def _parts(internal: Array, external: Array) -> Sequence[tuple[str, Array]]:
-    return [("internal", internal)] + ([("external", external)] if external.any() else [])
 
 
 def _most(name: str, value: float, limit: float) -> Check:

@@ -17,8 +17,8 @@ _INKS = np.array([[0.18, 0.30, 0.75], [0.20, 0.60, 0.30], [0.16, 0.16, 0.18], [0
 
 @dataclass
 class Artefacts:
-    """mask uint8 [h, w]: bits of KINDS at MAP_UM. thickness [h, w]: factor on both densities. light [3, h, w]: factor on the light.
-    defocus [h, w]: share of the blurred picture, of sigma `defocus_um`. plain: nothing to do."""
+    """mask uint8 [h, w]: bits of KINDS at MAP_UM. thickness [h, w]: factor on both densities. light [3, h, w]: factor on the
+    light. defocus [h, w]: share of the blurred picture, of sigma `defocus_um`. plain: nothing to do."""
 
     mask: Array
     thickness: Array
@@ -31,9 +31,10 @@ class Artefacts:
         return not self.mask.any()
 
 
-def draw_artefacts(k: int, height: int, width: int, rate: float, pen: bool = False) -> Artefacts:
-    """rate: factor on the usual rates; pen: force a pen mark. height, width: of the map."""
+def draw_artefacts(k: int, shape: tuple[int, ...], rate: float, pen: bool = False) -> Artefacts:
+    """rate: factor on the usual rates; pen: force a pen mark. shape: (rows, columns) of the map."""
     rng = generator(key(k, "cohort/artefacts"))
+    height, width = shape
     found = dict(zip(KINDS, rng.random(len(KINDS)) < np.array(RATES) * rate, strict=True))
     found["pen"] |= pen
     result = Artefacts(
@@ -46,7 +47,7 @@ def draw_artefacts(k: int, height: int, width: int, rate: float, pen: bool = Fal
     def stripe(half_um: float, wander_um: float) -> Array:
         """Distance inside a winding stripe across the slide, um, negative outside."""
         angle, y, x = rng.uniform(0, np.pi), rng.uniform(0.2, 0.8) * height * MAP_UM, rng.uniform(0.2, 0.8) * width * MAP_UM
-        across = (yy - y) * np.cos(angle) - (xx - x) * np.sin(angle) + wander_um * smooth_field(rng, height, width, MAP_UM, 150)
+        across = (yy - y) * np.cos(angle) - (xx - x) * np.sin(angle) + wander_um * smooth_field(rng, (height, width), MAP_UM, 150)
         along = (yy - y) * np.sin(angle) + (xx - x) * np.cos(angle)
         return np.minimum(half_um - np.abs(across), 0.3 * size * rng.uniform(0.4, 1) - np.abs(along))
 
@@ -79,7 +80,7 @@ def draw_artefacts(k: int, height: int, width: int, rate: float, pen: bool = Fal
         note("bubble", depth > -4)
     if found["dust"]:
         for _ in range(int(rng.integers(3, 9))):
-            depth = disc(rng.uniform(4, 12)) + 2 * smooth_field(rng, height, width, MAP_UM, 8)
+            depth = disc(rng.uniform(4, 12)) + 2 * smooth_field(rng, (height, width), MAP_UM, 8)
             result.light *= 1 - 0.75 * np.clip(depth / 3, 0, 1).astype(np.float32)
             note("dust", depth > 0)
     if found["defocus"]:

@@ -13,8 +13,8 @@ def generator(k: int) -> np.random.Generator:
 def linear_weights(positions: Array, size: int) -> Array:
     """float32 [len(positions), size]: rows that interpolate linearly between grid nodes, constant beyond the ends.
 
-    positions: in grid steps, node i at i. Two entries a row are not zero, so a product with them is exact in any order of summation.
-    """
+    positions: in grid steps, node i at i. Two entries a row are not zero, so a product with them is exact in any order of
+    summation. """
     clipped = np.clip(positions, 0, size - 1)
     left = np.minimum(clipped.astype(np.int64), max(size - 2, 0))
     right = np.minimum(left + 1, size - 1)
@@ -37,16 +37,20 @@ def _spline_weights(positions: Array, size: int) -> Array:
     return weights
 
 
-def smooth_field(rng: np.random.Generator, height: int, width: int, step_um: float, scale_um: float) -> Array:
-    """A standard normal field, float32 [height, width], sampled every step_um; scale_um is the spacing of its free values."""
-    rows, columns = (np.arange(n) * step_um / scale_um + rng.random() for n in (height, width))
+def smooth_field(rng: np.random.Generator, shape: tuple[int, ...], step_um: float, scale_um: float) -> Array:
+    """A standard normal field, float32 of `shape` (rows, columns), sampled every step_um.
+
+    scale_um: the spacing of its free values; features are about twice as wide.
+    """
+    rows, columns = (np.arange(n) * step_um / scale_um + rng.random() for n in shape)
     size_y, size_x = int(rows[-1]) + 5, int(columns[-1]) + 5
     noise = rng.standard_normal((size_y, size_x), dtype=np.float32)
     return (_spline_weights(rows, size_y) @ noise) @ _spline_weights(columns, size_x).T
 
 
 def periodic_texture(rng: np.random.Generator, size: int, sigmas_px: tuple[float, float]) -> Array:
-    """A standard normal texture that tiles the plane, float32 [size, size]: white noise under a Gaussian of these sigmas (rows, columns)."""
+    """A standard normal texture that tiles the plane, float32 [size, size]: white noise under a Gaussian of these sigmas
+    (rows, columns)."""
     frequency = np.fft.fftfreq(size), np.fft.rfftfreq(size)
     transfer = [np.exp(-2 * (np.pi * s * f) ** 2) for s, f in zip(sigmas_px, frequency, strict=True)]
     spectrum = np.fft.rfft2(rng.standard_normal((size, size))) * transfer[0][:, None] * transfer[1][None, :]
@@ -56,5 +60,5 @@ def periodic_texture(rng: np.random.Generator, size: int, sigmas_px: tuple[float
 
 def wrapped(texture: Array, y: int, x: int, height: int, width: int) -> Array:
     """The window [height, width] at (y, x) of a texture that tiles the plane."""
-    rows, columns = (np.arange(start, start + n) % size for start, n, size in zip((y, x), (height, width), texture.shape, strict=True))
+    rows, columns = np.arange(y, y + height) % texture.shape[0], np.arange(x, x + width) % texture.shape[1]
     return texture[rows[:, None], columns[None, :]]

@@ -1,6 +1,5 @@
 """What tells the tissues apart (nuclei and fibres) and what may not: the law that all matched tissues share."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,10 @@ MATCHED = (BENIGN, TUMOUR, LYMPHOID, STROMA)
 
 @dataclass(frozen=True)
 class Morphology:
-    """Nuclei of one tissue: semi-axis (um, of the circle of equal area) and its coefficient of variation, axis ratio, contour roughness,
-    share with a nucleolus; `fibre`: middle of the weight of the drawn-out texture; `spacing`: least distance in sums of semi-axes."""
+    """Nuclei of one tissue: semi-axis (um, of the circle of equal area) and its coefficient of variation, axis ratio, contour
+    roughness,
+    share with a nucleolus; `fibre`: middle of the weight of the drawn-out texture; `spacing`: least distance in sums of
+    semi-axes."""
 
     semi_axis_um: float
     variation: float
@@ -57,7 +58,8 @@ def morphologies(gap: float) -> dict[int, Morphology]:
 
 @dataclass(frozen=True)
 class Law:
-    """One patient's draw of what a histogram sees, a value a class: nuclear area fraction, nuclear and eosin optical density, size factor."""
+    """One patient's draw of what a histogram sees, a value a class: nuclear area fraction, nuclear and eosin optical
+    density, size factor."""
 
     nuclear_fraction: np.ndarray
     nuclear_density: np.ndarray
@@ -66,7 +68,8 @@ class Law:
 
 
 def draw_law(seed: int, patient: int) -> Law:
-    """A patient's law; the class effects on it are drawn for each patient and class alike (else a tile-random split would leak nothing)."""
+    """A patient's law; the class effects on it are drawn for each patient and class alike (else a tile-random split would
+    leak nothing)."""
     rng = generator(key(seed, "cohort/law", patient))
     fraction, nuclear, eosin, size = rng.uniform(0.15, 0.26), 0.75 * _lognormal(rng, 0.18), 0.42 * _lognormal(rng, 0.20), 1.0
     n = len(CLASSES)
@@ -82,10 +85,10 @@ def _lognormal(rng: np.random.Generator, sigma: float, n: int = 1) -> np.ndarray
     return np.exp(rng.normal(0, sigma, n))
 
 
-def white_fraction(rng: np.random.Generator, tissue: Sequence[int]) -> np.ndarray:
-    """Share of lumen, cleft or fat of each region, by its class."""
-    codes = np.asarray(tissue)
-    return np.where(codes == ADIPOSE, rng.uniform(0.80, 0.90, len(codes)), rng.beta(1.2, 8, len(codes))).clip(0.002, 0.92)
+def white_fraction(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
+    """Share of lumen, cleft or fat of each region, by its class code [n]."""
+    n = len(tissue)
+    return np.where(tissue == ADIPOSE, rng.uniform(0.80, 0.90, n), rng.beta(1.2, 8, n)).clip(0.002, 0.92)
 
 
 # `natural6` lets density and eosin differ as they do in real tissue: factors on the matched law.

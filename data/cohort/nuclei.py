@@ -15,7 +15,8 @@ _CHUNK = 96  # nuclei drawn at once: their arrays stay in cache
 
 @dataclass
 class Nuclei:
-    """n nuclei: centre (um), class code, semi-axes a >= b (um), angle of a (radians, x right, y down), nucleolus (0/1), optical density,
+    """n nuclei: centre (um), class code, semi-axes a >= b (um), angle of a (radians, x right, y down), nucleolus (0/1), optical
+    density,
     and the free values of the contour [n, 4, 2], the nucleolus' place [n, 2] and the chromatin's place in its texture [n, 2]."""
 
     x: Array
@@ -40,8 +41,8 @@ class Nuclei:
 def hard_core(x: Array, y: Array, radius: Array) -> tuple[Array, Array]:
     """Greedy thinning in order: a point stays unless an earlier one that stays is nearer than the sum of their radii.
 
-    Returns kept bool [n] and, for each kept point, the overlap of circles of 1/0.8 that radius is left to the caller: here the pairs
-    [p, 2] (earlier, later) within twice the greatest radius. The same result as a loop over the points, in a few vector rounds.
+    Returns kept bool [n] and all pairs [p, 2] (earlier, later) that may touch. The result is that of a loop over the points,
+    found in a few vector rounds.
     """
     pairs = cKDTree(np.stack([x, y], 1)).query_pairs(2 * float(radius.max()), output_type="ndarray")
     pairs.sort(axis=1)
@@ -60,7 +61,8 @@ def hard_core(x: Array, y: Array, radius: Array) -> tuple[Array, Array]:
 
 
 def covered(x: Array, y: Array, radius: Array, pairs: Array) -> Array:
-    """Area that each disc adds to the union of the earlier ones, um^2 [n]: its own less its lenses with them (exact to second order)."""
+    """Area that each disc adds to the union of the earlier ones, um^2 [n]: its own less its lenses with them (exact to
+    second order)."""
     added = np.pi * radius**2
     first, second = pairs[:, 0], pairs[:, 1]
     r, s = radius[first], radius[second]
@@ -71,15 +73,17 @@ def covered(x: Array, y: Array, radius: Array, pairs: Array) -> Array:
     return added - np.bincount(second, lens, len(x))
 
 
-def draw_nuclei(nuclei: Nuclei, morphology: dict[int, Morphology], texture: Array, x_um: float, y_um: float, mpp: float, shape: tuple[int, int]) -> tuple[Array, Array]:
+def draw_nuclei(
+    nuclei: Nuclei, shapes: dict[int, Morphology], texture: Array, x_um: float, y_um: float, mpp: float, shape: tuple[int, int]
+) -> tuple[Array, Array]:
     """Optical density and cover of the nuclei on a pixel grid: two float32 [h, w], composited by their maximum.
 
-    x_um, y_um: the centre of pixel (0, 0). texture: the chromatin of `chromatin_texture(mpp)`. Every nucleus has a mean density of its own
-    `density`, whatever its contour, chromatin and nucleolus.
+    x_um, y_um: the centre of pixel (0, 0). texture: the chromatin of `chromatin_texture(mpp)`. Every nucleus has a mean density
+    of its own `density`, whatever its contour, chromatin and nucleolus.
     """
     h, w = shape
     density, cover = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    rough = np.array([morphology[k].contour if k in morphology else 0.0 for k in range(max(morphology) + 1)], np.float32)
+    rough = np.array([shapes[k].contour if k in shapes else 0.0 for k in range(max(shapes) + 1)], np.float32)
     half = np.ceil((nuclei.a * (1 + 1.2 * rough[nuclei.kind]) + 1.2) / mpp).astype(np.int64)
     half = np.ceil(half * 0.25).astype(np.int64) * 4
     px, py = (nuclei.x - x_um) / mpp, (nuclei.y - y_um) / mpp
@@ -89,7 +93,8 @@ def draw_nuclei(nuclei: Nuclei, morphology: dict[int, Morphology], texture: Arra
         rows = np.flatnonzero(seen & (half == m))
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
-            cover_stamps, density_stamps = _stamps(nuclei.take(chunk), rough, texture, px[chunk] - cx[chunk], py[chunk] - cy[chunk], mpp, int(m))
+            dx, dy = px[chunk] - cx[chunk], py[chunk] - cy[chunk]
+            cover_stamps, density_stamps = _stamps(nuclei.take(chunk), rough, texture, dx, dy, mpp, int(m))
             left, top = cx[chunk] - m, cy[chunk] - m
             for i, (x0, y0) in enumerate(zip(left.tolist(), top.tolist(), strict=True)):
                 ys, xs = slice(max(y0, 0), min(y0 + 2 * m + 1, h)), slice(max(x0, 0), min(x0 + 2 * m + 1, w))

@@ -19,7 +19,8 @@ OPEN = 0.40  # share of the patch that is not lumen; fat is exempt
 
 @dataclass(frozen=True)
 class PatchesConfig:
-    """Labelled patches of size_px at mpp; per_class: at most so many a slide and class; mixed: at most so many a slide for the stress set."""
+    """Labelled patches of size_px at mpp; per_class: at most so many a slide and class; mixed: at most so many a slide for
+    the stress set."""
 
     mpp: float
     size_px: int

@@ -22,7 +22,7 @@ def class_map(spec: SlideSpec, height_um: float, width_um: float) -> Array:
     bias = np.zeros(len(codes)) if spec.kind == "panel" else np.array([0.5, 0.4, 0.0, -0.3, -0.9])
     best, classes = np.full((h, w), -np.inf, np.float32), np.zeros((h, w), np.uint8)
     for code, offset in zip(codes, bias, strict=True):
-        field = smooth_field(rng, h, w, MAP_UM, rng.uniform(90, 130)) + np.float32(offset)
+        field = smooth_field(rng, (h, w), MAP_UM, rng.uniform(90, 130)) + np.float32(offset)
         classes[field > best] = code
         np.maximum(best, field, out=best)
     classes[~tissue] = m.BACKGROUND
@@ -37,7 +37,7 @@ def class_map(spec: SlideSpec, height_um: float, width_um: float) -> Array:
 
 def _fragments(rng: np.random.Generator, h: int, w: int) -> Array:
     """Tissue on 55 to 75 % of the slide in at most three pieces without small holes: bool [h, w]."""
-    field = smooth_field(rng, h, w, MAP_UM, 200) + 0.15 * smooth_field(rng, h, w, MAP_UM, 25)
+    field = smooth_field(rng, (h, w), MAP_UM, 200) + 0.15 * smooth_field(rng, (h, w), MAP_UM, 25)
     y, x = np.abs(np.linspace(-1, 1, h))[:, None], np.abs(np.linspace(-1, 1, w))[None, :]
     field = field - 2.5 * np.maximum(y, x) ** 4
     tissue = field > np.quantile(field, 1 - rng.uniform(0.55, 0.75))
@@ -48,10 +48,11 @@ def _fragments(rng: np.random.Generator, h: int, w: int) -> Array:
 
 
 def _seed(rng: np.random.Generator, classes: Array, code: int, area_um2: float, count: int) -> None:
-    """Turn `area_um2` of the tissue into class `code`, in `count` ragged foci (fewer where each would be under LEAST_FOCUS_UM2)."""
+    """Turn `area_um2` of the tissue into class `code`, in `count` ragged foci (fewer where each would be under
+    LEAST_FOCUS_UM2)."""
     count = max(1, min(count, int(area_um2 / LEAST_FOCUS_UM2)))
     shares = rng.dirichlet(np.full(count, 4.0)) * (area_um2 - count * LEAST_FOCUS_UM2 * 0.999) + LEAST_FOCUS_UM2 * 0.999
-    ragged = smooth_field(rng, *classes.shape, MAP_UM, 30)
+    ragged = smooth_field(rng, classes.shape, MAP_UM, 30)
     for share in shares:
         free = (classes != m.BACKGROUND) & (classes != m.TUMOUR) & (classes != m.MIMIC)
         inner = np.flatnonzero(distance_transform_edt(free) * MAP_UM > min(20.0, 0.25 * np.sqrt(share)))

@@ -1,5 +1,6 @@
 """Who is in the cohort: patients with fixed roles, slides with their labels, all from the seed."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ _STRATUM_SHARE = (0.30, 0.35, 0.35)
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """A site: level-0 resolution, objective, and how many patients of each role it has. Only a site whose patients are all `external`
-    is an external one: its stain and scanner are a stranger's."""
+    """A site: level-0 resolution, objective, and how many patients of each role it has. Only a site whose patients are all
+    `external` is an external one: its stain and scanner are a stranger's."""
 
     name: str
     mpp: float
@@ -36,8 +37,10 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class SlideSpec:
-    """One slide before it is drawn. kind: `panel` (all four matched tissues, for tile tasks; no slide label) or `case` (tissue as it comes,
-    with the slide label). tumour_share: wanted share of the tissue, 0 without tumour. fine: tumour nuclei show nucleoli (None: no label)."""
+    """One slide before it is drawn. kind: `panel` (all four matched tissues, for tile tasks; no slide label) or `case` (tissue
+    as it comes,
+    with the slide label). tumour_share: wanted share of the tissue, 0 without tumour. fine: tumour nuclei show nucleoli (None:
+    no label)."""
 
     index: int
     slide_id: str
@@ -59,7 +62,8 @@ class SlideSpec:
 def draw_slides(seed: int, sites: list[SiteConfig], panels: int, cases: int, prevalence: float, rho: float) -> list[SlideSpec]:
     """All slides of the cohort, patient by patient.
 
-    Roles: the patients of a site in the order of their keys, so counts are exact. Positives, mimics and strata are dealt out in the
+    Roles: the patients of a site in the order of their keys, so counts are exact. Positives, mimics and strata are dealt out in
+    the
     same way inside each site and role, so the label says nothing about them; rho in [0, 1] shifts prevalence from site to site.
     Raises ValueError for counts, prevalence or rho outside their range.
     """
@@ -76,8 +80,8 @@ def draw_slides(seed: int, sites: list[SiteConfig], panels: int, cases: int, pre
         counts = (site.train, site.monitor, site.test, site.external)
         for role, start, count in zip(ROLES, np.cumsum([0, *counts]), counts, strict=False):
             members = patients[start : start + count]
-            positives, flip = _dealt(count * cases, share, key(seed, "cohort/positive", s, ROLES.index(role))), count * cases
-            mimics = {True: _alternate(key(seed, "cohort/mimic", s, flip)), False: _alternate(key(seed, "cohort/mimic", s, flip + 1))}
+            positives = _dealt(count * cases, share, key(seed, "cohort/positive", s, ROLES.index(role)))
+            mimics = {label: _alternate(key(seed, "cohort/mimic", s, ROLES.index(role), int(label))) for label in (True, False)}
             for rank, patient in enumerate(members):
                 for number in range(panels + cases):
                     case = number - panels
@@ -114,7 +118,7 @@ def _dealt(n: int, share: float, k: int) -> np.ndarray:
     return generator(k).permutation(chosen)
 
 
-def _alternate(k: int):  # type: ignore[no-untyped-def]
+def _alternate(k: int) -> Iterator[bool]:
     """True and False in turn, the first by key."""
     value = bool(k & 1)
     while True:

@@ -16,8 +16,8 @@ _HAEMATOXYLIN, _EOSIN = np.array([0.64, 0.71, 0.28]), np.array([0.09, 0.95, 0.25
 
 @dataclass(frozen=True)
 class Scanner:
-    """How one slide comes out: unit stain vectors [3] (RGB optical density), gains, gamma, white balance [3], lens blur (um), sharpening,
-    sensor noise (grey levels), white point, JPEG quality and chroma subsampling."""
+    """How one slide comes out: unit stain vectors [3] (RGB optical density), gains, gamma, white balance [3], lens blur (um),
+    sharpening, sensor noise (grey levels), white point, JPEG quality and chroma subsampling."""
 
     haematoxylin: Array
     eosin: Array
@@ -65,11 +65,13 @@ def slide_scanner(site: Scanner, k: int) -> Scanner:
     )
 
 
-def expose(haematoxylin: Array, eosin: Array, scanner: Scanner, mpp: float, origin: tuple[int, int], light: Array | None = None) -> Array:
+def expose(
+    haematoxylin: Array, eosin: Array, scanner: Scanner, mpp: float, origin: tuple[int, int], light: Array | None = None
+) -> Array:
     """Optical densities float32 [h + 2 HALO, w + 2 HALO] to pixels uint8 [h, w, 3].
 
-    origin: the (row, column) of the first output pixel in its slide, which places the sensor noise. light: float32 [3, h + 2 HALO,
-    w + 2 HALO] or None, factors on the transmitted light (ink, dust). Blur and sharpening act on light, gamma after them.
+    origin: the (row, column) of the first output pixel in its slide, which places the sensor noise. light: float32 [3, h + 2
+    HALO, w + 2 HALO] or None, factors on the transmitted light (ink, dust). Blur and sharpening act on light, gamma after them.
     """
     h, w = haematoxylin.shape[0] - 2 * HALO, haematoxylin.shape[1] - 2 * HALO
     pixels = np.empty((h, w, 3), np.uint8)
@@ -85,7 +87,8 @@ def expose(haematoxylin: Array, eosin: Array, scanner: Scanner, mpp: float, orig
         if scanner.sharpening > 0.01:
             plane = plane + np.float32(scanner.sharpening) * (plane - _blur(plane, 1.0))
         plane = plane[HALO:-HALO, HALO:-HALO]
-        plane = np.exp(np.log(np.clip(plane, 1e-3, 1.2)) * np.float32(scanner.gamma)) * np.float32(scanner.balance[c] * scanner.white)
+        plane = np.exp(np.log(np.clip(plane, 1e-3, 1.2)) * np.float32(scanner.gamma))
+        plane *= np.float32(scanner.balance[c] * scanner.white)
         plane += np.float32(scanner.noise) * wrapped(_noise(), origin[0] + 211 * c, origin[1] + 97 * c, h, w)
         pixels[..., c] = np.clip(plane + np.float32(0.5), 0, 255)
     return pixels

@@ -72,7 +72,8 @@ class VirtualSlide:
         return f"Aperio Image Library v12.0.15\r\n{size}{level} {kind}{extra}"
 
     def write(self, path: Path, pool: ThreadPoolExecutor | None = None) -> None:
-        """Write a tiled JPEG pyramid (levels 1, 4, 16) that OpenSlide reads as Aperio; blocks are drawn by `pool` where there is one."""
+        """Write a tiled JPEG pyramid (levels 1, 4, 16) that OpenSlide reads as Aperio; blocks are drawn by `pool` where
+        there is one."""
         corners = [(y, x) for y in range(0, self.height, BLOCK) for x in range(0, self.width, BLOCK)]
         small = [np.empty((self.height // f, self.width // f, 3), np.uint8) for f in FACTORS[1:]]
         tiles: dict[tuple[int, int], bytes] = {}

@@ -35,8 +35,8 @@ def _stroma_textures() -> tuple[Array, Array]:
 
 @dataclass
 class Tissue:
-    """classes uint8 [h, w] at MAP_UM; `maps` float32 [5, h, w]: lumen (logit), eosin, strand weight, coordinates along and across strands;
-    `background_density` is the haematoxylin of the cytoplasm as a share of the eosin."""
+    """classes uint8 [h, w] at MAP_UM; `maps` float32 [5, h, w]: lumen (logit), eosin, strand weight, coordinates along and
+    across strands; `background_density` is the haematoxylin of the cytoplasm as a share of the eosin."""
 
     classes: Array
     maps: Array
@@ -46,7 +46,8 @@ class Tissue:
     background_density: float
 
     def densities(self, x_um: float, y_um: float, mpp: float, height: int, width: int) -> tuple[Array, Array]:
-        """Haematoxylin and eosin, float32 [height, width] each, of the window with its corner at (x_um, y_um); white beyond the map.
+        """Haematoxylin and eosin, float32 [height, width] each, of the window with its corner at (x_um, y_um); white beyond the
+        map.
 
         A window is a function of its place: two windows agree where they overlap.
         """
@@ -93,8 +94,8 @@ def _bilinear(texture: Array, y: Array, x: Array) -> Array:
 def grow(classes: Array, law: m.Law, gap: float, natural: bool, k: int, nucleolus: float | None = None) -> Tissue:
     """Fill a class map with tissue.
 
-    classes: uint8 [h, w] at MAP_UM, codes of `morphology.CLASSES`. natural: let nuclear and eosin density differ by class (`natural6`).
-    nucleolus: share of tumour nuclei that show one, in place of the class's own. k: the key of every draw.
+    classes: uint8 [h, w] at MAP_UM, codes of `morphology.CLASSES`. natural: let nuclear and eosin density differ by class
+    (`natural6`). nucleolus: share of tumour nuclei that show one, in place of the class's own. k: the key of every draw.
     """
     rng = generator(key(k, "cohort/tissue"))
     shapes = m.morphologies(gap)
@@ -105,17 +106,19 @@ def grow(classes: Array, law: m.Law, gap: float, natural: bool, k: int, nucleolu
     lumen = _lumen(rng, classes, white[regions])
     along, across, theta, glands = _strands(rng, *classes.shape)
     natural_fraction, natural_eosin = (
-        np.array([table.get(c, 1.0) if natural else 1.0 for c in range(len(m.CLASSES))]) for table in (m.NATURAL_FRACTION, m.NATURAL_EOSIN)
+        np.array([table.get(c, 1.0) if natural else 1.0 for c in range(len(m.CLASSES))])
+        for table in (m.NATURAL_FRACTION, m.NATURAL_EOSIN)
     )
     eosin = law.eosin_density[codes] * natural_eosin[codes] * np.exp(rng.normal(0, 0.08, len(codes)))
-    eosin_map = eosin[regions] * (1 + 0.12 * smooth_field(rng, *classes.shape, MAP_UM, 60))
+    eosin_map = eosin[regions] * (1 + 0.12 * smooth_field(rng, classes.shape, MAP_UM, 60))
     centre = np.mean([shapes[c].fibre for c in m.MATCHED])
     middle = np.array([shapes[c].fibre if c in shapes else 0.0 for c in range(len(m.CLASSES))])[codes]
     spread = rng.uniform(-0.22, 0.22, len(codes))
     weight = np.clip(np.where(middle > centre, np.maximum(middle + spread, 0.55), middle + spread), 0, 0.97)[regions]
     fraction = np.clip(law.nuclear_fraction * natural_fraction, 0.06, 0.40)[codes] * np.exp(rng.normal(0, 0.15, len(codes)))
     nuclei = _place(rng, classes, regions, lumen, theta, glands, np.clip(fraction, 0.06, 0.40), law, shapes, nucleolus)
-    maps = np.stack([lumen, *(gaussian_filter(p.astype(np.float32), 1.0) for p in (eosin_map, weight)), along, across]).astype(np.float32)
+    smooth = (gaussian_filter(p.astype(np.float32), 1.0) for p in (eosin_map, weight))
+    maps = np.stack([lumen, *smooth, along, across]).astype(np.float32)
     return Tissue(classes, maps, nuclei, shapes, (int(rng.integers(_TEXTURE)), int(rng.integers(_TEXTURE))), 0.09)
 
 
@@ -130,41 +133,47 @@ def _regions(classes: Array) -> tuple[Array, int]:
 
 
 def _lumen(rng: np.random.Generator, classes: Array, white: Array) -> Array:
-    """Logit of being white, float32 [h, w]: lumens, slits, vessels and fat cells, each class with its own shapes and the same share."""
+    """Logit of being white, float32 [h, w]: lumens, slits, vessels and fat cells, each class with its own shapes and the
+    same share."""
     shape = classes.shape
-    large, middle, fine, fat = (smooth_field(rng, *shape, MAP_UM, scale) for scale in (26, 22, 9, 45))
-    slits = (0.6 * smooth_field(rng, *shape, MAP_UM, 18) + 0.4 * fine) / np.hypot(0.6, 0.4)
+    large, middle, fine, fat = (smooth_field(rng, shape, MAP_UM, scale) for scale in (26, 22, 9, 45))
+    slits = (0.6 * smooth_field(rng, shape, MAP_UM, 18) + 0.4 * fine) / np.hypot(0.6, 0.4)
     clefts = (0.6 * middle + 0.4 * fine) / np.hypot(0.6, 0.4)
     cells = np.where(classes == m.ADIPOSE, np.abs(fat), 0)
-    field = np.select([classes == m.TUMOUR, classes == m.STROMA, np.isin(classes, (m.BENIGN, m.MIMIC))], [slits, clefts, large], middle)
+    glands = np.isin(classes, (m.BENIGN, m.MIMIC))
+    field = np.select([classes == m.TUMOUR, classes == m.STROMA, glands], [slits, clefts, large], middle)
     threshold = np.where(classes == m.ADIPOSE, ndtri(0.5 + 0.5 * (1 - white)), ndtri(1 - white))
     logit = 10 * (np.where(classes == m.ADIPOSE, cells, field) - threshold)
     return np.where(classes == m.BACKGROUND, 12.0, logit).astype(np.float32)
 
 
 def _strands(rng: np.random.Generator, height: int, width: int) -> tuple[Array, Array, Array, Array]:
-    """Coordinates along and across the strands (um), the strands' angle, and the field whose contours glands follow: float32 [h, w] each.
+    """Coordinates along and across the strands (um), the strands' angle, and the field whose contours glands follow: float32
+    [h, w] each.
 
     Strands are level lines of `across`: a plane wave bent by two smooth fields, so their angle is that of its tangent.
     """
     angle = rng.uniform(0, np.pi)
     yy, xx = np.meshgrid(np.arange(height) * MAP_UM, np.arange(width) * MAP_UM, indexing="ij")
-    bend, wave, stretch = (smooth_field(rng, height, width, MAP_UM, scale) for scale in (200, 60, 80))
+    bend, wave, stretch = (smooth_field(rng, (height, width), MAP_UM, scale) for scale in (200, 60, 80))
     across = yy * np.cos(angle) - xx * np.sin(angle) + 70 * bend + 7 * wave
     along = xx * np.cos(angle) + yy * np.sin(angle) + 25 * stretch
     slope_y, slope_x = np.gradient(across)
-    glands = smooth_field(rng, height, width, MAP_UM, 50)
+    glands = smooth_field(rng, (height, width), MAP_UM, 50)
     return along, across, np.arctan2(slope_y, slope_x) + np.pi / 2, glands
 
 
-def _place(rng: np.random.Generator, classes: Array, regions: Array, lumen: Array, theta: Array, glands: Array, fraction: Array, law: m.Law,
-           shapes: dict[int, m.Morphology], nucleolus: float | None) -> Nuclei:
+def _place(
+    rng: np.random.Generator, classes: Array, regions: Array, lumen: Array, theta: Array, glands: Array, fraction: Array,
+    law: m.Law, shapes: dict[int, m.Morphology], nucleolus: float | None,
+) -> Nuclei:  # fmt: skip
     """Nuclei until each region holds its fraction of nuclear area outside lumens."""
     open_ = (classes != m.BACKGROUND) & (lumen < 0)
     phase = np.abs((glands * 1.6) % 2 - 1)  # 0 on one contour of the gland field, 1 on the next
-    clusters = smooth_field(rng, *classes.shape, MAP_UM, 40)
+    clusters = smooth_field(rng, classes.shape, MAP_UM, 40)
     gland = np.isin(classes, (m.BENIGN, m.MIMIC))
-    appeal = np.where(gland, np.where(phase < 0.38, 1.0, 0.10), np.where((classes == m.TUMOUR) & (clusters < 0), 0.55, 1.0)) * open_
+    clustered = np.where((classes == m.TUMOUR) & (clusters < 0), 0.55, 1.0)
+    appeal = np.where(gland, np.where(phase < 0.38, 1.0, 0.10), clustered) * open_
     area = np.bincount(regions[open_], minlength=len(fraction)) * MAP_UM**2
     codes = np.zeros(len(fraction), np.int64)
     codes[regions.ravel()] = classes.ravel()
@@ -183,13 +192,12 @@ def _place(rng: np.random.Generator, classes: Array, regions: Array, lumen: Arra
     if nucleolus is not None:
         table[m.TUMOUR, 4] = nucleolus
     semi, variation, elongation, _, spotted, _, spacing = table[kind].T
-    # the mean area of a lognormal semi-axis grows with its variation; nothing here depends on that
     size = semi * law.size[kind] * np.exp(np.clip(rng.normal(0, 1, n), -2.5, 2.5) * variation)
     ratio = np.maximum(1.0, elongation * np.exp(rng.normal(0, 0.10, n)))
     slope_y, slope_x = np.gradient(glands)
     polar = np.arctan2(slope_y, slope_x)[row, column] + rng.normal(0, 0.22, n)
-    angle = np.select([kind == m.STROMA, np.isin(kind, (m.BENIGN, m.MIMIC))], [theta[row, column] + rng.normal(0, 0.17, n), polar],
-                      rng.uniform(0, np.pi, n))
+    along = theta[row, column] + rng.normal(0, 0.17, n)
+    angle = np.select([kind == m.STROMA, np.isin(kind, (m.BENIGN, m.MIMIC))], [along, polar], rng.uniform(0, np.pi, n))
     kept, pairs = hard_core(x, y, size * spacing) if n else (np.zeros(0, bool), np.zeros((0, 2), np.int64))
     added = covered(x, y, size, pairs[kept[pairs].all(1)]) if n else np.zeros(0)
     region = regions[row, column]

@@ -19,7 +19,8 @@ Array = np.ndarray
 
 
 def write_truth(folder: Path, slide: VirtualSlide) -> None:
-    """Write classes.png and artefacts.png (codes and bits at MAP_UM), nuclei.parquet (um), foci.geojson and foci.xml (level-0 px)."""
+    """Write classes.png and artefacts.png (codes and bits at MAP_UM), nuclei.parquet (um), foci.geojson and foci.xml
+    (level-0 px)."""
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(slide.tissue.classes).save(folder / "classes.png", compress_level=6)
     Image.fromarray(slide.artefacts.mask).save(folder / "artefacts.png", compress_level=6)
@@ -33,15 +34,17 @@ def nuclei_table(nuclei: Nuclei) -> pa.Table:
     """Columns x, y, a, b (um), kind (class name), theta (radians), nucleolus (bool)."""
     names = pa.array(m.CLASSES)
     table = {name: getattr(nuclei, name).astype(np.float32) for name in ("x", "y", "a", "b", "theta")}
-    return pa.table({**table, "kind": pa.DictionaryArray.from_arrays(nuclei.kind.astype(np.int8), names), "nucleolus": nuclei.nucleolus})
+    kind = pa.DictionaryArray.from_arrays(nuclei.kind.astype(np.int8), names)
+    return pa.table({**table, "kind": kind, "nucleolus": nuclei.nucleolus})
 
 
 def outlines(mask: Array, mpp: float) -> list[Array]:
-    """Closed outer and inner rings of a mask at MAP_UM, each float64 [n, 2] (x, y) in level-0 px, outer ones before their holes."""
+    """Closed outer and inner rings of a mask at MAP_UM, each float64 [n, 2] (x, y) in level-0 px, outer ones before their
+    holes."""
     padded = np.pad(mask.astype(np.float32), 1)
-    polygons, offsets = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
+    found = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
     rings = []
-    for points, cuts in zip(polygons, offsets, strict=True):
+    for points, cuts in zip(found[0], found[1], strict=True):
         xy = (np.asarray(points) - 0.5) * MAP_UM / mpp  # padding shifts by one cell; a cell's value stands at its middle
         rings += [xy[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
     return rings
@@ -78,7 +81,8 @@ def _asap(rings: list[Array]) -> bytes:
         hole = outer * _area(ring) < 0
         outer = outer if hole else _area(ring)
         group = "Exclusion" if hole else "Tumor"
-        annotation = ElementTree.SubElement(annotations, "Annotation", Name=f"Annotation {i}", Type="Polygon", PartOfGroup=group, Color="#F4FA58")
+        named = {"Name": f"Annotation {i}", "Type": "Polygon", "PartOfGroup": group, "Color": "#F4FA58"}
+        annotation = ElementTree.SubElement(annotations, "Annotation", named)
         coordinates = ElementTree.SubElement(annotation, "Coordinates")
         for order, (x, y) in enumerate(ring[:-1]):
             ElementTree.SubElement(coordinates, "Coordinate", Order=str(order), X=f"{x:.1f}", Y=f"{y:.1f}")

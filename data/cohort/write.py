@@ -27,7 +27,8 @@ from histoscale.data.keys import key, unit
 
 @dataclass(frozen=True)
 class CohortConfig:
-    """seed: of every draw. gap: distance between the classes (1.5 easy, 1, 0.6 hard). shift: distance of external sites (0 none, 1.6 usual).
+    """seed: of every draw. gap: distance between the classes (1.5 easy, 1, 0.6 hard). shift: distance of external sites (0
+    none, 1.6 usual).
     rho: confounds the slide label with the site, 0 to 1. trap: share of the first training site's positives with a pen mark.
     panels, cases: slides a patient; panel_mm, case_mm: their [width, height]. prevalence: of tumour among cases.
     artefacts: factor on their usual rates."""
@@ -47,7 +48,10 @@ class CohortConfig:
     patches: PatchesConfig
 
 
-MANIFEST = ("slide_id", "uri", "patient_id", "site", "cohort", "organ", "stain", "role", "kind", "tumour", "coin", "fine", "mimic", "stratum")
+MANIFEST = (
+    "slide_id", "uri", "patient_id", "site", "cohort", "organ", "stain", "role", "kind", "tumour", "coin", "fine", "mimic",
+    "stratum",
+)  # fmt: skip
 
 
 def slides_of(config: CohortConfig) -> list[SlideSpec]:
@@ -69,8 +73,9 @@ def make_slide(spec: SlideSpec, config: CohortConfig, site: int | None = None) -
     tissue = grow(classes, m.draw_law(config.seed, spec.patient), config.gap, spec.kind == "case", spec.key, nucleolus)
     trapped = own == 0 and bool(spec.tumour) and unit(key(spec.key, "cohort/trap")) < config.trap
     return VirtualSlide(
-        width=width, height=height, mpp=place.mpp, objective=place.objective, device=f"SS{key(config.seed, 'cohort/device', own) % 10000:04d}",
-        tissue=tissue, artefacts=draw_artefacts(spec.key, *classes.shape, config.artefacts, trapped),
+        width=width, height=height, mpp=place.mpp, objective=place.objective,
+        device=f"SS{key(config.seed, 'cohort/device', own) % 10000:04d}",
+        tissue=tissue, artefacts=draw_artefacts(spec.key, classes.shape, config.artefacts, trapped),
         scanner=slide_scanner(site_scanner(config.seed, own, config.shift if place.stranger else 1.0), spec.key),
     )
 
@@ -78,8 +83,8 @@ def make_slide(spec: SlideSpec, config: CohortConfig, site: int | None = None) -
 def write_cohort(out: Path, config: CohortConfig, journal: Journal, threads: int | None = None) -> None:
     """Write slides/*.svs, manifest.csv, patches.parquet and truth/<slide_id>/ into `out`.
 
-    threads: by default one a core of this process. Several slides are drawn at once, or several blocks of a slide where slides are few.
-    Raises ValueError for a configuration out of range, OSError when the disk refuses.
+    threads: by default one a core of this process. Several slides are drawn at once, or several blocks of a slide where slides
+    are few. Raises ValueError for a configuration out of range, OSError when the disk refuses.
     """
     out = Path(out)
     specs = slides_of(config)
@@ -124,7 +129,8 @@ def _row(spec: SlideSpec, config: CohortConfig) -> dict[str, str]:
     site = config.sites[spec.site]
     return {
         "slide_id": spec.slide_id, "uri": f"slides/{spec.slide_id}.svs", "patient_id": spec.patient_id, "site": site.name,
-        "cohort": "external" if site.stranger else "internal", "organ": "synthetic", "stain": "H&E", "role": spec.role, "kind": spec.kind,
+        "cohort": "external" if site.stranger else "internal", "organ": "synthetic", "stain": "H&E",
+        "role": spec.role, "kind": spec.kind,
         "tumour": flag(spec.tumour), "coin": flag(spec.coin), "fine": flag(spec.fine),
         "mimic": flag(spec.mimic if spec.kind == "case" else None), "stratum": spec.stratum,
     }
@@ -140,6 +146,6 @@ def render_region(label: str, size_px: int, mpp: float, config: CohortConfig, pa
     tissue = grow(np.full((cells, cells), code, np.uint8), m.draw_law(config.seed, patient), config.gap, False, k)
     place = config.sites[site]
     scanner = slide_scanner(site_scanner(config.seed, site, config.shift if place.stranger else 1.0), k)
-    slide = VirtualSlide(size_px, size_px, mpp, place.objective, "", tissue, draw_artefacts(k, cells, cells, 0.0), scanner)
+    slide = VirtualSlide(size_px, size_px, mpp, place.objective, "", tissue, draw_artefacts(k, (cells, cells), 0.0), scanner)
     corner = int(16 / mpp)
     return slide.pixels(corner, corner, size_px, size_px)
