@@ -101,7 +101,8 @@ class Encoder:
     def vectors(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, H, W] -> cls [B, D], mean of the patch tokens [B, D] ([B, 0] without tokens); float32 on the CPU."""
         cls, patches = self.tokens(self._checked(pixels))
-        return cls.float().cpu(), patch_mean(patches.float()).cpu()
+        mean = patch_mean(patches.float()).cpu()
+        return cls.float().cpu().clone(), mean  # a view would keep all tokens in memory
 
     def effective_mpp(self, mpp: float, patch_px: int) -> float:
         """µm per pixel that the encoder sees in patches of `patch_px` pixels at `mpp`."""

@@ -83,15 +83,15 @@ def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -
     count = len(np.unique(groups))
     if count < 2:
         raise ValueError(f"train has {count} patient: choosing a penalty needs at least two")
-    splitter: LeaveOneGroupOut | StratifiedKFold | StratifiedGroupKFold
+    rows = np.zeros(len(labels))
     if count < folds:
-        splitter = LeaveOneGroupOut()
+        splits = LeaveOneGroupOut().split(rows, labels, groups)
     elif count == len(groups):
-        splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(rows, labels)
     else:
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, labels, groups)
     outside = np.zeros((min(count, folds), len(labels)), dtype=bool)
-    for fold, (_, held) in enumerate(splitter.split(np.zeros(len(labels)), labels, groups)):
+    for fold, (_, held) in enumerate(splits):
         outside[fold, held] = True
     return outside
 

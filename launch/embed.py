@@ -7,6 +7,7 @@ Finished slides are kept when it runs again. Slides that cannot be read are rows
 share the slides.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,9 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         journal.say(f"  without: {slide_id} ({reason})")
     facts = {name: found[name] for name in ("mpp", "patch_px", "effective_mpp")}
     return {"embed": {**total, **facts, "failed": failed, "encoder_hash": encoder.hash}}
+
+
+if __name__ == "__main__":
+    from histoscale.launch.run import execute
+
+    sys.exit(execute("embed", sys.argv[1:]))

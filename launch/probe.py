@@ -7,6 +7,7 @@ Linear and kNN probes, chosen inside the training patients and then scored on th
 the floors `random` (untrained, five initialisations) and `colour` (42 numbers), with 95 % intervals over patients.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,9 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     about: dict[str, Any] = {"encoder": encoder.name, "encoder_hash": encoder.hash, "precision": config.precision}
     about.update(effective_mpp=effective, transductive=encoder.transductive)
     return {"probe": {**found.summary(), **about}}
+
+
+if __name__ == "__main__":
+    from histoscale.launch.run import execute
+
+    sys.exit(execute("probe", sys.argv[1:]))

@@ -107,8 +107,8 @@ def encode_labels(names: Sequence[str], train: np.ndarray, where: str) -> tuple[
     """Sorted classes and int64 labels. Raises DatasetError when fewer than two classes can be learnt from, or when a reported
     class has no training patch."""
     table = np.asarray(names)
-    classes = sorted(set(table))
-    unseen = sorted(set(classes) - set(table[train]))
+    classes = sorted(set(table.tolist()))
+    unseen = sorted(set(classes) - set(table[train].tolist()))
     if len(classes) < 2 or unseen:
         problem = f"the class {unseen[0]!r} has no training patch" if unseen else f"there is one class, {classes}"
         raise DatasetError(f"{where}: {problem}; a probe needs at least two classes, each with training patches")
