@@ -3,11 +3,12 @@
 import math
 
 import numpy as np
+import torch
 
-from histoscale.data.keys import key
+from histoscale.data.keys import keys
 
 _EDGE = 1e-6  # level px and shares: rounding of coordinates that are not whole numbers
-_TRIES = (8, 64, 512, 4096)  # places tried at random before the slide is searched for blocks that can hold a cell
+_TRIES = (16, 128, 1024, 4096)  # places tried at random before the slide is searched for blocks that can hold a cell
 
 
 class Tissue:
@@ -140,4 +141,5 @@ class Cells:
 
 def _draws(k: int, purpose: str, start: int, count: int, n: int) -> np.ndarray:
     """Numbers start … start + count of a keyed sequence over range(n): int64 [count]."""
-    return np.array([key(k, purpose, i) % n for i in range(start, start + count)], np.int64)
+    drawn = keys(k, purpose, 0, torch.arange(start, start + count)).numpy().view(np.uint64)
+    return (drawn % np.uint64(n)).astype(np.int64)

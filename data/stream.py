@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from histoscale.data.catalog import open_catalog
 from histoscale.data.journal import scrub
@@ -207,7 +208,7 @@ class Stream:
         self.tally = Tally(source, plan.sampler.mpps)
         self._lost, self._visits = lost, 0
         self._waited, self._since = 0.0, time.perf_counter()
-        self._parts: Iterator[_Part | _Fault] | None = None
+        self._loading: _BaseDataLoaderIter | None = None
         self._batches: Iterator[Batch] | None = None
 
     def __enter__(self) -> "Stream":
@@ -233,6 +234,10 @@ class Stream:
         if self._batches is not None:
             self._batches.close()  # type: ignore[attr-defined]
         self._batches = None
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers that are running."""
+        return [worker.pid for worker in self._loading._workers] if self._loading is not None else []  # type: ignore[attr-defined]
 
     def stats(self) -> dict[str, float]:
         """For a metric row: share of the time since the last call that the caller waited; counts since the stream began."""
@@ -265,17 +270,19 @@ class Stream:
             loader = DataLoader(
                 dataset, batch_size=None, num_workers=owners, prefetch_factor=ahead, multiprocessing_context=context
             )
-            parts: Iterator[_Part | _Fault] = iter(loader)
+            self._loading = iter(loader)
+            parts: Iterator[_Part | _Fault] = self._loading
         else:
             parts = iter(dataset)
         try:
             while True:
                 yield self._batch([self._checked(next(parts)) for _ in range(max(1, owners))])
         finally:
-            if owners:
-                parts._shutdown_workers()  # type: ignore[attr-defined]  # now, not when the garbage collector comes by
-            else:
+            if self._loading is None:
                 parts.close()  # type: ignore[attr-defined]
+            else:
+                self._loading._shutdown_workers()  # type: ignore[attr-defined]  # now, not when garbage is collected
+                self._loading = None
 
     def _checked(self, part: _Part | _Fault) -> _Part:
         if isinstance(part, _Fault):

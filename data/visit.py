@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 @dataclass
-class _Open:
+class Opened:
     """reader, and by target mpp the scale and the cells, which share the slide's tissue."""
 
     reader: Reader
@@ -79,7 +79,7 @@ class SlideSource:
         self.slide_ids = [slide.slide_id for slide in catalog.slides]
         self.ineligible: list[tuple[str, str]] = []  # slide id and why, after table()
         self._table: SlideTable | None = None
-        self._opened: OrderedDict[int, _Open] = OrderedDict()
+        self._opened: OrderedDict[int, Opened] = OrderedDict()
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
@@ -118,7 +118,7 @@ class SlideSource:
     def read(self, visit: Visit) -> Patches:
         """Regions placed by key until grid^2 patches have passed, then repeats. Raises VisitFailed, StorageError."""
         try:
-            opened = self._open(visit.slide)
+            opened = self.open_slide(visit.slide)
             return self._patches(visit.key, opened.reader, *opened.targets[visit.target])
         except (Missing, Changed, LayoutError, DecodeError) as error:
             raise VisitFailed(str(error)) from error
@@ -178,7 +178,7 @@ class SlideSource:
             found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
         return cells, found
 
-    def _open(self, slide: int) -> _Open:
+    def open_slide(self, slide: int) -> Opened:
         """The slide's reader and cells; the last few are kept, for all threads."""
         with self._lock:
             if slide in self._opened:
@@ -187,7 +187,7 @@ class SlideSource:
         tissue = self._tissue(slide)
         every = {target: self._cells(slide, tissue, mpp) for target, mpp in enumerate(self.sampler.mpps)}
         targets = {target: found for target, found in every.items() if found is not None}
-        opened = _Open(self.catalog.reader(slide, self.store), tissue, targets)
+        opened = Opened(self.catalog.reader(slide, self.store), tissue, targets)
         with self._lock:
             self._opened[slide] = opened
             while len(self._opened) > 1 and sum(one.tissue.integral.nbytes for one in self._opened.values()) > _KEPT_BYTES:

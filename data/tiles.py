@@ -1,0 +1,179 @@
+"""Ready tiles as a source of visits: a folder of images, or Parquet. One visit is grid^2 tiles of one slide id."""
+
+import io
+import re
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet
+from PIL import Image
+
+from histoscale.data.keys import key, permute
+from histoscale.data.pixelfilter import passes
+from histoscale.data.plan import SamplerConfig, SlideTable, Visit
+from histoscale.data.storage import Store
+from histoscale.data.visit import Patches, VisitFailed
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_ROW_GROUPS_KEPT = 4
+_ABOUT = ("patient_id", "site", "organ", "cohort", "scanner")
+
+
+class TilesError(ValueError):
+    """The folder or file does not hold tiles; the message says what is missing."""
+
+
+class Tiles(Protocol):
+    """A list of encoded images. columns: slide_id and, where known, mpp and what is known of the slide; one value a tile."""
+
+    columns: dict[str, list[Any]]
+
+    def image(self, i: int) -> bytes:
+        """The encoded image of tile i. Raises OSError."""
+
+
+class Folder:
+    """Images below a folder, in the order of their paths. pattern: its first group in the relative path is the slide id."""
+
+    def __init__(self, path: Path, pattern: str) -> None:
+        self.path = path
+        self.files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+        if not self.files:
+            raise TilesError(f"{path} holds no images ({', '.join(_SUFFIXES)})")
+        found = [re.search(pattern, file) for file in self.files]
+        nameless = [file for file, match in zip(self.files, found, strict=True) if match is None or not match.groups()]
+        if nameless:
+            others = f" and {len(nameless) - 1} more" if len(nameless) > 1 else ""
+            raise TilesError(f"the pattern {pattern!r} finds no slide id (its first group) in {nameless[0]!r}{others}")
+        self.columns = {"slide_id": [match.group(1) for match in found if match is not None]}
+
+    def image(self, i: int) -> bytes:
+        return (self.path / self.files[i]).read_bytes()
+
+
+class Table:
+    """A Parquet file with the columns slide_id and image (bytes, or a struct that holds `bytes`), and mpp and others if known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open()
+        names = self.file.schema_arrow.names
+        missing = [name for name in ("slide_id", "image") if name not in names]
+        if missing:
+            raise TilesError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(names)}")
+        self.columns = self.file.read([name for name in ("slide_id", "mpp", *_ABOUT) if name in names]).to_pydict()
+
+    def _open(self) -> None:
+        self.file = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+        sizes = [self.file.metadata.row_group(i).num_rows for i in range(self.file.metadata.num_row_groups)]
+        self.starts = np.cumsum([0, *sizes])
+        self._groups: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "columns": self.columns}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def image(self, i: int) -> bytes:
+        group = int(np.searchsorted(self.starts, i, side="right")) - 1
+        with self._lock:  # a Parquet file has one position
+            if group not in self._groups:
+                self._groups[group] = self.file.read_row_group(group, ["image"])["image"]
+                while len(self._groups) > _ROW_GROUPS_KEPT:
+                    self._groups.popitem(last=False)
+            value = self._groups[group][i - int(self.starts[group])].as_py()
+        return value["bytes"] if isinstance(value, dict) else value
+
+
+class TileSource:
+    """Tiles as a source for the same plan and stream. A tile without mpp serves every magnification; its true mpp is then nan.
+
+    The position of a patch is (level 0, x: number of the tile, y: 0).
+    """
+
+    def __init__(self, tiles: Tiles, sampler: SamplerConfig) -> None:
+        self.tiles, self.sampler = tiles, sampler
+        self.slide_ids = sorted(set(tiles.columns["slide_id"]))
+        rows = {slide_id: row for row, slide_id in enumerate(self.slide_ids)}
+        self.slide = np.array([rows[slide_id] for slide_id in tiles.columns["slide_id"]])
+        unknown = [None] * len(self.slide)
+        self.mpp = np.array([np.nan if mpp is None else mpp for mpp in tiles.columns.get("mpp", unknown)], np.float64)
+        self.order = np.argsort(self.slide, kind="stable")
+        self.first = np.searchsorted(self.slide[self.order], np.arange(len(self.slide_ids) + 1))
+
+    def describe(self, slide: int) -> tuple[str, str, str]:
+        return self._about(slide, "site"), self._about(slide, "scanner"), self._about(slide, "organ")
+
+    def table(self) -> SlideTable:
+        """Slides by id; the area is the number of tiles."""
+        every = range(len(self.slide_ids))
+        eligible = [[len(self._serving(slide, mpp)) > 0 for mpp in self.sampler.mpps] for slide in every]
+        return SlideTable(
+            slide_ids=self.slide_ids,
+            patients=[self._about(slide, "patient_id") or self.slide_ids[slide] for slide in every],
+            organs=[self._about(slide, "organ") for slide in every],
+            sites=[self._about(slide, "site") for slide in every],
+            cohorts=[self._about(slide, "cohort") for slide in every],
+            area=np.diff(self.first).astype(np.float64),
+            eligible=np.array(eligible, bool),
+        )
+
+    def read(self, visit: Visit) -> Patches:
+        """Tiles in keyed order until grid^2 have passed the pixel filter, then repeats. Raises VisitFailed, and ValueError for a
+        tile that is smaller than a patch."""
+        tiles = self._serving(visit.slide, self.sampler.mpps[visit.target])
+        wanted, tested = self.sampler.grid**2, 0
+        pixels: list[np.ndarray] = []
+        numbers: list[int] = []
+        for i in range(len(tiles)):
+            if len(pixels) == wanted:
+                break
+            number = int(tiles[permute(visit.key, len(tiles), i)])
+            try:
+                image = np.asarray(Image.open(io.BytesIO(self.tiles.image(number))).convert("RGB"))
+            except OSError:  # gone, or no image: Pillow's errors are OSErrors
+                continue
+            patch = self._crop(image, key(visit.key, "crop", number), visit.slide)
+            tested += 1
+            if passes([patch], self.sampler.pixel_filter)[0]:
+                pixels.append(patch)
+                numbers.append(number)
+        if not pixels:
+            raise VisitFailed(f"none of {len(tiles)} tiles could be read and passed the pixel filter", tested)
+        again = np.arange(wanted) % len(pixels)
+        x = np.array(numbers, np.int64)[again]
+        mpp = float(self.mpp[numbers[0]])
+        return Patches(np.stack(pixels)[again], x, np.zeros_like(x), 0, mpp, tested, len(pixels), wanted - len(pixels))
+
+    def _crop(self, image: np.ndarray, k: int, slide: int) -> np.ndarray:
+        side, (height, width) = self.sampler.patch_px, image.shape[:2]
+        if min(height, width) < side:
+            raise ValueError(f"a tile of {self.slide_ids[slide]} is {width} x {height} px: sampler.patch_px={side} does not fit")
+        top, left = key(k, "top") % (height - side + 1), key(k, "left") % (width - side + 1)
+        return image[top : top + side, left : left + side]
+
+    def _serving(self, slide: int, mpp: float) -> np.ndarray:
+        """The tiles of a slide at a target mpp."""
+        tiles = self.order[self.first[slide] : self.first[slide + 1]]
+        known = self.mpp[tiles]
+        return tiles[np.isnan(known) | (np.abs(known / mpp - 1) <= self.sampler.mpp_tolerance)]
+
+    def _about(self, slide: int, name: str) -> str:
+        values = self.tiles.columns.get(name)
+        return "" if values is None else str(values[self.order[self.first[slide]]] or "")
+
+
+def open_tiles(uri: str, pattern: str, sampler: SamplerConfig, store: Store) -> TileSource:
+    """The tiles of a folder on this machine, or of a Parquet file anywhere (a remote one is copied into the cache).
+
+    pattern: for folders, a regular expression on the relative path whose first group is the slide id; `^(.+)/` takes the folder.
+    Raises TilesError, StorageError.
+    """
+    path = store.local(uri)
+    return TileSource(Folder(path, pattern) if path.is_dir() else Table(path), sampler)
