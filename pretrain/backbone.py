@@ -62,7 +62,7 @@ def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
         vit = timm.create_model(config.architecture, pretrained=False, **timm_arguments(config))
     if vit.cls_token is None or vit.pos_embed is None:
         raise ValueError(f"model.architecture={config.architecture!r} has no class token or no learned positions")
-    return vit
+    return cast(VisionTransformer, vit)
 
 
 @lru_cache(maxsize=64)

@@ -119,7 +119,7 @@ def test_centring_updates_its_state_after_use() -> None:
 
 
 def test_whole_groups_can_be_computed_anywhere() -> None:
-    """Two halves of the slots, each its own process's share, have the gradients of the whole on average (no Sinkhorn: it is joint)."""
+    """Halves of the slots, as of two processes, have the whole's gradients on average (with centring: Sinkhorn is joint)."""
     model, method = replace(MODEL, drop_path=0.3), replace(METHOD, targets="centering")
     whole, student = one_step(model, method)
     whole.total.backward()
@@ -174,6 +174,12 @@ def test_the_loss_falls_on_two_kinds_of_image() -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
     assert found is not None and found.read["dino/ce"] < 0.85 and found.read["dino/prototypes"].count_nonzero() >= 4
+
+
+def test_batch_norm_is_refused_over_ranks() -> None:
+    method = replace(METHOD, head=replace(HEAD, batch_norm=True))
+    with pytest.raises(ValueError, match="one process only"):
+        losses({}, {}, None, first_centres(method, "cpu"), method, 0.05, VIEWS, torch.distributed.ProcessGroup(0, 2))
 
 
 def test_unknown_targets() -> None:

@@ -9,9 +9,17 @@ import torch
 import yaml
 from pydantic import TypeAdapter
 
-from histoscale.pretrain.methods.dinov2 import MethodConfig, build
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, parameter_table, peak_lr, set_scheduled, weight_decay_at
+from histoscale.pretrain.methods.dinov2 import MethodConfig, build
+from histoscale.pretrain.optim import (
+    OptimConfig,
+    build_optimizer,
+    lr_at,
+    parameter_table,
+    peak_lr,
+    set_scheduled,
+    weight_decay_at,
+)
 from histoscale.pretrain.schedule import ScheduleConfig
 
 

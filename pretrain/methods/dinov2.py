@@ -160,7 +160,10 @@ def losses(
     """Outputs of both branches for one micro-batch -> the objective, its terms, the next centres and what tells a collapse.
 
     Terms are means over this rank (average gradients over ranks); targets couple the rows of the ranks in `across`.
+    Raises ValueError for batch norm in a head over several ranks: its statistics would depend on how many there are.
     """
+    if across is not None and (method.head.batch_norm or (method.patch_head is not None and method.patch_head.batch_norm)):
+        raise ValueError("method.head.batch_norm=true works in one process only: set it to false, or start one process")
     views_by = teacher["cls"].unflatten(0, (views, -1))  # [V, B, K]
     slots = views_by.shape[1]
     cls_targets, cls_centre = _targets(teacher["cls"], centres.cls, method, teacher_temp, across)
