@@ -1,15 +1,15 @@
 """Bags: embedding stores joined with the manifest's label, patient, site and part, and every overlap refused."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from histoscale.data.keys import key
 from histoscale.data.manifest import Slide
+from histoscale.data.splits import check_disjoint, groups, ordered
 from histoscale.eval.scores.operating import RULES
 
 PARTS = ("train", "internal", "external")
@@ -95,19 +95,12 @@ class Bags:
 def read_bags(embeddings: Path, slides: Sequence[Slide], task: TaskConfig, split: SplitConfig) -> Bags:
     """Join stores and manifest. Slides without label, without part or without store are left out by name, never in silence.
 
-    Raises BagError: patients missing, a patient in two parts, a site inside and outside, unknown label values, stores of
-    different encoders, no store at all.
+    Raises SplitError: patients missing, a patient in two parts. Raises BagError: a site inside and outside, unknown label values,
+    stores of different encoders, no store at all.
     """
-    if split.unit not in ("patient", "slide"):
-        raise BagError(f"split.unit is {split.unit!r}: expected patient or slide")
-    nameless = [s.slide_id for s in slides if not s.patient_id]
-    if split.unit == "patient" and nameless:
-        raise BagError(
-            f"{len(nameless)} slides have no patient_id ({_some(nameless)}): fill the column, "
-            "or set split.unit=slide and every number says so"
-        )
+    names = dict(zip((s.slide_id for s in slides), groups(slides, split.unit), strict=True))
     labels, left_out = _labels(slides, task)
-    parts = _parts([s for s in slides if s.slide_id in labels], split)
+    parts = _parts([s for s in slides if s.slide_id in labels], names, split)
     rows, stores = [], {}
     for slide in slides:
         if slide.slide_id not in labels:
@@ -124,7 +117,7 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: TaskConfig, split
         rows.append(
             Bag(
                 slide_id=slide.slide_id,
-                group=_group(slide, split),
+                group=names[slide.slide_id],
                 site=slide.site or "",
                 part=parts[slide.slide_id],
                 label=labels[slide.slide_id],
@@ -136,7 +129,8 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: TaskConfig, split
         )
     if not rows:
         raise BagError(f"{embeddings} holds no store <slide_id>.h5 of the {len(labels)} labelled slides of the manifest")
-    _refuse_overlap(rows, split)
+    check_disjoint({part: [bag.group for bag in rows if bag.part == part] for part in PARTS})
+    _check_sites(rows)
     first = stores[rows[0].slide_id]
     for name, store in stores.items():
         if (store.encoder, store.width) != (first.encoder, first.width):
@@ -232,27 +226,23 @@ def _labels(slides: Sequence[Slide], task: TaskConfig) -> tuple[dict[str, int], 
     return labels, left_out
 
 
-def _parts(slides: Sequence[Slide], split: SplitConfig) -> dict[str, str]:
+def _parts(slides: Sequence[Slide], names: Mapping[str, str], split: SplitConfig) -> dict[str, str]:
     if split.role is not None:
-        names = {value: part for part in PARTS for value in getattr(split, part)}
+        part_of = {value: part for part in PARTS for value in getattr(split, part)}
         if not any(split.role in s.labels for s in slides):
             raise BagError(f"the manifest has no column {split.role!r} for split.role; set split.role=null to split by patient")
-        return {s.slide_id: names[s.labels[split.role]] for s in slides if s.labels.get(split.role) in names}
+        return {s.slide_id: part_of[s.labels[split.role]] for s in slides if s.labels.get(split.role) in part_of}
     absent = set(split.external_sites) - {s.site for s in slides}
     if absent:
         raise BagError(f"split.external_sites names {', '.join(sorted(absent))}, which no labelled slide comes from")
     inside = [s for s in slides if s.site not in split.external_sites]
-    groups = sorted({_group(s, split) for s in inside}, key=lambda g: key(split.seed, f"mil/split/{g}"))
-    test = set(groups[: round(split.test * len(groups))])
-    parts = {s.slide_id: "internal" if _group(s, split) in test else "train" for s in inside}
+    order = ordered((names[s.slide_id] for s in inside), split.seed, "mil/split")
+    test = set(order[: round(split.test * len(order))])
+    parts = {s.slide_id: "internal" if names[s.slide_id] in test else "train" for s in inside}
     return {**parts, **{s.slide_id: "external" for s in slides if s.site in split.external_sites}}
 
 
-def _refuse_overlap(rows: Sequence[Bag], split: SplitConfig) -> None:
-    seen: dict[str, str] = {}
-    for bag in rows:
-        if seen.setdefault(bag.group, bag.part) != bag.part:
-            raise BagError(f"{split.unit} {bag.group!r} stands in {seen[bag.group]} and in {bag.part}: one part a {split.unit}")
+def _check_sites(rows: Sequence[Bag]) -> None:
     outside = {bag.site for bag in rows if bag.part == "external"}
     both = outside & {bag.site for bag in rows if bag.part != "external"}
     if both - {""}:
@@ -260,10 +250,6 @@ def _refuse_overlap(rows: Sequence[Bag], split: SplitConfig) -> None:
         raise BagError(f"the sites {named} are external and internal at once: an external site is never trained on")
     if "" in outside:
         raise BagError("external slides without a site: no external claim can be made; fill the manifest's site column")
-
-
-def _group(slide: Slide, split: SplitConfig) -> str:
-    return slide.slide_id if split.unit == "slide" or not slide.patient_id else slide.patient_id
 
 
 def _inside(folder: Path, slide_id: str) -> Path:

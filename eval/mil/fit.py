@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from histoscale.data.journal import Progress
 from histoscale.data.keys import key, keys
+from histoscale.data.splits import folds
 from histoscale.eval.mil.bags import Bag, BagError, Bags, Features
 from histoscale.eval.mil.ensemble import AggregatorConfig, Ensemble, Reading, SlideModel
 
@@ -64,27 +65,21 @@ def fit(bags: Bags, features: Features, config: FitConfig, progress: Progress) -
     return Fitted(Ensemble(models, bags.width, config.aggregator), held_out)
 
 
-def grouped_folds(bags: Sequence[Bag], folds: int, seed: int) -> list[list[int]]:
+def grouped_folds(bags: Sequence[Bag], count: int, seed: int) -> list[list[int]]:
     """Places of the bags of each fold; a group is never divided, and groups are dealt out class by class and site by site.
 
-    A group may hold both classes. Raises BagError for fewer than two folds, or fewer groups of a class than folds.
+    A group may hold both classes. Raises BagError when a class has fewer groups than folds, SplitError for fewer than two folds.
     """
-    if folds < 2:
-        raise BagError(f"mil.folds is {folds}: expected at least 2, or no slide is ever held out")
-    places: dict[str, list[int]] = {}
-    for i, bag in enumerate(bags):
-        places.setdefault(bag.group, []).append(i)
-    classes = {group: sorted({bags[i].label for i in members}) for group, members in places.items()}
-    for value, name in ((1, "positive"), (0, "negative")):
-        having = sum(value in each for each in classes.values())
-        if having < folds:
-            raise BagError(f"{having} training patients with a {name} slide for mil.folds={folds}: fewer folds, or more slides")
-    # [0] < [0, 1] < [1]: the groups of either class are neighbours, so every fold gets some of both.
-    order = sorted(places, key=lambda group: (classes[group], bags[places[group][0]].site, key(seed, f"mil/fold/{group}")))
-    dealt: list[list[int]] = [[] for _ in range(folds)]
-    for turn, group in enumerate(order):
-        dealt[turn % folds] += places[group]
-    return [sorted(fold) for fold in dealt]
+    classes: dict[str, str] = {}
+    for bag in bags:
+        classes[bag.group] = "".join(sorted({*classes.get(bag.group, ""), str(bag.label)}))
+    for label, name in (("1", "positive"), ("0", "negative")):
+        having = sum(label in each for each in classes.values())
+        if having < count:
+            raise BagError(f"{having} training patients with a {name} slide for mil.folds={count}: fewer folds, or more slides")
+    # "0" < "01" < "1": the groups that hold a class are neighbours, so every fold gets some of both.
+    places = folds([bag.group for bag in bags], count, seed, [f"{classes[bag.group]}/{bag.site}" for bag in bags])
+    return [[i for i, place in enumerate(places) if place == fold] for fold in range(count)]
 
 
 def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
