@@ -162,7 +162,8 @@ def test_parameter_groups(clone: Path) -> None:
     vit, head, patch_head, names = theirs_from(student.double())
     config = OptimConfig(
         global_batch=64, micro_batches=1, precision="fp32", lr=1.0, lr_rule="none", lr_start=0.0, lr_final=0.0,
-        betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.4], groups="d2", layer_decay=0.9, patch_lr=0.2, clip_scope="none", clip_value=1.0,
+        betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.4], groups="d2",
+        layer_decay=0.9, patch_lr=0.2, clip_scope="none", clip_value=1.0,
     )  # fmt: skip
     ours = {row.name: row for row in parameter_table(student.named_parameters(), 2, config)}
     for prefix, module in (("backbone", vit), ("head", head), ("patch_head", patch_head)):
