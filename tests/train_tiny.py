@@ -50,8 +50,9 @@ CONFIG = TrainConfig(
         student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
     ),
     optim=OptimConfig(
-        global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4, betas=[0.9, 0.999],
-        eps=1e-8, weight_decay=[0.04, 0.1], groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
+        global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
+        betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.1],
+        groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
     ),
     schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2),
     hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
@@ -71,8 +72,8 @@ def with_keys(config: Any, **values: Any) -> Any:
     return config
 
 
-def synthetic(data_seed: int, config: TrainConfig, ranks: Ranks, poison: int = -1) -> Callable[[int], Iterator[Batch]]:
-    """A source of this rank's batches; `poison` is the step whose pixels the test makes harmful (see test_trainer.py)."""
+def synthetic(data_seed: int, config: TrainConfig, ranks: Ranks) -> Callable[[int], Iterator[Batch]]:
+    """A source of this rank's batches, for ever."""
     share = config.optim.global_batch // ranks.world
     slots = torch.arange(share) + ranks.rank * share
 
@@ -87,7 +88,7 @@ def synthetic(data_seed: int, config: TrainConfig, ranks: Ranks, poison: int = -
 
 
 def journal_in(out: Path, ranks: Ranks) -> Journal:
-    return Journal(out, JournalConfig(progress="lines", interval_s=0.0, wandb="off", wandb_project="test"), ranks.main)
+    return Journal(out, JournalConfig(progress="off", interval_s=10.0, wandb="off", wandb_project="test"), ranks.main)
 
 
 def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) -> Callable[[int], Iterator[Batch]]:
@@ -105,8 +106,8 @@ def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) ->
 def main(out: Path, overrides: list[str]) -> TrainResult:
     """key=value on TrainConfig's dotted keys; besides them data_seed=, kill_at=STEP, stop_at=STEP (SIGTERM), stop_rank=."""
     values = {name: _value(text) for name, text in (item.split("=", 1) for item in overrides)}
-    data_seed, killed, stopped = (values.pop(name, default) for name, default in (("data_seed", 0), ("kill_at", -1), ("stop_at", -1)))
-    stop_rank = values.pop("stop_rank", 0)
+    data_seed, stop_rank = values.pop("data_seed", 0), values.pop("stop_rank", 0)
+    killed, stopped = values.pop("kill_at", -1), values.pop("stop_at", -1)
     config = with_keys(CONFIG, **values)
     torch.set_num_threads(1)
     ranks = open_ranks("cpu", config.hardware.timeout_s)

@@ -1,0 +1,142 @@
+"""Devices and ranks from outside: copies, clipping, the moving average, and training on two and three processes."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from histoscale.data.ranks import Ranks
+from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
+from histoscale.pretrain.methods.dinov2 import build
+from histoscale.pretrain.parallel import Parallel, prepare
+
+ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
+PROGRAM = Path(__file__).with_name("train_tiny.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def branches() -> tuple[nn.Module, nn.Module]:
+    """Two sub-modules with gradients of very different size."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(nn.ModuleDict({"backbone": nn.Linear(6, 5), "head": nn.Linear(5, 4)}))
+    return made[0], made[1]
+
+
+def with_gradients() -> Parallel:
+    parallel = prepare(*branches(), ALONE)
+    for i, parameter in enumerate(parallel.bare_student.parameters()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 10.0**i
+    return parallel
+
+
+def test_prepare_refuses_a_teacher_that_is_no_copy() -> None:
+    student, teacher = branches()
+    nn.init.zeros_(teacher["head"].weight)  # type: ignore[index]
+    with pytest.raises(ValueError, match="not a copy"):
+        prepare(student, teacher, ALONE)
+
+
+def test_the_method_builds_a_teacher_that_is_a_copy() -> None:
+    spec = spec_from_file_location("train_tiny", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    tiny = module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    parallel = prepare(*build(tiny.CONFIG.model, tiny.CONFIG.method, 0), ALONE)
+    assert not any(p.requires_grad for p in parallel.bare_teacher.parameters()) and not parallel.bare_teacher.training
+    named = parallel.tensors()
+    assert all(torch.equal(x, named["teacher." + name.removeprefix("student.")]) for name, x in named.items() if name[0] == "s")
+
+
+@pytest.mark.parametrize("scope", ["none", "param", "module", "global"])
+def test_clipping_is_torchs_own_by_scope(scope: str) -> None:
+    ours, theirs = with_gradients(), with_gradients()
+    ours.clip(scope, 3.0, ours.norms())
+    groups: dict[str, list[list[nn.Parameter]]] = {
+        "none": [],
+        "param": [[p] for p in theirs.bare_student.parameters()],
+        "module": [list(child.parameters()) for child in theirs.bare_student.children()],
+        "global": [list(theirs.bare_student.parameters())],
+    }
+    for group in groups[scope]:
+        nn.utils.clip_grad_norm_(group, 3.0)
+    for one, other in zip(ours.bare_student.parameters(), theirs.bare_student.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+
+
+def test_an_unknown_clip_scope_is_named() -> None:
+    parallel = with_gradients()
+    with pytest.raises(ValueError, match="'layer'.*param, module, global"):
+        parallel.clip("layer", 3.0, parallel.norms())
+
+
+def test_the_teacher_moves_by_the_formula_and_stands_at_zero() -> None:
+    parallel = prepare(*branches(), ALONE)
+    with torch.no_grad():
+        for parameter in parallel.bare_student.parameters():
+            parameter.add_(1.0)
+    before = [p.clone() for p in parallel.bare_teacher.parameters()]
+    parallel.update_teacher(torch.tensor(0.0))
+    assert all(torch.equal(p, old) for p, old in zip(parallel.bare_teacher.parameters(), before, strict=True))
+    parallel.update_teacher(torch.tensor(0.25))
+    for kept, old in zip(parallel.bare_teacher.parameters(), before, strict=True):
+        torch.testing.assert_close(kept, 0.75 * old + 0.25 * (old + 1))
+
+
+def program(out: Path, processes: int, *keys: str) -> int:
+    command = [sys.executable] if processes == 1 else [*TORCHRUN, "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(PROGRAM), str(out), *keys], env=environment, check=False).returncode
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def students(out: Path, step: int) -> torch.Tensor:
+    tensors = read_tensors(read_checkpoint(out / f"checkpoints/step-{step}"), "student.")
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def apart(one: Path, other: Path) -> float:
+    """The greatest relative difference of any loss term at any step."""
+    names = ("loss/dino", "loss/ibot", "loss/koleo")
+    pairs = list(zip(rows(one), rows(other), strict=True))
+    assert len(pairs) == 20
+    return max(abs(a[name] - b[name]) / abs(a[name]) for a, b in pairs for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_change_only_rounding(tmp_path: Path, processes: int) -> None:
+    one, many, other = tmp_path / "one", tmp_path / "many", tmp_path / "other"
+    first = ["checkpoint.every=20", "schedule.steps=20"]
+    assert program(one, 1, *first) == program(many, processes, *first) == program(other, 1, *first, "data_seed=1") == 0
+    assert apart(one, many) < 1e-4 and apart(one, other) > 100 * max(1e-4, apart(one, many))
+    spec = spec_from_file_location("train_tiny", PROGRAM)
+    assert spec is not None and spec.loader is not None
+    tiny = module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    student, _ = build(tiny.CONFIG.model, tiny.CONFIG.method, 0)
+    start = torch.cat([x.flatten().double() for _, x in sorted(student.state_dict().items())])
+    moved = [students(out, 20) - start for out in (one, many, other)]
+    rounding, seed = ((moved[0] - moved[i]).norm() / moved[0].norm() for i in (1, 2))
+    assert rounding < 0.05 and seed > 100 * rounding
+
+
+@pytest.mark.slow
+def test_ranks_agree_to_stop_and_another_number_of_them_goes_on(tmp_path: Path) -> None:
+    whole, halted = tmp_path / "whole", tmp_path / "halted"
+    assert program(whole, 1) == 0
+    assert program(halted, 2, "stop_at=9", "stop_rank=1") == 0  # torchrun restarts on any other code
+    assert read_checkpoint(halted).step == 10
+    assert program(halted, 3) == 0
+    assert apart(whole, halted) < 1e-4
