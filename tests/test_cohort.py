@@ -74,7 +74,7 @@ def test_openslide_reads_the_slides_as_aperio(written: tuple[Path, CohortConfig]
         small = np.asarray(slide.read_region((0, 0), 1, slide.level_dimensions[1]).convert("RGB")).astype(float)
         mean = whole.reshape(small.shape[0], 4, small.shape[1], 4, 3).mean((1, 3))
         grey = (mean - small).mean(2)  # chroma subsampling and JPEG cost single colours more
-        assert abs(grey.mean()) < 0.5 and np.abs(grey).mean() < 3
+        assert abs(grey.mean()) < 0.5 and np.abs(grey).mean() < 5
 
 
 def test_a_window_is_a_function_of_its_place() -> None:
@@ -116,7 +116,12 @@ def test_rho_ties_the_label_to_the_site() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"prevalence": 1.5}, "prevalence"), ({"rho": -0.1}, "rho"), ({"panels": 0, "cases": 0}, "panels"), ({"case_mm": [1.0]}, "case_mm")],
+    [
+        ({"prevalence": 1.5}, "prevalence"),
+        ({"rho": -0.1}, "rho"),
+        ({"panels": 0, "cases": 0}, "panels"),
+        ({"case_mm": [1.0]}, "case_mm"),
+    ],
 )
 def test_values_out_of_range_are_named(changed: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -138,7 +143,7 @@ def test_a_positive_has_at_least_fifteen_tumour_nuclei() -> None:
     config = cohort_config("demo")
     smallest = sorted((s for s in slides_of(config) if s.tumour), key=lambda s: s.tumour_share)[:3]
     for spec in smallest:
-        assert (make_slide(spec, config).tissue.nuclei.kind == m.TUMOUR).sum() >= 12
+        assert (make_slide(spec, config).tissue.nuclei.kind == m.TUMOUR).sum() >= 15
 
 
 def test_thinning_equals_a_loop() -> None:
@@ -192,7 +197,8 @@ def test_truth_is_what_was_drawn(written: tuple[Path, CohortConfig]) -> None:
         return 0.5 * float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))
 
     features = json.loads((truth / "foci.geojson").read_text())["features"]
-    drawn = sum(abs(area(f["geometry"]["coordinates"][0])) - sum(abs(area(h)) for h in f["geometry"]["coordinates"][1:]) for f in features)
+    polygons = [[abs(area(ring)) for ring in f["geometry"]["coordinates"]] for f in features]
+    drawn = sum(outer - sum(holes) for outer, *holes in polygons)
     assert drawn * slide.mpp**2 == pytest.approx((classes == m.TUMOUR).sum() * MAP_UM**2, rel=0.03)
     tumour = np.argwhere(classes == m.TUMOUR).mean(0)[::-1] * MAP_UM / slide.mpp
     first = ElementTree.parse(truth / "foci.xml").getroot().find("Annotations/Annotation")
@@ -207,7 +213,8 @@ def test_outlines_keep_holes() -> None:
     mask[12:20, 12:20] = False
     rings = outlines(mask, 0.5)
     assert len(rings) == 2 and all((ring[0] == ring[-1]).all() for ring in rings)
-    assert rings[0].min() == pytest.approx(5 * MAP_UM / 0.5, abs=2.1) and rings[0].max() == pytest.approx(30 * MAP_UM / 0.5, abs=2.1)
+    assert rings[0].min() == pytest.approx(5 * MAP_UM / 0.5, abs=2.1)
+    assert rings[0].max() == pytest.approx(30 * MAP_UM / 0.5, abs=2.1)
 
 
 def test_patches_are_filled_by_their_class_and_free_of_artefacts(written: tuple[Path, CohortConfig]) -> None:

@@ -10,7 +10,7 @@ from histoscale.data.cohort.tissue import MAP_UM
 from histoscale.data.keys import key
 
 Array = np.ndarray
-LEAST_FOCUS_UM2 = 5000.0  # about 15 tumour nuclei at the lowest nuclear fraction
+LEAST_FOCUS_UM2 = 9000.0  # 15 tumour nuclei at a low nuclear fraction
 
 
 def class_map(spec: SlideSpec, height_um: float, width_um: float) -> Array:
