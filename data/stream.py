@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -267,10 +268,12 @@ class Stream:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["histoscale.data.stream"])  # imported once, not once a worker
             ahead = self.config.prefetch
-            loader = DataLoader(
-                dataset, batch_size=None, num_workers=owners, prefetch_factor=ahead, multiprocessing_context=context
-            )
-            self._loading = iter(loader)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="This DataLoader will create")  # than there are cores
+                loader = DataLoader(
+                    dataset, batch_size=None, num_workers=owners, prefetch_factor=ahead, multiprocessing_context=context
+                )
+                self._loading = iter(loader)
             parts: Iterator[_Part | _Fault] = self._loading
         else:
             parts = iter(dataset)
