@@ -4,17 +4,17 @@ Examples:
     histoscale pretrain catalog=catalog recipe=demo out=run
     torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
     histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
+    histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
 
 A recipe sets every group; keys after it change single values. `out` holds checkpoints/step-N, metrics.jsonl (losses, collapse
 read-outs, rates), lost.jsonl (visits that failed) and summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with
 code 75.
 """
 
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from torch import nn
 
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig, plain
-from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig
+from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.data.stream import Batch, Stream, StreamConfig
+from histoscale.data.tiles import Folder, TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
 from histoscale.launch import run as launched
@@ -45,9 +46,15 @@ HELD_OUT = ("test", "external")  # roles of patients that results are reported o
 
 @dataclass(frozen=True)
 class Config:
-    """catalog: from `histoscale index`. seed: of every random choice. roles: values of the column `role` to train on."""
+    """One of: catalog, from `histoscale index`; tiles, a folder of images or a Parquet file (see data/tiles.py).
 
-    catalog: str
+    tiles_pattern: finds a slide id in the path of an image. seed: of every random choice. roles: values of the manifest's column
+    `role` to train on.
+    """
+
+    catalog: str | None
+    tiles: str | None
+    tiles_pattern: str
     seed: int
     roles: list[str]
     sampler: SamplerConfig
@@ -65,33 +72,41 @@ class Config:
     logging: JournalConfig
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A source with the slides of it that are trained on. transductive: whether held-out roles are among them, None: unknown."""
+
+    source: SlideSource | TileSource
+    table: SlideTable
+    transductive: bool | None
+    ineligible: dict[str, str]
+
+
 def identity(config: Config) -> dict[str, Any]:
-    """The catalog by its hash, wherever it lies, and the version of the plan."""
-    return {"catalog": open_catalog(config.catalog, Store(config.storage)).hash, "plan": PLAN_VERSION}
+    """The data by their hash, wherever they lie, and the version of the plan. Raises ValueError unless one source is given."""
+    if (config.catalog is None) == (config.tiles is None):
+        raise ValueError("pretrain takes either catalog= or tiles=")
+    store = Store(config.storage)
+    if config.catalog is not None:
+        return {"catalog": open_catalog(config.catalog, store).hash, "plan": PLAN_VERSION}
+    listed = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store).tiles
+    names = listed.files if isinstance(listed, Folder) else asdict(store.fingerprint(str(config.tiles)))
+    return {"tiles": launched.digest([names, listed.columns]), "plan": PLAN_VERSION}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Train to the end of the schedule. Raises what data/stream.py and pretrain/trainer.py raise, and ValueError."""
+    hashes = identity(config)
     ranks = open_ranks(config.hardware.device, config.hardware.timeout_s)
     check_shared(journal.out, ranks)
-    store = Store(config.storage)
-    catalog = open_catalog(config.catalog, store)
-    source = SlideSource(catalog, store, config.sampler)
-    table = source.table()
-    for slide_id, why in source.ineligible:
-        journal.say(f"ineligible: {slide_id}: {why}")
-    kept = of_roles(catalog, config.roles, journal)
-    table = dataclasses.replace(table, eligible=table.eligible & kept[:, None])
+    opened = open_source(config, journal)
+    source, table = opened.source, opened.table
     plan = Plan(config.seed, config.optim.global_batch, config.sampler, table)
-    used = np.flatnonzero(table.eligible.any(axis=1))
-    transductive = any(catalog.slides[row].labels.get("role") in HELD_OUT for row in used)
-    if transductive:
-        journal.say(f"transductive: slides of the roles {', '.join(HELD_OUT)} are trained on; label every number of this run so")
     facts = {
-        **identity(config),
-        "sampler": dataclasses.asdict(config.sampler),
-        "data": describe(catalog, used),
-        "transductive": transductive,
+        **hashes,
+        "sampler": asdict(config.sampler),
+        "data": describe(source, table),
+        "transductive": opened.transductive,
     }
     streams: list[Stream] = []
 
@@ -103,7 +118,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         streams[-1].check_lost(ranks.sum)
         return streams[-1].stats()
 
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(trainer.TrainConfig)}
+    shared = {field.name: getattr(config, field.name) for field in fields(trainer.TrainConfig)}
     train_config = trainer.TrainConfig(**shared)
     rows = tracked(journal, {**train_config.result(), **plain(facts)})
     try:
@@ -126,10 +141,31 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
             "checkpoint": str(result.checkpoint.relative_to(journal.out)),
             "last": result.row,
             "streamed": tally.mix(),
-            "ineligible": dict(source.ineligible),
-            **{name: facts[name] for name in ("data", "transductive", "catalog")},
+            "ineligible": opened.ineligible,
+            "data": facts["data"],
+            "transductive": opened.transductive,
         }
     }
+
+
+def open_source(config: Config, journal: Journal) -> Opened:
+    """The slides or tiles, what each can serve, and which of them are trained on; says what is left out and why."""
+    store = Store(config.storage)
+    if config.catalog is None:
+        tiles = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store)
+        return Opened(tiles, tiles.table(), None, {})
+    catalog = open_catalog(config.catalog, store)
+    slides = SlideSource(catalog, store, config.sampler)
+    table = slides.table()
+    for slide_id, why in slides.ineligible:
+        journal.say(f"ineligible: {slide_id}: {why}")
+    kept = of_roles(catalog, config.roles, journal)
+    table = replace(table, eligible=table.eligible & kept[:, None])
+    roles = {catalog.slides[row].labels.get("role") for row in np.flatnonzero(table.eligible.any(axis=1))}
+    transductive = None if roles <= {None} else bool(roles & set(HELD_OUT))
+    if transductive:
+        journal.say(f"transductive: slides of the roles {', '.join(HELD_OUT)} are trained on; label every number of this run so")
+    return Opened(slides, table, transductive, dict(slides.ineligible))
 
 
 def of_roles(catalog: Catalog, roles: list[str], journal: Journal) -> np.ndarray:
@@ -146,15 +182,17 @@ def of_roles(catalog: Catalog, roles: list[str], journal: Journal) -> np.ndarray
     return kept
 
 
-def describe(catalog: Catalog, rows: np.ndarray) -> dict[str, Any]:
-    """Counts for the log and the model card."""
-    slides = [catalog.slides[row] for row in rows]
+def describe(source: SlideSource | TileSource, table: SlideTable) -> dict[str, Any]:
+    """Counts and names for the log and the model card."""
+    used = [int(row) for row in np.flatnonzero(table.eligible.any(axis=1))]
+    sites, scanners, organs = zip(*(source.describe(row) for row in used), strict=True) if used else ((), (), ())
     return {
-        "slides": len(slides),
-        "patients": len({slide.patient_id or slide.slide_id for slide in slides}),
-        **{f"{name}s": sorted({str(value) for slide in slides if (value := getattr(slide, name)) is not None})
-           for name in ("site", "organ", "stain", "scanner")},
-    }  # fmt: skip
+        "slides": len(used),
+        "patients": len({table.patients[row] for row in used}),
+        "sites": sorted(set(sites) - {""}),
+        "organs": sorted(set(organs) - {""}),
+        "scanners": sorted(set(scanners) - {""}),
+    }
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:

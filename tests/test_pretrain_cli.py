@@ -1,0 +1,149 @@
+"""`pretrain` and `release` as commands, on a small slide through the real catalog and stream."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from histoscale.data.keys import key
+from histoscale.launch.config import ConfigError, load
+from histoscale.launch.run import Refused, invoke
+from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
+
+RECIPES = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "configs/recipe").glob("*.yaml"))
+SMALL = [
+    "recipe=demo", "sampler.mpps=[0.5]", "sampler.weights=[1]", "sampler.patch_px=32", "sampler.grid=2", "views.global_px=32",
+    "views.local_px=16", "views.local_count=2", "model.img_size=32", "model.width=48", "model.depth=2",
+    "method.head.prototypes=32", "method.head.hidden=64", "method.group=4", "optim.global_batch=8", "optim.precision=fp32",
+    "schedule.steps=4", "schedule.warmup_steps=1", "method.teacher_temp_warmup_steps=2", "checkpoint.every=2", "monitor.every=1",
+    "stream.workers=0", "stream.threads=1", "hardware.device=cpu", "hardware.threads=1", "logging.progress=off",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory, make_slide: Callable[..., Path]) -> Path:
+    """Three slides: two that train, one that is held out; the last can serve no fine magnification."""
+    folder = tmp_path_factory.mktemp("slides")
+    lines = ["slide_id,uri,patient_id,site,role"]
+    for i, (mpp, role) in enumerate([(0.5, "train"), (0.5, "test"), (4.0, "train")]):
+        make_slide(folder / f"{i}.svs", mpp=mpp, seed=i)
+        lines.append(f"s{i},{i}.svs,p{i},a,{role}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    invoke("index", [f"manifest={folder / 'manifest.csv'}", f"out={folder / 'catalog'}", "logging.progress=off"])
+    return folder / "catalog"
+
+
+def pretrain(out: Path, catalog: Path, *more: str) -> dict[str, Any]:
+    return invoke("pretrain", [*SMALL, f"catalog={catalog}", f"out={out}", *more])
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(read_checkpoint(out), "")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_and_its_batch_is_whole_groups(recipe: str) -> None:
+    config = load("pretrain", [f"recipe={recipe}", "catalog=c", "out=o"]).config
+    assert config.optim.global_batch % config.method.group == 0
+    assert config.views.global_px % config.model.patch_size == 0 == config.views.local_px % config.model.patch_size
+    assert config.schedule.warmup_steps < config.schedule.steps
+
+
+def test_effective_learning_rates_are_the_published_ones() -> None:
+    from histoscale.pretrain.optim import peak_lr
+
+    found = {name: peak_lr(load("pretrain", [f"recipe={name}_vitg14", "catalog=c", "out=o"]).config.optim)
+             for name in ("midnight", "openmidnight")}  # fmt: skip
+    assert found == {"midnight": pytest.approx(3.03e-4, rel=0.01), "openmidnight": pytest.approx(1.84e-4, rel=0.01)}
+
+
+def test_from_catalog_to_a_directory_that_timm_opens(tmp_path: Path, catalog: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    summary = pretrain(tmp_path / "run", catalog, "logging.progress=lines")["pretrain"]
+    said = capfd.readouterr().err
+    assert summary["steps"] == 4 and summary["patches"] == 32 and summary["transductive"] is False
+    assert summary["data"] == {"slides": 1, "patients": 1, "sites": ["a"], "organs": [], "scanners": summary["data"]["scanners"]}
+    assert "s2" in summary["ineligible"] and "ineligible: s2" in said
+    assert "learning rate 0.0005" in said and "for a batch of 8" in said and "what was streamed" in said
+    invoke("release", [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
+    model = timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True)
+    teacher = read_tensors(read_checkpoint(tmp_path / "run"), "teacher.backbone.")
+    assert all(torch.equal(x, teacher[name]) for name, x in model.state_dict().items())
+
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    assert pretrain(tmp_path / "run", catalog)["pretrain"]["steps"] == 4  # nothing to do
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    with pytest.raises(Refused, match="optim.lr"):
+        pretrain(tmp_path / "run", catalog, "optim.lr=1e-5")
+
+
+def test_held_out_roles_make_a_run_transductive(tmp_path: Path, catalog: Path) -> None:
+    assert pretrain(tmp_path, catalog, "roles=[train,test]", "schedule.steps=2")["pretrain"]["transductive"] is True
+
+
+def test_roles_that_nobody_has_are_refused(tmp_path: Path, catalog: Path) -> None:
+    with pytest.raises(ValueError, match="roles=.'tran'.* selects no slide.*test .1., train .2."):
+        pretrain(tmp_path, catalog, "roles=[tran]")
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, catalog: Path) -> None:
+    with pytest.raises(ValueError, match="optim.global_batch=10 .*8 and 12"):
+        pretrain(tmp_path, catalog, "optim.global_batch=10")
+
+
+@pytest.mark.parametrize("more", [[], ["catalog=c", "tiles=t"]], ids=["neither", "both"])
+def test_one_source_is_needed(tmp_path: Path, more: list[str]) -> None:
+    with pytest.raises(ValueError, match="either catalog= or tiles="):
+        invoke("pretrain", ["recipe=demo", f"out={tmp_path}", *more])
+
+
+def test_a_recipe_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recipe"):
+        load("pretrain", ["catalog=c", f"out={tmp_path}"])
+
+
+def test_ready_tiles_are_a_source(tmp_path: Path) -> None:
+    for slide in "ab":
+        (tmp_path / "tiles" / slide).mkdir(parents=True)
+        for i in range(5):
+            pixels = np.random.default_rng(key(0, slide, i)).integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "tiles" / slide / f"{i}.png")
+    summary = invoke("pretrain", [*SMALL, f"tiles={tmp_path / 'tiles'}", f"out={tmp_path / 'run'}", "schedule.steps=2"])
+    assert summary["pretrain"]["data"]["slides"] == 2 and summary["pretrain"]["transductive"] is None
+
+
+@pytest.mark.slow
+def test_workers_are_bit_equal(tmp_path: Path, catalog: Path) -> None:
+    runs = []
+    for workers in (0, 1, 3):
+        pretrain(tmp_path / str(workers), catalog, f"stream.workers={workers}", "optim.global_batch=12")
+        runs.append(tensors(tmp_path / str(workers)))
+    for other in runs[1:]:
+        assert [name for name in runs[0] if not torch.equal(runs[0][name], other[name])] == []
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_75_and_the_same_command_goes_on(tmp_path: Path, catalog: Path) -> None:
+    command = [sys.executable, "-m", "histoscale.launch.pretrain", *SMALL, f"catalog={catalog}", f"out={tmp_path / 'run'}",
+               "schedule.steps=40", "logging.progress=lines", "logging.interval_s=0"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("pretrain: 3/40"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    state = json.loads((tmp_path / "run/state.json").read_text())
+    assert state["preempted"] and 3 <= state["step"] < 40 and read_checkpoint(tmp_path / "run").step == state["step"]
+    pretrain(tmp_path / "run", catalog, "schedule.steps=40")
+    pretrain(tmp_path / "whole", catalog, "schedule.steps=40")
+    stopped, whole = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
+    assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
