@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 INK, HAEMATOXYLIN, EOSIN, GREY = "#2b2440", "#4b3b8f", "#d1487f", "#9a93a8"
-STYLE = {
+STYLE: Any = {  # matplotlib types the keys as one long literal
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
     "axes.labelcolor": INK,
     "text.color": INK, "xtick.color": INK, "ytick.color": INK, "svg.fonttype": "none",
@@ -115,13 +115,14 @@ def interval_figure(scores: Mapping[str, Mapping[str, Any]], label: str, chance:
     with rc_context(STYLE):
         figure = Figure(figsize=(6.2, 0.38 * len(scores) + 0.8), layout="constrained")
         axis = figure.subplots()
-        for y, score in enumerate(reversed(scores.values())):
+        names = list(reversed(list(scores)))
+        for y, score in enumerate(scores[name] for name in names):
             colour = EOSIN if y == len(scores) - 1 else HAEMATOXYLIN
             if score.get("low") is not None:
                 axis.plot([score["low"], score["high"]], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
             if score.get("value") is not None:
                 axis.plot(score["value"], y, "o", color=colour, markersize=5)
-        axis.set(yticks=range(len(scores)), yticklabels=list(reversed(scores)), xlabel=label, ylim=(-0.6, len(scores) - 0.4))
+        axis.set(yticks=range(len(scores)), yticklabels=names, xlabel=label, ylim=(-0.6, len(scores) - 0.4))
         _mark_chance(axis, chance)
         return figure_svg(figure, f"{label} with 95 % intervals: {', '.join(scores)}")
 
