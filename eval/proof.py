@@ -15,6 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from histoscale.data.catalog import Catalog, open_catalog
+from histoscale.data.cohort.morphology import ADIPOSE
 from histoscale.data.journal import Journal
 from histoscale.data.readers.scale import choose_scale, read_scaled
 from histoscale.data.storage import Store
@@ -174,26 +175,32 @@ def site_accuracy(features: Array, sites: Array, patients: Array, trees: int, se
 
 
 def mask_iou(catalog: Catalog, i: int, classes: Array, map_um: float) -> float:
-    """Overlap of the catalog's tissue mask with the true one, which is the class map at map_um without its background."""
+    """Overlap of the catalog's tissue mask with the true one, which is the class map at map_um without its background.
+
+    Fat is left out of both: it is tissue to the truth and white to any mask.
+    """
     mask = catalog.mask(i)
     rows, columns = (((np.arange(n) + 0.5) * catalog.mask_mpp(i) / map_um).astype(int) for n in mask.shape)
     rows, columns = rows.clip(0, classes.shape[0] - 1), columns.clip(0, classes.shape[1] - 1)
-    true = classes[rows[:, None], columns[None, :]] > 0
-    return float((mask & true).sum() / max((mask | true).sum(), 1))
+    codes = classes[rows[:, None], columns[None, :]]
+    true, counted = codes > 0, codes != ADIPOSE
+    return float((mask & true & counted).sum() / max(((mask | true) & counted).sum(), 1))
 
 
 def contact_sheet(places: Places, catalog: Catalog, store: Store, config: ProofConfig) -> Array:
-    """Classes (columns) by sites (rows), two patches each: uint8 [sites * S, classes * 2 S, 3]."""
+    """Classes (columns) by sites (rows), two patches each: uint8 [sites * S, classes * 2 S, 3]; white where there is none."""
     size = round(config.sheet_um / config.sheet_mpp)
-    chosen = [
-        np.flatnonzero((places.site == site) & (places.label == label))[[0, -1]]
-        for site in np.unique(places.site) for label in np.unique(places.label)
-    ]  # fmt: skip
-    rows = np.concatenate(chosen)
-    part = replace(places, **{name: v[rows] for name, v in vars(places).items() if isinstance(v, np.ndarray)})
-    pixels = read_pixels(part, catalog, store, config, config.sheet_mpp, size).transpose(0, 2, 3, 1)
-    sites = len(np.unique(places.site))
-    return pixels.reshape(sites, -1, size, size, 3).transpose(0, 2, 1, 3, 4).reshape(sites * size, -1, 3)
+    sites, labels = np.unique(places.site), np.unique(places.label)
+    sheet = np.full((len(sites) * size, len(labels) * 2 * size, 3), 255, np.uint8)
+    for i, site in enumerate(sites):
+        for j, label in enumerate(labels):
+            rows = np.flatnonzero((places.site == site) & (places.label == label))
+            rows = rows[[0, -1]] if len(rows) > 1 else rows
+            columns: dict[str, Any] = {name: v[rows] for name, v in vars(places).items() if isinstance(v, np.ndarray)}
+            for k, picture in enumerate(read_pixels(replace(places, **columns), catalog, store, config, config.sheet_mpp, size)):
+                left = (2 * j + k) * size
+                sheet[i * size : (i + 1) * size, left : left + size] = picture.transpose(1, 2, 0)
+    return sheet
 
 
 def slide_checks(catalog: Catalog, store: Store, truth: Path, map_um: float) -> list[Check]:

@@ -14,7 +14,7 @@ from histoscale.data.cohort.roles import SiteConfig
 from histoscale.data.cohort.tissue import grow
 from histoscale.data.cohort.write import CohortConfig, render_region, write_cohort
 from histoscale.data.journal import Journal
-from histoscale.data.storage import Store, StorageConfig
+from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.ceiling import CeilingConfig, ceiling_predictions
 from histoscale.eval.colour import colour_features, colour_predictions
 from histoscale.eval.oracle import oracle_features

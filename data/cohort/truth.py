@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import contourpy
@@ -42,7 +43,7 @@ def outlines(mask: Array, mpp: float) -> list[Array]:
     """Closed outer and inner rings of a mask at MAP_UM, each float64 [n, 2] (x, y) in level-0 px, outer ones before their
     holes."""
     padded = np.pad(mask.astype(np.float32), 1)
-    found = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
+    found: Any = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
     rings = []
     for points, cuts in zip(found[0], found[1], strict=True):
         xy = (np.asarray(points) - 0.5) * MAP_UM / mpp  # padding shifts by one cell; a cell's value stands at its middle
