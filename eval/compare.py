@@ -20,12 +20,14 @@ Cell = tuple[str, str]  # probe, role
 
 @dataclass(frozen=True)
 class Comparison:
-    """calls: by name, then (probe, role). scores and differences: balanced accuracy, by (name, probe, role)."""
+    """calls: by name, then (probe, role). scores and differences: balanced accuracy, by (name, probe, role).
+    penalty: chosen for the pretrained linear probe."""
 
     patches: LabelledPatches
     calls: dict[str, dict[Cell, Calls]]
     scores: dict[tuple[str, str, str], Interval]
     differences: dict[tuple[str, str, str], Interval]
+    penalty: float
     notes: list[str]
 
     def summary(self) -> dict[str, Any]:
@@ -37,6 +39,7 @@ class Comparison:
             "groups": self.patches.groups,
             "train_patches": len(self.patches.rows("train")),
             "train_patients": len(set(self.patches.patients[self.patches.rows("train")])),
+            "penalty": self.penalty,
             "notes": self.notes,
         }
         for probe in PROBES:
@@ -87,7 +90,7 @@ class Comparison:
                 for name, score in rows:
                     line = f"  {name:<11}{score}  {self.calls[name][probe, role].how}"
                     if (name, probe, role) in self.differences:
-                        line = f"{line:<58} pretrained is {self.differences[name, probe, role]} above"
+                        line = f"{line:<58} pretrained − {name}: {self.differences[name, probe, role]}"
                     lines.append(line)
                 lines += [f"  ! {note}" for note in sorted({score.note for _, score in rows if score.note})]
         return "\n".join(lines + [f"! {note}" for note in self.notes])
@@ -108,9 +111,9 @@ def compare(
     """Fit every probe on train alone, then score report and external. `untrained` may be empty (`colour` has no architecture)."""
     truth = {role: patches.labels[patches.rows(role)] for role in ("report", "external") if len(patches.rows(role))}
     notes = []
-    own, penalties = _calls([pretrained.pooled(probe.pool)], probe.pool, patches, probe)
+    own, fitted = _calls([pretrained.pooled(probe.pool)], probe.pool, patches, probe)
     calls = {"pretrained": own}
-    notes += [found.note for found in penalties if found.note]
+    notes += [one.note for one in fitted if one.note]
     if untrained:
         pools = [_calls([v.pooled(pool) for v in untrained], pool, patches, probe)[0] for pool in FLOOR_POOLS]
         calls["random"] = {cell: better([calls[cell] for calls in pools], truth[cell[1]]) for cell in pools[0]}
@@ -131,7 +134,7 @@ def compare(
             if name != "pretrained":
                 mine = calls["pretrained"][kind, role].statistic(truth[role])
                 differences[name, kind, role] = paired_difference(mine, found.statistic(truth[role]), patients, interval)
-    return Comparison(patches, calls, scores, differences, notes)
+    return Comparison(patches, calls, scores, differences, fitted[0].penalty, notes)
 
 
 def _calls(

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from histoscale.data.catalog import Catalog
-from histoscale.data.cells import Cells
+from histoscale.data.cells import Cells, Tissue
 from histoscale.data.journal import Journal, scrub
 from histoscale.data.readers.pyramid import Damage, DecodeError, Reader
 from histoscale.data.readers.scale import Scale, choose_scale, read_scaled
@@ -132,12 +132,14 @@ class Tiles:
 
 def tile_slide(catalog: Catalog, slide: int, mpp: float, patch_px: int, grid: GridConfig, read_px: int) -> Tiles | None:
     """The grid over the tissue of one slide; None when no level can serve the mpp or no cell holds enough tissue."""
-    scale = choose_scale(catalog.level_mpps(slide), mpp, grid.mpp_tolerance, grid.max_upsample)
+    mpps = catalog.level_mpps(slide)
+    scale = choose_scale(mpps, mpp, grid.mpp_tolerance, grid.max_upsample)
     if scale is None:
         return None
     level = catalog.layout(slide).levels[scale.level]
     size = patch_px * scale.factor
-    cells = Cells(catalog.mask(slide), level.width, level.height, size, grid.tissue_fraction)
+    tissue = Tissue(catalog.mask(slide), catalog.mask_mpp(slide))
+    cells = Cells(tissue, level.width, level.height, mpps[scale.level], size, grid.tissue_fraction)
     side = max(1, int(read_px // size))  # cells along a region
     regions, coords = [], []
     for row in range(0, int(level.height // size), side):

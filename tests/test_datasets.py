@@ -27,7 +27,9 @@ ROLES = {"a": "train", "b": "test", "c": "external"}
 
 
 @pytest.fixture
-def catalog(tmp_path: Path, make_slide: Callable[..., Path], store: Store, tissue_config: TissueConfig, journal: Journal) -> Catalog:
+def catalog(
+    tmp_path: Path, make_slide: Callable[..., Path], store: Store, tissue_config: TissueConfig, journal: Journal
+) -> Catalog:
     """Three slides of lossless tissue at 0.5 mpp."""
     for seed, name in enumerate(ROLES):
         make_slide(tmp_path / f"{name}.tif", compression="deflate", kind="generic", seed=seed)
@@ -52,7 +54,9 @@ def table(tmp_path: Path, found: list[dict[str, Any]]) -> str:
     return str(tmp_path / "patches.parquet")
 
 
-def test_patches_are_the_pixels_at_their_place(tmp_path: Path, catalog: Catalog, store: Store, draw_tissue: Callable[..., Any]) -> None:
+def test_patches_are_the_pixels_at_their_place(
+    tmp_path: Path, catalog: Catalog, store: Store, draw_tissue: Callable[..., Any]
+) -> None:
     patches = open_cohort(table(tmp_path, rows()), catalog, store, CONFIG, CUT)
     full = {name: draw_tissue(1100, 900, seed) for seed, name in enumerate(ROLES)}
     listed = sorted(rows(), key=lambda row: (row["slide_id"], row["y"], row["x"]))
@@ -127,7 +131,8 @@ def own_rows(root: Path) -> list[dict[str, str]]:
     found = []
     for i in range(8):
         image(root / f"img/{i}.png", 10 * i)
-        found.append({"path": f"img/{i}.png", "label": "uv"[i % 2], "split": "train" if i < 4 else "test", "patient_id": f"P{i // 2}"})
+        split = "train" if i < 4 else "test"
+        found.append({"path": f"img/{i}.png", "label": "uv"[i % 2], "split": split, "patient_id": f"P{i // 2}"})
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from histoscale.data.ranks import open_ranks
-from histoscale.data.storage import Store, StorageConfig
+from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.colour import colour_features
 from histoscale.eval.encoder import EncoderError, open_encoder, random_floor_spec
 from histoscale.eval.pool import pooled
@@ -36,7 +36,7 @@ def release(tmp_path: Path) -> Path:
     for block in vit.blocks:
         torch.nn.init.constant_(block.ls1.gamma, 1.0)
     save_file({name: x.contiguous() for name, x in vit.state_dict().items()}, tmp_path / "model.safetensors")
-    preprocessing = {"input_size": [3, 32, 32], "mean": MEAN, "std": STD, "interpolation": "bicubic", "tag": "t", "license": "other"}
+    preprocessing = {"input_size": [3, 32, 32], "mean": MEAN, "std": STD, "interpolation": "bicubic", "license": "other"}
     config = {"architecture": MODEL.architecture, "num_classes": 0, "num_features": 24, "global_pool": "token",
               "model_args": timm_arguments(MODEL), "pretrained_cfg": preprocessing}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))

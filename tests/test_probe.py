@@ -86,7 +86,7 @@ def test_folds_never_split_a_patient() -> None:
 
 
 def test_selection_by_patients_is_not_fooled_by_patients() -> None:
-    """Labels that follow the patient and nothing else: folds over rows would find weak penalties good, folds over patients do not."""
+    """Labels that follow the patient and nothing else: folds over rows find weak penalties good, folds over patients do not."""
     rng = np.random.default_rng(5)
     groups = np.repeat(np.arange(30), 20)
     x = rng.normal(size=(30, 40))[groups] + 0.1 * rng.normal(size=(600, 40))
