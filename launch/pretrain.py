@@ -6,9 +6,9 @@ Examples:
     histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
     histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
 
-A recipe sets every group; keys after it change single values. `out` holds checkpoints/step-N, metrics.jsonl (losses, collapse
-read-outs, rates), lost.jsonl (visits that failed) and summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with
-code 75.
+A recipe sets every group; keys after it change single values. `out` holds patches.png (the first batch), checkpoints/step-N,
+metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed) and summary.json. On SIGTERM or SIGUSR1 the
+run saves itself and ends with code 75.
 """
 
 import sys
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import nn
 
 from histoscale.data.catalog import Catalog, open_catalog
@@ -30,6 +31,7 @@ from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import Folder, TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
+from histoscale.eval.report import patch_sheet
 from histoscale.launch import run as launched
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
@@ -41,6 +43,7 @@ from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.schedule import ScheduleConfig
 
 RESULT = ("seed", "roles", "sampler", "views", "model", "method", "optim", "schedule")
+SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
 
 
@@ -112,7 +115,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
     def batches(start: int) -> Iterator[Batch]:
         streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, journal.path("lost.jsonl")))
-        return streams[-1]
+        return pictured(streams[-1], journal) if start == 0 else streams[-1]
 
     def reading(backbone: nn.Module, step: int) -> dict[str, float]:
         streams[-1].check_lost(ranks.sum)
@@ -193,6 +196,15 @@ def describe(source: SlideSource | TileSource, table: SlideTable) -> dict[str, A
         "organs": sorted(set(organs) - {""}),
         "scanners": sorted(set(scanners) - {""}),
     }
+
+
+def pictured(batches: Iterator[Batch], journal: Journal) -> Iterator[Batch]:
+    """The same batches; patches of the first one are also a picture, because people should look before they train."""
+    first = next(batches)
+    if journal.main:
+        Image.fromarray(patch_sheet(first.pixels[:SHEET_PATCHES].numpy(), SHEET_COLUMNS)).save(journal.path("patches.png"))
+    yield first
+    yield from batches
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:

@@ -137,7 +137,7 @@ def train(
         progress.advance(start)
         for step in range(start, steps):
             batch = meter.wait_for(batches)
-            recent.append(batch)
+            recent.append(dataclasses.replace(batch, pixels=batch.pixels[:0].clone()))  # places, not pixels
             lr, weight_decay = lr_at(step, optim, schedule), weight_decay_at(step, optim, schedule)
             now = scheduled(step, method, schedule)
             set_scheduled(optimizer, lr, weight_decay, now.last_layer)
