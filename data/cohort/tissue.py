@@ -144,7 +144,8 @@ def _lumen(rng: np.random.Generator, classes: Array, white: Array) -> Array:
     field = np.select([classes == m.TUMOUR, classes == m.STROMA, glands], [slits, clefts, large], middle)
     threshold = np.where(classes == m.ADIPOSE, ndtri(0.5 + 0.5 * (1 - white)), ndtri(1 - white))
     logit = 10 * (np.where(classes == m.ADIPOSE, cells, field) - threshold)
-    return np.where(classes == m.BACKGROUND, 12.0, logit).astype(np.float32)
+    logit = np.where(classes == m.BACKGROUND, 8.0, np.clip(logit, -8, 8))
+    return gaussian_filter(logit.astype(np.float32), 1.0)  # no stairs along the tissue's edge
 
 
 def _strands(rng: np.random.Generator, height: int, width: int) -> tuple[Array, Array, Array, Array]:
