@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig
@@ -39,7 +40,8 @@ RESULT = ("embeddings", "floor_embeddings", "manifest", "truth", "task", "split"
 class Config:
     """embeddings: folder of <slide_id>.h5. floor_embeddings, catalog, truth: null where there are none.
 
-    cache_bytes: features held in memory; more slides are read again each epoch.
+    cache_bytes: features held in memory; more slides are read again each epoch. threads: of torch; bags are small, and more
+    than one thread mostly waits.
     """
 
     embeddings: str
@@ -53,6 +55,7 @@ class Config:
     interval: IntervalConfig
     heatmap: HeatmapConfig
     cache_bytes: int
+    threads: int
     storage: StorageConfig
     logging: JournalConfig
     out: str
@@ -66,6 +69,15 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        return _run(config, journal)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(config: Config, journal: Journal) -> dict[str, Any]:
     bags = _bags(config, config.embeddings)
     catalog = open_catalog(config.catalog, Store(config.storage)) if config.catalog else None
     fits = _fits(config, bags)

@@ -1,5 +1,6 @@
 """Bags: embedding stores joined with the manifest's label, patient, site and part, and every overlap refused."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def _open(path: Path) -> _Store:
                 tiles=features.shape[0],
                 mpp=float(attrs["mpp"]),
                 patch_px=int(attrs["patch_size"]),
-                size_px=int(attrs["patch_size_level0"]),
+                size_px=_size(attrs),
             )
             paired = coords.shape == (features.shape[0], 2)
     except (OSError, KeyError, IndexError) as error:
@@ -198,6 +199,13 @@ def _open(path: Path) -> _Store:
     if not paired or store.tiles == 0:
         raise BagError(f"{path} holds {store.tiles} features and coordinates of shape {coords.shape}: expected one [x, y] a tile")
     return store
+
+
+def _size(attrs: h5py.AttributeManager) -> int:
+    """Side in level-0 px, rounded up where it is known exactly: corners are rounded too, and no gap may open between tiles."""
+    if "level0_mpp" not in attrs:  # stores of other tools
+        return int(attrs["patch_size_level0"])
+    return math.ceil(float(attrs["patch_size"]) * float(attrs["mpp"]) / float(attrs["level0_mpp"]) - 1e-6)
 
 
 def _labels(slides: Sequence[Slide], task: TaskConfig) -> tuple[dict[str, int], dict[str, str]]:
@@ -215,7 +223,7 @@ def _labels(slides: Sequence[Slide], task: TaskConfig) -> tuple[dict[str, int], 
         if value in values:
             labels[slide.slide_id] = values[value]
         elif value == "":
-            left_out[slide.slide_id] = f"no {task.label}"
+            left_out[slide.slide_id] = f"no value in {task.label}"
         else:
             strange[slide.slide_id] = value
     if strange:

@@ -16,8 +16,8 @@ def show(found: Study) -> str:
     areas += [(*count, str(part.auc) if part.auc else "one class only") for count, part in zip(counts, parts, strict=True)]
     lines = [f"{found.task.name}: scores by {found.task.decision}, intervals by {found.groups}", "", *columns(areas)]
     for i, at in enumerate(found.thresholds):
-        carried = f"flagged from {at.value:.3f}" if math.isfinite(at.value) else "everything flagged"
-        lines += ["", f"required sensitivity {at.required:g}: {carried}; {at.note}"]
+        carried = f"flagged from {at.value:.3f}; " if math.isfinite(at.value) else ""
+        lines += ["", f"required sensitivity {at.required:g}: {carried}{at.note}"]
         prevalence = f"PPV / NPV at {found.task.prevalence:g}"
         table = [("part", "sensitivity", "specificity", "FNR", "flagged", prevalence)]
         lines += columns([*table, *[(part.name, *_decisions(part.operating[i])) for part in parts]])
