@@ -101,6 +101,8 @@ def invoke(command: str, overrides: list[str]) -> dict[str, Any]:
         except (Exception, KeyboardInterrupt):
             if main:
                 write_atomic(out / "error.log", traceback.format_exc())
+                if state is None:
+                    _forget_empty(out)
             raise
         journal.summary({**summary, "run": {"command": command, "identity": identity, "seconds": time.monotonic() - start}})
         if main:
@@ -124,6 +126,13 @@ def _write_state(
 ) -> None:
     state = {"command": command, "identity": identity, "status": status, "result": plain(result), "facts": facts, **more}
     write_atomic(out / "state.json", json.dumps(state, indent=2) + "\n")
+
+
+def _forget_empty(out: Path) -> None:
+    """A first run that failed before it made anything does not hold the folder to its keys."""
+    if {file.name for file in out.iterdir()} <= {".lock", "config.yaml", "state.json", "error.log"}:
+        (out / "state.json").unlink()
+        (out / "config.yaml").unlink()
 
 
 def _difference(command: str, out: Path, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> str:

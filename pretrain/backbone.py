@@ -36,7 +36,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
         "img_size": config.img_size,
         "patch_size": config.patch_size,
         "reg_tokens": config.registers,
-        "init_values": config.layer_scale,
+        "init_values": config.layer_scale or 0.0,  # timm drops None and would keep an architecture's own LayerScale
         "dynamic_img_size": True,
         "num_classes": 0,
         "global_pool": "token",

@@ -63,13 +63,21 @@ def test_other_result_keys_are_refused_by_name(toy: list[int], tmp_path: Path) -
         invoke("toy", ["size=4", f"out={tmp_path / 'o'}"])
 
 
-def test_changed_speed_keys_are_noted(toy: list[int], tmp_path: Path) -> None:
+def test_a_mistake_does_not_claim_the_folder(toy: list[int], tmp_path: Path) -> None:
     out = tmp_path / "o"
     with pytest.raises(ValueError):
         invoke("toy", ["size=-1", f"out={out}"])
     assert "size is negative" in (out / "error.log").read_text()
-    with pytest.raises(ValueError):
-        invoke("toy", ["size=-1", f"out={out}", "workers=5"])
+    assert invoke("toy", ["size=2", f"out={out}"])["toy"] == {"size": 2}
+
+
+def test_changed_speed_keys_are_noted(toy: list[int], tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "half-made").touch()
+    for workers in (0, 5):
+        with pytest.raises(ValueError):
+            invoke("toy", ["size=-1", f"out={out}", f"workers={workers}"])
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"changed": {"workers": [0, 5]}}]
 
