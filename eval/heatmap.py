@@ -18,6 +18,7 @@ from histoscale.data.readers.scale import choose_scale, read_scaled
 
 _DPI = 110
 _TRUTH = "#00c2d1"  # cyan: far from stain and from the colours of attention
+_PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1.5}
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def draw(
     plain.set_title("slide" if foci is None else "slide, foci outlined" if foci else "slide, no focus in it", fontsize=9)
     grey = thumbnail.pixels.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
     overlay.imshow(grey, interpolation="antialiased")
-    seen = np.ma.masked_invalid(field)  # glass and left-out tissue keep the slide's own grey
+    # Glass and left-out tissue keep the slide's own grey; a map that is pale at 0 does not darken what is little attended.
+    seen = np.ma.masked_invalid(field)
     top = float(values.max())
-    shown = overlay.imshow(seen, cmap="inferno", alpha=config.opacity, vmin=0, vmax=top, interpolation="nearest")
+    shown = overlay.imshow(seen, cmap="YlOrRd", alpha=config.opacity, vmin=0, vmax=top, interpolation="nearest")
     overlay.set_title(f"{words}; {len(tiles.coords)} tiles", fontsize=9)
     figure.colorbar(shown, ax=overlay, fraction=0.045, pad=0.02).ax.tick_params(labelsize=8)
     for axis in (plain, overlay):
@@ -158,4 +160,4 @@ def _scale_bar(axis: Axes, width: int, height: int, mpp: float) -> None:
     words = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
     left, y = width * 0.03, height * 0.965
     axis.plot([left, left + length / mpp], [y, y], color="black", linewidth=3, solid_capstyle="butt")
-    axis.text(left + length / mpp / 2, y - height * 0.012, words, ha="center", va="bottom", fontsize=8, color="black")
+    axis.text(left + length / mpp / 2, y - height * 0.018, words, ha="center", va="bottom", fontsize=8, bbox=_PAPER)
