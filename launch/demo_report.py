@@ -169,8 +169,8 @@ def _operating(required: str, parts: Sequence[tuple[str, Mapping[str, Any] | Non
 def _rate(found: Mapping[str, Any] | None) -> str:
     if found is None or found.get("value") is None:
         return "–"
-    low, high = found["wilson"]
-    return f"{found['value']:.3f} [{low:.3f}, {high:.3f}]  {found['hits']}/{found['n']}"
+    low, high = found["wilson"]["low"], found["wilson"]["high"]
+    return f"{found['hits']}/{found['n']} = {found['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _heatmaps(out: Path, mil: Mapping[str, Any]) -> Section:

@@ -11,6 +11,7 @@ whether attention points at them, and floor_embeddings= (stores of encoder=colou
 import csv
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -200,3 +201,9 @@ def _heatmaps(
         draw(path, thumbnail, tiles, _foci(config, bag.slide_id), title, config.heatmap)
         names.append(f"heatmaps/{path.name}")
     return names
+
+
+if __name__ == "__main__":
+    from histoscale.launch.run import execute
+
+    sys.exit(execute("mil", sys.argv[1:]))

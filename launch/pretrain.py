@@ -126,9 +126,9 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     rows = tracked(journal, {**train_config.result(), **plain(facts)})
     try:
         result = trainer.train(train_config, batches, [reading], rows, ranks, facts)
-    except trainer.Preempted as stop:
+    except trainer.Preempted:
         close_ranks()
-        raise launched.Preempted(stop.step) from None
+        raise
     finally:
         for stream in streams:
             stream.close()

@@ -18,17 +18,10 @@ from histoscale.data.journal import Journal, plain, scrub, write_atomic
 from histoscale.launch.config import COMMANDS, Composed, ConfigError, flatten, load, under_torchrun
 from histoscale.launch.doctor import quick_check
 from histoscale.launch.explain import help_text
+from histoscale.pretrain.trainer import Preempted
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: batch systems requeue on it
-
-
-class Preempted(Exception):
-    """The run was asked to stop, saved its state at `step`, and can go on."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped on request after step {step}; the same command goes on from there")
-        self.step = step
 
 
 class Refused(ConfigError):
@@ -37,12 +30,12 @@ class Refused(ConfigError):
 
 def execute(command: str, argv: list[str]) -> int:
     """Run a command as a program; the return value is its exit code."""
-    if command in COMMANDS and {"--help", "-h"} & set(argv):
-        print(help_text(command))
-        return 0
     try:
+        if command in COMMANDS and {"--help", "-h"} & set(argv):
+            print(help_text(command), flush=True)
+            return 0
         if "--cfg" in argv:
-            print(yaml.safe_dump(load(command, [a for a in argv if a != "--cfg"]).values, sort_keys=False), end="")
+            print(yaml.safe_dump(load(command, [a for a in argv if a != "--cfg"]).values, sort_keys=False), end="", flush=True)
             return 0
         if under_torchrun():
             from torch.distributed.elastic.multiprocessing.errors import record
@@ -56,6 +49,9 @@ def execute(command: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if under_torchrun():
             raise

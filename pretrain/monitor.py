@@ -105,23 +105,26 @@ class Window:
         return found
 
 
-def signs_of_collapse(row: Mapping[str, float], step: int, warmup_steps: int, config: MonitorConfig) -> list[str]:
-    """What looks like collapse in a row of metrics, in words; nothing before twice the warm-up."""
+def signs_of_collapse(row: Mapping[str, float], step: int, warmup_steps: int, config: MonitorConfig) -> dict[str, str]:
+    """What looks like collapse in a row of metrics: {its name: in words}; nothing before twice the warm-up."""
     if step < 2 * warmup_steps:
-        return []
-    signs = []
+        return {}
+    signs = {}
     for head in [name.removesuffix("/ce_of_lnk") for name in row if name.endswith("/ce_of_lnk")]:
         ce, targets = row[f"{head}/ce_of_lnk"], row[f"{head}/target_entropy_of_lnk"]
         used, share = row[f"{head}/prototypes_used"], row[f"{head}/prototypes_used_of_reachable"]
         if ce > config.ce_above:
-            signs.append(f"{head}: the cross-entropy is {ce:.3f} ln K, that of a student which says the same of every patch")
+            same = f"the cross-entropy is {ce:.3f} ln K, that of a student which says the same of every patch"
+            signs[f"{head}/ce"] = f"{head}: {same}"
         if targets > config.entropy_above:
-            signs.append(f"{head}: the teacher's targets are nearly uniform (entropy {targets:.3f} ln K), so nothing is taught")
+            nothing = f"(entropy {targets:.3f} ln K), so nothing is taught"
+            signs[f"{head}/uniform"] = f"{head}: the teacher's targets are nearly uniform {nothing}"
         if targets < config.entropy_below:
-            signs.append(f"{head}: the teacher's targets are nearly one-hot (entropy {targets:.3f} ln K)")
+            signs[f"{head}/one-hot"] = f"{head}: the teacher's targets are nearly one-hot (entropy {targets:.3f} ln K)"
         if share < config.used_below:
-            signs.append(f"{head}: {used:.0f} prototypes are in use, {share:.1%} of those that the window could show")
+            few = f"{used:.0f} prototypes are in use, {share:.1%} of those that the window could show"
+            signs[f"{head}/prototypes"] = f"{head}: {few}"
     rank = row["rankme_cov_of_width"]
     if rank < config.rankme_below:
-        signs.append(f"class tokens fill {row['rankme_cov']:.1f} dimensions, {rank:.1%} of the width (centred RankMe)")
+        signs["rankme"] = f"class tokens fill {row['rankme_cov']:.1f} dimensions, {rank:.1%} of the width (centred RankMe)"
     return signs

@@ -125,7 +125,8 @@ def train(
         journal.say(_opening(config, parallel, ranks))
     window, meter, recent = Window(config.monitor.window, ranks), Meter(), list[Batch]()
     row: dict[str, float] = {"step": start}
-    signs: list[str] = []
+    signs: dict[str, str] = {}
+    told: set[str] = set()
 
     def save(step: int) -> None:
         tensors = state_tensors(parallel, optimizer, centres)
@@ -187,15 +188,16 @@ def train(
                     row |= watcher(parallel.bare_teacher.get_submodule("backbone"), done)
                 journal.row(**row)
                 signs = signs_of_collapse(row, done, schedule.warmup_steps, config.monitor)
-                for sign in signs:
-                    journal.say(f"step {done}: WARNING, {sign}")
+                for sign in sorted(signs.keys() - told):  # each is told once, and stays in the rows
+                    journal.say(f"step {done}: WARNING, {signs[sign]}")
+                told |= signs.keys()
             progress.advance(loss=row["loss"])
             if saving:
                 save(done)
             if stopping and done < steps:
                 raise Preempted(done)
             if signs and config.monitor.stop_on_collapse:
-                raise Collapsed(f"step {done}: {'; '.join(signs)} (monitor.stop_on_collapse is set)")
+                raise Collapsed(f"step {done}: {'; '.join(signs.values())} (monitor.stop_on_collapse is set)")
     return TrainResult(steps, student, teacher, folder / f"step-{steps}", row)
 
 

@@ -223,8 +223,8 @@ def test_signs_of_collapse_are_words_after_twice_the_warm_up(
     tiny: ModuleType, values: dict[str, float], words: str | None
 ) -> None:
     monitor: MonitorConfig = tiny.CONFIG.monitor
-    assert signs_of_collapse(row_of(**values), 19, 10, monitor) == []
-    signs = signs_of_collapse(row_of(**values), 20, 10, monitor)
+    assert signs_of_collapse(row_of(**values), 19, 10, monitor) == {}
+    signs = list(signs_of_collapse(row_of(**values), 20, 10, monitor).values())
     assert signs == [] if words is None else len(signs) == 1 and words in signs[0]
 
 
