@@ -64,6 +64,14 @@ class Proof:
         signs = {True: "ok ", False: "NOT"}
         return "\n".join(f"{signs[c.holds]}  {c.name:<{wide}}  {c.found}  (expected {c.expected})" for c in self.checks)
 
+    def with_untrained(self, accuracy: float) -> "Proof":
+        """The same with a line for the untrained encoder's balanced accuracy on the internal test (measured by the probe)."""
+        ceilings = [check.value for check in self.checks if check.name == "supervised ceiling, internal"]
+        most = min([0.60, *(ceiling - 0.25 for ceiling in ceilings)])
+        held = 0.33 <= accuracy <= most
+        line = Check("untrained encoder, internal", accuracy, f"{accuracy:.3f}", f"0.33 to {most:.2f}", held)
+        return Proof((*self.checks, line))
+
     def summary(self) -> dict[str, Any]:
         return {check.name: {"value": check.value, "expected": check.expected, "holds": check.holds} for check in self.checks}
 

@@ -79,6 +79,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     with footprint.stage("proof"):
         store = Store(config.storage)
         proof = prove(cohort, catalog, store, config.proof, journal)
+        proof = proof.with_untrained(results["probe"]["probe"]["random"]["balanced_accuracy"])
         opened = open_catalog(str(catalog), store)
         sheet = contact_sheet(read_places(cohort / "patches.parquet", "matched4", opened), opened, store, config.proof)
     journal.say(proof.table())
