@@ -56,3 +56,13 @@ def test_wheel_from_a_clone_without_links(tmp_path: Path) -> None:
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".yaml", ".html"))}
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=clone, capture_output=True, text=True, check=True).stdout.split()
     assert {f"histoscale/{name}" for name in tracked if name.endswith((".py", ".yaml", ".html"))} <= packed
+
+
+def test_rooms_depend_in_one_direction() -> None:
+    order = ["data", "pretrain", "eval", "launch"]
+    for i, room in enumerate(order):
+        for file in (ROOT / room).rglob("*.py"):
+            for line in file.read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["from"], ["import"]) and words[1].startswith("histoscale."):
+                    assert words[1].split(".")[1] in order[: i + 1], f"{file.relative_to(ROOT)}: {line.strip()}"
