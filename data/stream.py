@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from histoscale.data.catalog import open_catalog
 from histoscale.data.journal import scrub
-from histoscale.data.plan import ATTEMPTS, Place, Plan, SamplerConfig, Visit, rank_slots
-from histoscale.data.storage import StorageConfig, StorageError, Store
+from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
+from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
-from histoscale.data.visit import Patches, SlideSource, Source, VisitFailed
+from histoscale.data.visit import Patches, Source, VisitFailed
 
 
 @dataclass(frozen=True)
@@ -327,21 +326,3 @@ class Stream:
                 os.write(descriptor, text.encode())  # one write: ranks share the file
             finally:
                 os.close(descriptor)
-
-
-def open_stream(
-    catalog: str,
-    sampler: SamplerConfig,
-    stream: StreamConfig,
-    storage: StorageConfig,
-    seed: int,
-    global_batch: int,
-    rank: int = 0,
-    world: int = 1,
-    start: int = 0,
-    lost: Path | None = None,
-) -> Stream:
-    """The stream of one rank over the slides of a catalog. Raises ValueError, StorageError."""
-    store = Store(storage)
-    source = SlideSource(open_catalog(catalog, store), store, sampler)
-    return Stream(Plan(seed, global_batch, sampler, source.table()), source, stream, rank, world, start, lost)
