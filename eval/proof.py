@@ -231,7 +231,8 @@ def slide_checks(catalog: Catalog, store: Store, truth: Path, map_um: float) -> 
         areas_found = areas(positive[~train], model.decision_function(features[~train]), patients)
         found = report_area(areas_found, 0, len(set(patients)), len(patients), 0.95)
         covers = found.low is None or found.high is None or found.low <= 0.5 <= found.high
-        checks.append(Check(f"slide label from {name}, AUC", found.value, str(found), "interval covers .5 (by chance 19 in 20 do)", covers))
+        expected = "interval covers .5 (by chance 19 in 20 do)"
+        checks.append(Check(f"slide label from {name}, AUC", found.value, str(found), expected, covers))
     overlap = [mask_iou(catalog, i, _map(truth / s.slide_id / "classes.png"), map_um) for i, s in zip(cases, slides, strict=True)]
     return [*checks, _least("tissue mask against truth, median IoU", float(np.median(overlap)), 0.95)]
 

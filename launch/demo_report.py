@@ -148,9 +148,9 @@ def _slides(mil: Mapping[str, Any]) -> Section:
     floor_table = Table(("floor", "AUC, internal test", "AUC, external"), floors, "What a model must beat to have seen tissue.")
     tables = [areas, *[_operating(required, parts) for required in mil["thresholds"]], floor_table]
     text = (
-        f"Does the slide hold a tumour focus? Gated attention over the tiles of a slide, trained on the training sites. Each "
-        f"threshold was fixed on training patients (out of fold) for a required sensitivity and carried over unchanged. "
-        f"{' '.join(at['note'] + '.' for at in mil['thresholds'].values())}"
+        "Does the slide hold a tumour focus? Gated attention over the tiles of a slide, trained on the training sites. Each "
+        "threshold was fixed on training patients (out of fold) for a required sensitivity and carried over unchanged. "
+        f"{' '.join(f'At {required}: ' + at['note'] + '.' for required, at in mil['thresholds'].items())}"
     )
     return Section("The slide-level model", text, tables, [])
 
@@ -162,7 +162,7 @@ def _operating(required: str, parts: Sequence[tuple[str, Mapping[str, Any] | Non
             continue
         found = part["operating"][required]
         rows.append((name, *[_rate(found[rate]) for rate in ("sensitivity", "specificity", "fnr", "flagged")]))
-    columns = (f"at required sensitivity {required}", "sensitivity [Wilson 95 %]", "specificity", "false negatives", "flagged")
+    columns = (f"at required sensitivity {required}", "sensitivity [Wilson 95 %]", "specificity", "missed positives", "flagged")
     return Table(columns, rows, "")
 
 
@@ -170,7 +170,7 @@ def _rate(found: Mapping[str, Any] | None) -> str:
     if found is None or found.get("value") is None:
         return "–"
     low, high = found["wilson"]["low"], found["wilson"]["high"]
-    return f"{found['hits']}/{found['n']} = {found['value']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{found['hits']}/{found['n']} [{low:.2f}, {high:.2f}]"
 
 
 def _heatmaps(out: Path, mil: Mapping[str, Any]) -> Section:
