@@ -194,7 +194,7 @@ def _heatmaps(
         reader = catalog.reader(row, Store(config.storage))
         mpp = catalog.level_mpps(row)[0]
         thumbnail = read_thumbnail(reader, mpp, config.heatmap.longest_px, config.heatmap.level_tolerance)
-        limit = f"threshold {at.value:.3f} for {at.required:g}" if math.isfinite(at.value) else "no threshold: all flagged"
+        limit = f"threshold {at.value:.3g} for {at.required:g}" if math.isfinite(at.value) else "no threshold: all flagged"
         flag = "flagged" if reading.score >= at.value else "not flagged"
         label = "positive" if bag.label else "negative"
         title = f"{bag.slide_id} · {bag.site} ({bag.part}) · {label} · score {reading.score:.3f}, {limit}: {flag}"
