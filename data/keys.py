@@ -10,6 +10,7 @@ from torch import Tensor
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195)
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_FEW, _ROUNDS = 64, 8
 
 
 def _mix(x: int) -> int:
@@ -41,18 +42,20 @@ def unit(k: int) -> float:
 
 
 def permute(k: int, n: int, i: int) -> int:
-    """Place i of the permutation of range(n) that key k names; O(1) memory.
+    """Place i of the permutation of range(n) that key k names; O(1) memory. Raises ValueError unless 0 <= i < n.
 
-    A four-round Feistel network on the next even number of bits, walked until it lands inside (Black and Rogaway 2002,
-    doi 10.1007/3-540-45760-7_9). Raises ValueError unless 0 <= i < n.
+    Few places are sorted by their hashes, which is a uniform shuffle; many go through a Feistel network on the next even number
+    of bits, walked until it lands inside (Black and Rogaway 2002, doi 10.1007/3-540-45760-7_9), which is not one on few.
     """
     if not 0 <= i < n:
         raise ValueError(f"permute: place {i} is outside range({n})")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    if n <= _FEW:
+        return sorted(range(n), key=lambda place: _absorb(k, place))[i]
+    half = ((n - 1).bit_length() + 1) // 2
     low = (1 << half) - 1
     while True:
         left, right = i >> half, i & low
-        for turn in range(4):
+        for turn in range(_ROUNDS):
             left, right = right, left ^ (_mix((k + turn * _GOLDEN + right) & _MASK) & low)
         i = (left << half) | right
         if i < n:
@@ -61,6 +64,8 @@ def permute(k: int, n: int, i: int) -> int:
 
 def permutation(k: int, n: int) -> np.ndarray:
     """The whole permutation of `permute`: int64 [n]."""
+    if n <= _FEW:
+        return np.array(sorted(range(n), key=lambda place: _absorb(k, place)), np.int64)
     return np.fromiter((permute(k, n, i) for i in range(n)), np.int64, n)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -290,3 +290,25 @@ def test_threads_and_prefetch_change_nothing(catalog: Catalog, store: Store, sam
         found.append([(rows(batch), batch.pixels.numpy().tobytes()) for batch in batches])
     assert found[0] == found[1]
     assert np.unique([row[2] for rows_, _ in found[0] for row in rows_]).size > 1
+
+
+@pytest.mark.slow
+def test_real_processes_list_the_same_patches_views_and_masks(catalog: Catalog, sampler: SamplerConfig, tmp_path: Path) -> None:
+    """1, 2 and 3 processes under torchrun, 0 and 3 workers each, and a run that stops on 2 and goes on on 3."""
+    (tmp_path / "sampler.yaml").write_text(yaml.safe_dump(asdict(sampler)))
+    script = str(Path(__file__).with_name("list_patches.py"))
+
+    def listed(processes: int, workers: int, start: int, stop: int) -> list[str]:
+        out = tmp_path / f"{processes}-{workers}-{start}"
+        out.mkdir()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
+        arguments = [str(tmp_path / "catalog"), str(tmp_path / "sampler.yaml"), str(workers), str(start), str(stop), str(out)]
+        subprocess.run([*torchrun, *arguments], check=True, capture_output=True, timeout=300)
+        lines = [line for rank in range(processes) for line in (out / f"{rank}.jsonl").read_text().splitlines()]
+        return sorted(lines, key=lambda line: json.loads(line)[:2])
+
+    whole = listed(1, 0, 0, 12)
+    assert [json.loads(line)[:2] for line in whole] == [[step, slot] for step in range(12) for slot in range(G)]
+    for processes, workers in ((1, 3), (2, 0), (2, 3), (3, 0), (3, 3)):
+        assert listed(processes, workers, 0, 12) == whole
+    assert sorted(listed(2, 1, 0, 10) + listed(3, 1, 10, 12), key=lambda line: json.loads(line)[:2]) == whole
