@@ -1,5 +1,6 @@
 """Rank, world and what ranks say to each other; one plain process needs no process group."""
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,8 +112,9 @@ def open_ranks(device: str = "auto", timeout_s: float = 1800.0) -> Ranks:
 
 
 def close_ranks() -> None:
-    """Leave the process group, if one was opened."""
+    """Leave the process group, if one was opened. Whoever still holds it, a graph or DDP, can abort the process at its end."""
     if dist.is_initialized():
+        gc.collect()  # cycles that hold the group: its threads must end while the interpreter lives
         dist.destroy_process_group()
 
 

@@ -145,7 +145,8 @@ def test_bf16_is_close_and_its_losses_are_float32() -> None:
 
 
 def test_scheduled() -> None:
-    method, schedule = replace(METHOD, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10)
+    warming = replace(METHOD, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=80)
+    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10)
     assert scheduled(0, method, schedule) == (0.04, 0.9, False)
     assert scheduled(3, method, schedule).last_layer
     end = scheduled(100, method, schedule)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,13 @@ def test_wheel_from_a_clone_without_links(tmp_path: Path) -> None:
     """A zip of the repository, or a system without symbolic links, must still build a whole wheel."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "-c", "core.symlinks=false", "clone", "-q", str(ROOT), str(clone)], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(clone)], check=True)
+    if find_spec("pip") is None:
+        pytest.skip("this environment has no pip to build a wheel with")
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(clone)]
+    built = subprocess.run(pip, capture_output=True, text=True)
+    if "No matching distribution found for setuptools" in built.stderr:
+        pytest.skip("no package index can be reached, which the build needs for setuptools")
+    assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("histoscale-*.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".yaml", ".html"))}
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=clone, capture_output=True, text=True, check=True).stdout.split()

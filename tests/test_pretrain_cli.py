@@ -73,7 +73,7 @@ def test_from_catalog_to_a_directory_that_timm_opens(tmp_path: Path, catalog: Pa
     assert summary["steps"] == 4 and summary["patches"] == 32 and summary["transductive"] is False
     assert summary["data"] == {"slides": 1, "patients": 1, "sites": ["a"], "organs": [], "scanners": summary["data"]["scanners"]}
     assert "s2" in summary["ineligible"] and "ineligible: s2" in said
-    assert "learning rate 0.0005" in said and "for a batch of 8" in said and "what was streamed" in said
+    assert "learning rate 0.001" in said and "for a batch of 8" in said and "what was streamed" in said
     invoke("release", [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
     model = timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True)
     teacher = read_tensors(read_checkpoint(tmp_path / "run"), "teacher.backbone.")

@@ -15,30 +15,32 @@ from histoscale.data.ranks import gather, open_ranks
 TOGETHER = """
 import torch
 from histoscale.data.ranks import close_ranks, gather, open_ranks
+def check(ranks):  # what it makes holds the group, and must be gone before the group is
+    rows = torch.arange(12.0, dtype=torch.float64).view(4, 3).sin()
+    joined = rows.clone().requires_grad_()
+    loss = (joined @ joined.T).logsumexp(1).mean()
+    loss.backward()
+    mine = rows[2 * ranks.rank : 2 * ranks.rank + 2].clone().requires_grad_()
+    everyone = gather(mine, ranks.group)
+    assert torch.equal(everyone, rows)
+    part = (mine @ everyone.T).logsumexp(1).mean()  # this rank's rows against all: the mean over ranks is the joined loss
+    part.backward()
+    torch.testing.assert_close(ranks.mean(part), loss.detach())
+    torch.testing.assert_close(mine.grad / ranks.world, joined.grad[2 * ranks.rank : 2 * ranks.rank + 2])
+    assert ranks.any(ranks.rank == 1) and not ranks.any(False)
+    assert ranks.objects(ranks.rank) == [0, 1] and ranks.first(lambda: "made") == "made"
+    assert torch.equal(ranks.sum(torch.tensor([1, ranks.rank])), torch.tensor([2, 1]))
+    def fail():
+        raise OSError("no space")
+    try:
+        ranks.first(fail)
+    except OSError as error:
+        assert str(error) == "no space"
+    else:
+        raise AssertionError("rank 0's error did not reach this rank")
+    assert ranks.elastic and ranks.main == (ranks.rank == 0)
 ranks = open_ranks("cpu", 60.0)
-rows = torch.arange(12.0, dtype=torch.float64).view(4, 3).sin()
-joined = rows.clone().requires_grad_()
-loss = (joined @ joined.T).logsumexp(1).mean()
-loss.backward()
-mine = rows[2 * ranks.rank : 2 * ranks.rank + 2].clone().requires_grad_()
-everyone = gather(mine, ranks.group)
-assert torch.equal(everyone, rows)
-part = (mine @ everyone.T).logsumexp(1).mean()  # this rank's rows against all: the mean over ranks is the joined loss
-part.backward()
-torch.testing.assert_close(ranks.mean(part), loss.detach())
-torch.testing.assert_close(mine.grad / ranks.world, joined.grad[2 * ranks.rank : 2 * ranks.rank + 2])
-assert ranks.any(ranks.rank == 1) and not ranks.any(False)
-assert ranks.objects(ranks.rank) == [0, 1] and ranks.first(lambda: "made") == "made"
-assert torch.equal(ranks.sum(torch.tensor([1, ranks.rank])), torch.tensor([2, 1]))
-def fail():
-    raise OSError("no space")
-try:
-    ranks.first(fail)
-except OSError as error:
-    assert str(error) == "no space"
-else:
-    raise AssertionError("rank 0's error did not reach this rank")
-assert ranks.elastic and ranks.main == (ranks.rank == 0)
+check(ranks)
 ranks.barrier()
 close_ranks()
 """
