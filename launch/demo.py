@@ -10,7 +10,7 @@ where it was.
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         journal.say(f"\n$ histoscale {command} {shlex.join(arguments)}")
         with footprint.stage(name):
             results[name] = invoke(command, arguments)
+        if "run" in results[name]:  # it was done before: what it took then
+            footprint.stages[-1] = replace(footprint.stages[-1], seconds=results[name]["run"]["seconds"])
 
     stages, cohort, catalog = config.stages, out / "cohort", out / "catalog"
     stage("cohort", "cohort", *stages.cohort, f"cohort.seed={config.seed}")
@@ -81,7 +83,10 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         proof = prove(cohort, catalog, store, config.proof, journal)
         proof = proof.with_untrained(results["probe"]["probe"]["random"]["balanced_accuracy"])
         opened = open_catalog(str(catalog), store)
-        sheet = contact_sheet(read_places(cohort / "patches.parquet", "matched4", opened), opened, store, config.proof)
+        places = read_places(cohort / "patches.parquet", "matched4", opened)
+        columns, rows = (", ".join(sorted(set(names.tolist()))) for names in (places.label, places.site))
+        words = f"Columns, two regions each: {columns}. Rows: {rows}. A region is {config.proof.sheet_um:g} µm wide."
+        sheet = contact_sheet(places, opened, store, config.proof), words
     journal.say(proof.table())
     summary = {
         "probe": results["probe"]["probe"],

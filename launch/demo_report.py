@@ -13,9 +13,9 @@ from histoscale.launch.footprint import Stage
 
 
 def write_demo_report(
-    out: Path, results: Mapping[str, Any], proof: Proof, sheet: np.ndarray, stages: Sequence[Stage]
+    out: Path, results: Mapping[str, Any], proof: Proof, sheet: tuple[np.ndarray, str], stages: Sequence[Stage]
 ) -> None:
-    """Write `out`/report.html. results: each stage's summary. sheet: the cohort's contact sheet, uint8 [H, W, 3]."""
+    """Write `out`/report.html. results: each stage's summary. sheet: the contact sheet, uint8 [H, W, 3], and its words."""
     probe, mil = results["probe"]["probe"], results["mil"]["mil"]
     rows = [json.loads(line) for line in (out / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
@@ -191,7 +191,7 @@ def _heatmaps(out: Path, mil: Mapping[str, Any]) -> Section:
     return Section("Heatmaps beside the truth", text, [table], pictures)
 
 
-def _cohort(proof: Proof, sheet: np.ndarray) -> Section:
+def _cohort(proof: Proof, sheet: tuple[np.ndarray, str]) -> Section:
     table = Table(
         ("check", "found", "expected", "holds"),
         [(check.name, check.found, check.expected, "yes" if check.holds else "no") for check in proof.checks],
@@ -202,8 +202,8 @@ def _cohort(proof: Proof, sheet: np.ndarray) -> Section:
         "checks say whether the tissue is neither trivial nor impossible; its difficulty was fixed before any encoder was "
         "trained on it."
     )
-    caption = "One region a class and site: the columns are classes, the rows hospitals; the last one is the external site."
-    return Section("Is the tissue a fair test?", text, [table], [(picture(sheet, caption, 90), caption)])
+    pixels, caption = sheet
+    return Section("Is the tissue a fair test?", text, [table], [(picture(pixels, caption, 90), caption)])
 
 
 def _cost(steps: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> Section:
