@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.embed import Vectors
@@ -168,7 +171,12 @@ def _colour_calls(
     forest = forest_log_probabilities(
         colour.cls[train], patches.labels[train], len(patches.classes), [colour.cls[patches.rows(role)] for role in truth], floors
     )
+    # A penalty chosen for the log-loss of other patients can undersell colour: a floor may also take scikit-learn's plain one.
+    plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(colour.cls[train], patches.labels[train])
     for role, logs in zip(truth, forest, strict=True):
-        calls["linear", role] = better([calls["linear", role], Calls(logs[None], "forest")], truth[role])
+        unchosen = np.full((len(patches.rows(role)), len(patches.classes)), np.log(np.finfo(float).tiny))
+        unchosen[:, plain.classes_] = plain.predict_log_proba(colour.cls[patches.rows(role)])
+        forms = [calls["linear", role], Calls(unchosen[None], "logistic, C = 1"), Calls(logs[None], "forest")]
+        calls["linear", role] = better(forms, truth[role])
         calls["knn", role] = Calls(calls["knn", role].logs, "colours")
     return calls
