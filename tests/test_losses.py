@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+import two_ranks
 from torch import Tensor
 
 from histoscale.pretrain.losses import (
@@ -185,21 +185,13 @@ def test_autocast_does_not_reach_inside() -> None:
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(inside, all_terms(), strict=True))
 
 
-def _rank(rank: int, address: str, results: Any) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    logits = noise(24, 10)[rank * 12 : rank * 12 + 12]
-    world = dist.group.WORLD
-    results[rank] = sinkhorn_scalings(logits, 0.07, 3, world), center_update(logits, torch.zeros(10), 0.9, world)
-    dist.destroy_process_group()
-
-
 def test_two_ranks_equal_one(tmp_path: Any) -> None:
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_rank, (f"file://{tmp_path / 'meet'}", results), nprocs=2)
+        mp.spawn(two_ranks.scalings_and_centre, (f"file://{tmp_path / 'meet'}", results), nprocs=2)
         for scalings, centre in results.values():
-            assert torch.allclose(scalings, sinkhorn_scalings(noise(24, 10), 0.07, 3), atol=1e-10)
-            assert torch.allclose(centre, center_update(noise(24, 10), torch.zeros(10), 0.9), atol=1e-10)
+            assert torch.allclose(scalings, sinkhorn_scalings(two_ranks.logits(), 0.07, 3), atol=1e-10)
+            assert torch.allclose(centre, center_update(two_ranks.logits(), torch.zeros(10), 0.9), atol=1e-10)
 
 
 def test_inputs_are_not_changed() -> None:
