@@ -10,11 +10,13 @@ import numpy as np
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import Cells, Tissue
+from histoscale.data.eligible import slide_table
 from histoscale.data.keys import key, permutation
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
 from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Reader
-from histoscale.data.readers.scale import Scale, choose_scale, read_scaled
+from histoscale.data.readers.scale import Scale, read_scaled
+from histoscale.data.serving import serve, tissue_of
 from histoscale.data.storage import Changed, Missing, Store
 
 REGIONS = 8  # after so many regions the patches that passed are repeated
@@ -95,24 +97,7 @@ class SlideSource:
     def table(self) -> SlideTable:
         """Slides, tissue areas, and which slide can serve which mpp: a level is near or fine enough, and one cell fits."""
         if self._table is None:
-            slides, mpps = self.catalog.slides, self.sampler.mpps
-            eligible = np.zeros((len(slides), len(mpps)), bool)
-            area = np.zeros(len(slides))
-            for row, slide in enumerate(slides):
-                tissue = self._tissue(row)
-                area[row] = tissue.integral[-1, -1] * tissue.mpp**2 / 1e6
-                eligible[row] = [self._serves(row, tissue, mpp) for mpp in mpps]
-                if not eligible[row].any():
-                    self.ineligible.append((slide.slide_id, self._instead(row, tissue)))
-            self._table = SlideTable(
-                slide_ids=self.slide_ids,
-                patients=[slide.patient_id or slide.slide_id for slide in slides],
-                organs=[slide.organ or "" for slide in slides],
-                sites=[slide.site or "" for slide in slides],
-                cohorts=[slide.cohort or "" for slide in slides],
-                area=area,
-                eligible=eligible,
-            )
+            self._table, self.ineligible = slide_table(self.catalog, self.sampler)
         return self._table
 
     def read(self, visit: Visit) -> Patches:
@@ -184,8 +169,8 @@ class SlideSource:
             if slide in self._opened:
                 self._opened.move_to_end(slide)
                 return self._opened[slide]
-        tissue = self._tissue(slide)
-        every = {target: self._cells(slide, tissue, mpp) for target, mpp in enumerate(self.sampler.mpps)}
+        tissue = tissue_of(self.catalog, slide)
+        every = {target: serve(self.catalog, slide, tissue, self.sampler, mpp) for target, mpp in enumerate(self.sampler.mpps)}
         targets = {target: found for target, found in every.items() if found is not None}
         opened = Opened(self.catalog.reader(slide, self.store), tissue, targets)
         with self._lock:
@@ -193,30 +178,6 @@ class SlideSource:
             while len(self._opened) > 1 and sum(one.tissue.integral.nbytes for one in self._opened.values()) > _KEPT_BYTES:
                 self._opened.popitem(last=False)
         return opened
-
-    def _tissue(self, slide: int) -> Tissue:
-        return Tissue(self.catalog.mask(slide), self.catalog.mask_mpp(slide))
-
-    def _cells(self, slide: int, tissue: Tissue, mpp: float) -> tuple[Scale, Cells] | None:
-        """How a slide serves a target mpp; None where no level is near or fine enough."""
-        sampler, mpps = self.sampler, self.catalog.level_mpps(slide)
-        scale = choose_scale(mpps, mpp, sampler.mpp_tolerance, sampler.max_upsample)
-        if scale is None:
-            return None
-        level = self.catalog.layout(slide).levels[scale.level]
-        size = sampler.patch_px * scale.factor
-        return scale, Cells(tissue, level.width, level.height, mpps[scale.level], size, sampler.tissue_fraction)
-
-    def _serves(self, slide: int, tissue: Tissue, mpp: float) -> bool:
-        found = self._cells(slide, tissue, mpp)
-        return found is not None and found[1].any()
-
-    def _instead(self, slide: int, tissue: Tissue) -> str:
-        """Why a slide serves none of the magnifications, and which of its own it could serve."""
-        own = self.catalog.level_mpps(slide)
-        could = ", ".join(f"{mpp:.3g}" for mpp in own if self._serves(slide, tissue, mpp))
-        wanted = ", ".join(f"{mpp:g}" for mpp in self.sampler.mpps)
-        return f"its finest level has {min(own):.3g} um/px: it cannot serve {wanted}; it could serve {could or 'none'}"
 
 
 def _whole(first: int, step: float) -> int:

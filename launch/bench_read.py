@@ -1,0 +1,265 @@
+"""Reading patches: rates per core-second beside the decoder's limit and OpenSlide, in shuffled rounds of one run."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openslide
+import simplejpeg
+from PIL import Image
+
+from histoscale.data.catalog import Catalog, open_catalog
+from histoscale.data.cohort.write import write_cohort
+from histoscale.data.index import build_catalog
+from histoscale.data.journal import Journal
+from histoscale.data.keys import key, permutation
+from histoscale.data.manifest import read_manifest
+from histoscale.data.pixelfilter import passes
+from histoscale.data.plan import Plan
+from histoscale.data.readers.codec import decode_tile, with_tables
+from histoscale.data.readers.pyramid import Damage, Level, Reader
+from histoscale.data.storage import Store
+from histoscale.data.stream import Stream
+from histoscale.data.visit import Opened, SlideSource
+
+if TYPE_CHECKING:
+    from histoscale.launch.bench import Config
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Patches per core-second: median, lowest and highest over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+def read(config: "Config", journal: Journal) -> dict[str, Any]:
+    """Measure, print the table, and return it."""
+    store = Store(config.storage)
+    catalog = open_catalog(config.catalog, store) if config.catalog else _draw(config, store, journal)
+    methods = _methods(config, catalog, store)
+    rates: dict[str, list[float]] = {name: [] for name in methods}
+    stream = _OurStream(config, catalog, store)
+    methods["stream"] = stream.window
+    rates["stream"] = []
+    names = list(methods)
+    try:
+        with journal.progress(config.rounds * len(names), "bench", "measurements") as progress:
+            for number in range(config.rounds):
+                for i in permutation(key(config.seed, "bench round", number), len(names)):
+                    patches, seconds = methods[names[i]]()
+                    rates[names[i]].append(patches / seconds)
+                    progress.advance(1, method=names[i])
+    finally:
+        stream.close()
+    found = {name: Rate(float(np.median(r)), min(r), max(r)) for name, r in rates.items()}
+    ratios = {
+        f"{one}/{other}": float(np.median(np.divide(rates[one], rates[other])))
+        for one, other in (
+            ("region", "openslide"), ("region", "area_limit"), ("single", "openslide"), ("single", "tile_limit"),
+            ("stream", "openslide_filtered"), ("stream", "region"),
+        )
+        if one in rates and other in rates
+    }  # fmt: skip
+    refused = 1 - stream.stream.stats()["data/accepted"]
+    journal.say(_text(config, found, ratios, refused))
+    return {
+        "rates": {name: vars(rate) for name, rate in found.items()},
+        "ratios": ratios,
+        "filter_refused": refused,
+        "slides": len(catalog),
+        "catalog": catalog.hash,
+    }
+
+
+def _draw(config: "Config", store: Store, journal: Journal) -> Catalog:
+    """A synthetic slide and its catalog, in `out`; an earlier one is used again."""
+    folder = journal.path("slide/manifest.csv").parent
+    if not (folder / "catalog" / "catalog.json").exists():
+        journal.say("bench: no catalog given, drawing a synthetic slide")
+        write_cohort(folder, config.cohort, journal)
+        (folder / "catalog").mkdir(exist_ok=True)
+        slides = read_manifest(str(folder / "manifest.csv"), store)
+        build_catalog(slides, store, config.tissue, folder / "catalog", 0, None, journal)
+    return open_catalog(str(folder / "catalog"), store)
+
+
+class _Traced:
+    """A reader that notes which regions were asked for."""
+
+    def __init__(self, reader: Reader, notes: list[tuple[Reader, int, int, int, int, int]]) -> None:
+        self.reader, self.layout, self.notes = reader, reader.layout, notes
+
+    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
+        self.notes.append((self.reader, level, x, y, width, height))
+        return self.reader.region(level, x, y, width, height, damage)
+
+
+class _TracedSource(SlideSource):
+    """A source whose readers are traced."""
+
+    notes: list[tuple[Reader, int, int, int, int, int]]
+
+    def open_slide(self, slide: int) -> Opened:
+        opened = super().open_slide(slide)
+        return replace(opened, reader=_Traced(opened.reader, self.notes))
+
+
+def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Callable[[], tuple[int, float]]]:
+    """What is measured, by name: each call reads the same patches again and returns patches and CPU seconds."""
+    sampler = replace(config.sampler, pixel_filter=replace(config.sampler.pixel_filter, kind="none"))
+    single = replace(sampler, grid=1)
+    patches = config.visits * sampler.grid**2
+    plans = {grid.grid: (Plan(config.seed, patches, grid, source.table()), source)
+             for grid in (sampler, single) for source in (SlideSource(catalog, store, grid),)}  # fmt: skip
+
+    def ours(grid: int) -> Callable[[], tuple[int, float]]:
+        plan, source = plans[grid]
+        visits = [plan.visit(slot, 0, 0) for slot in range(patches // grid**2)]
+
+        def read() -> None:
+            for visit in visits:
+                source.read(visit)
+
+        return _timed(read, patches)
+
+    methods = {"region": ours(sampler.grid), "single": ours(1)}
+    for grid, name in ((sampler, "area_limit"), (single, "tile_limit")):
+        plan = plans[grid.grid][0]
+        traced = _TracedSource(catalog, store, grid)
+        traced.notes = []
+        visits = [plan.visit(slot, 0, 0) for slot in range(patches // grid.grid**2)]
+        for visit in visits:
+            traced.read(visit)
+        tiles = _tiles(traced.notes)
+        if tiles is None:
+            continue
+        scales = [traced.open_slide(visit.slide).targets[visit.target][0] for visit in visits]
+        needed = grid.grid**2 * sum((grid.patch_px * scale.factor) ** 2 for scale in scales)
+        decoded = sum(level.tile_width * level.tile_height for level, _ in tiles)
+        # The area limit: what decoding costs if not one pixel beside the patches were decoded.
+        methods[name] = _timed(_decoder(tiles), patches * decoded / needed if name == "area_limit" else patches)
+    plan, source = plans[1]
+    visits = [plan.visit(slot, 0, 0) for slot in range(patches)]
+    corners = [(v.slide, source.open_slide(v.slide).targets[v.target][0], source.read(v)) for v in visits]
+    handles: dict[int, openslide.OpenSlide] = {}
+    try:
+        for slide in {slide for slide, _, _ in corners}:
+            handles[slide] = openslide.OpenSlide(store.local(catalog.slides[slide].uri))
+    except openslide.OpenSlideError:
+        return methods  # OpenSlide does not read these slides: nothing to compare with
+
+    def through_openslide(filtered: bool) -> Callable[[], None]:
+        rule = replace(config.sampler.pixel_filter, kind="hsv")
+
+        def read() -> None:
+            for slide, scale, at in corners:
+                handle, side = handles[slide], round(single.patch_px * scale.factor)
+                step = handle.level_downsamples[scale.level]
+                corner = (round(int(at.x[0]) * step), round(int(at.y[0]) * step))
+                image = handle.read_region(corner, scale.level, (side, side)).convert("RGB")
+                if scale.factor != 1:
+                    image = image.resize((single.patch_px, single.patch_px), Image.Resampling.BICUBIC)
+                patch = np.asarray(image)
+                if filtered:
+                    passes([patch], rule)
+
+        return read
+
+    methods["openslide"] = _timed(through_openslide(False), patches)
+    kept = sum(passes([at.pixels[0]], replace(config.sampler.pixel_filter, kind="hsv"))[0] for _, _, at in corners)
+    if kept:
+        methods["openslide_filtered"] = _timed(through_openslide(True), int(kept))
+    return methods
+
+
+class _OurStream:
+    """The whole stream behind the HSV filter, in worker processes and handed over; CPU time of all of them together."""
+
+    def __init__(self, config: "Config", catalog: Catalog, store: Store) -> None:
+        filtered = replace(config.sampler.pixel_filter, kind="hsv")
+        sampler = replace(config.sampler, pixel_filter=filtered)
+        source = SlideSource(catalog, store, sampler)
+        batch = max(1, config.visits // sampler.lanes_per_slot)
+        self.stream = Stream(Plan(config.seed, batch, sampler, source.table()), source, config.stream)
+        self.round = sampler.grid**2 * sampler.lanes_per_slot  # in so many steps each lane reads one visit
+        self.batch = batch
+        for _ in range(self.round):  # all lanes are open from here on
+            next(self.stream)
+
+    def window(self) -> tuple[int, float]:
+        before = self._cpu_s()
+        for _ in range(self.round):
+            next(self.stream)
+        return self.round * self.batch, self._cpu_s() - before
+
+    def _cpu_s(self) -> float:
+        """CPU time of this process and the workers (Linux's clock of another process: bits of its id, inverted)."""
+        return time.process_time() + sum(time.clock_gettime((~pid << 3) | 2) for pid in self.stream.worker_pids())
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def _timed(work: Callable[[], None], patches: float) -> Callable[[], tuple[int, float]]:
+    def measure() -> tuple[int, float]:
+        start = time.process_time()
+        work()
+        return int(patches), time.process_time() - start
+
+    return measure
+
+
+def _tiles(notes: list[tuple[Reader, int, int, int, int, int]]) -> list[tuple[Level, bytes]] | None:
+    """The encoded tiles that the regions touched, as often as they did; None where tiles are not read by range."""
+    found = []
+    for reader, number, x, y, width, height in notes:
+        if reader.layout.kind != "tiff":
+            return None
+        level = reader.layout.levels[number]
+        rows = range(max(y, 0) // level.tile_height, (min(y + height, level.height) - 1) // level.tile_height + 1)
+        columns = range(max(x, 0) // level.tile_width, (min(x + width, level.width) - 1) // level.tile_width + 1)
+        touched = [row * level.columns + column for row in rows for column in columns]
+        spans = [(int(level.offsets[t]), int(level.offsets[t] + level.counts[t])) for t in touched if level.counts[t]]
+        found += [(level, data) for data in reader.store.ranges(reader.uri, spans)]  # type: ignore[attr-defined]
+    return found
+
+
+def _decoder(tiles: list[tuple[Level, bytes]]) -> Callable[[], None]:
+    """Decode the tiles, whole and from memory, and nothing else."""
+    ready = [
+        (level, with_tables(data, level.tables, level.colour) if level.compression == "jpeg" else data) for level, data in tiles
+    ]
+
+    def decode() -> None:
+        for level, data in ready:
+            if level.compression == "jpeg":
+                simplejpeg.decode_jpeg(data, "RGB")
+            else:
+                decode_tile(data, level)
+
+    return decode
+
+
+def _text(config: "Config", rates: dict[str, Rate], ratios: dict[str, float], refused: float) -> str:
+    grid = config.sampler.grid
+    words = {
+        "region": f"visits of {grid} x {grid}, reading alone",
+        "single": "visits of 1, reading alone",
+        "stream": f"the whole stream: filter, {config.stream.workers} workers, hand-over",
+        "openslide": "OpenSlide, kept handle, single patches",
+        "openslide_filtered": "OpenSlide behind the same filter",
+        "area_limit": "decoding the same tiles, no pixel too many",
+        "tile_limit": "decoding the whole tiles of single patches",
+    }
+    lines = [f"patches of {config.sampler.patch_px} px per core-second: median [lowest, highest] of {config.rounds} rounds"]
+    for name, rate in sorted(rates.items(), key=lambda item: -item[1].median):
+        lines.append(f"  {words[name]:<55} {rate.median:8.0f} [{rate.low:.0f}, {rate.high:.0f}]")
+    lines += [f"  {words[a]} / {words[b]}: {value:.2f}" for (a, b), value in ((n.split("/"), v) for n, v in ratios.items())]
+    lines.append(f"  the pixel filter refused {refused:.1%} of the patches of the stream; {os.cpu_count()} cores")
+    return "\n".join(lines)
