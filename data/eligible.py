@@ -4,23 +4,24 @@ import numpy as np
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import Tissue
-from histoscale.data.plan import SamplerConfig, SlideTable
+from histoscale.data.plan import SamplerConfig, SlideTable, targets
 from histoscale.data.serving import serve, tissue_of
 
 
 def slide_table(catalog: Catalog, sampler: SamplerConfig) -> tuple[SlideTable, list[tuple[str, str]]]:
-    """Slides, tissue areas, and which slide can serve which mpp: a level is near or fine enough, and one cell fits.
+    """Slides, tissue areas, and which slide can serve which target: a level is near or fine enough, and one cell fits, at both
+    of its ends.
 
     With it the slides that can serve none: id and why.
     """
     slides = catalog.slides
-    eligible = np.zeros((len(slides), len(sampler.mpps)), bool)
+    eligible = np.zeros((len(slides), len(sampler.weights)), bool)
     area = np.zeros(len(slides))
     ineligible = []
     for row, slide in enumerate(slides):
         tissue = tissue_of(catalog, row)
         area[row] = tissue.integral[-1, -1] * tissue.mpp**2 / 1e6
-        eligible[row] = [_serves(catalog, row, tissue, sampler, mpp) for mpp in sampler.mpps]
+        eligible[row] = [all(_serves(catalog, row, tissue, sampler, mpp) for mpp in {*ends}) for ends in targets(sampler)]
         if not eligible[row].any():
             ineligible.append((slide.slide_id, _instead(catalog, row, tissue, sampler)))
     table = SlideTable(

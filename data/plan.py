@@ -5,20 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from histoscale.data.keys import key, permutation, permute
+from histoscale.data.keys import key, permutation, permute, unit
 from histoscale.data.pixelfilter import PixelFilterConfig
 
-PLAN_VERSION = 1  # part of every result identity: raise it when the same keys would name other patches
+PLAN_VERSION = 2  # part of every result identity: raise it when the same keys would name other patches
 ATTEMPTS = 8  # a visit that fails is replaced by attempts 1 … 8
 _ONE = 1 << 32  # a whole visit in the fixed-point arithmetic of a pass
 _WEIGHTINGS = ("patients", "slides", "area", "organ", "site", "cohort")
+_MAGNIFICATIONS = ("discrete", "log_uniform")
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """Where patches come from; every key changes results.
 
-    mpps [um/px] and weights: the mix of magnifications, as whole-number counts of a repeating cycle.
+    magnification: discrete: mpps [um/px] are the targets and weights how often each stands in a repeating cycle; log_uniform: mpps
+    are the rising edges of ranges, weights the counts of the ranges, and every visit has its own mpp, log-uniform in its range.
     patch_px: side of a patch in output pixels. grid: a visit is grid x grid patches. lanes_per_slot: visits open at a time.
     tissue_fraction: least share of tissue in a patch. mpp_tolerance: a stored level this near to the target is taken unscaled.
     max_upsample: how far a slide may be enlarged to serve a finer mpp.
@@ -27,6 +29,7 @@ class SamplerConfig:
     slide_budget: keep so many slides, nested over budgets. patch_budget: distinct patches in all, repeated in epochs.
     """
 
+    magnification: str
     mpps: list[float]
     weights: list[int]
     patch_px: int
@@ -46,7 +49,7 @@ class SamplerConfig:
 class SlideTable:
     """What the plan must know of the slides: one entry a slide, in the order of the catalog.
 
-    patients: the slide's own id where no patient is known. area: tissue, mm2 [slides]. eligible: bool [slides, mpps].
+    patients: the slide's own id where no patient is known. area: tissue, mm2 [slides]. eligible: bool [slides, targets].
     """
 
     slide_ids: Sequence[str]
@@ -71,7 +74,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit: everything that its patches depend on besides the slide's bytes. slide: row; target: index into sampler.mpps."""
+    """One visit: everything that its patches depend on besides the slide's bytes.
+
+    slide: row. target: index into `targets(sampler)`. mpp: um/px that are wanted, within the target.
+    """
 
     slot: int
     lane: int
@@ -80,6 +86,23 @@ class Visit:
     slide: int
     target: int
     key: int
+    mpp: float
+
+
+Target = tuple[float, float]  # lowest and highest um/px; the same where magnification is discrete
+
+
+def targets(sampler: SamplerConfig) -> list[Target]:
+    """What the weights of the mix count, in their order."""
+    if sampler.magnification == "discrete":
+        return [(mpp, mpp) for mpp in sampler.mpps]
+    return list(zip(sampler.mpps, sampler.mpps[1:], strict=False))
+
+
+def target_name(target: Target) -> str:
+    """What tables call a target: `0.5`, or `0.5-1` for a range."""
+    low, high = target
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
 def rank_slots(global_batch: int, rank: int, world: int) -> range:
@@ -93,37 +116,43 @@ def rank_slots(global_batch: int, rank: int, world: int) -> range:
 
 
 def slide_weights(table: SlideTable, rows: np.ndarray, weighting: str, exponent: float) -> np.ndarray:
-    """Relative weights float64 [len(rows)] of the slides in `rows`, which are those that can serve one mpp."""
+    """Relative weights float64 [len(rows)] of the slides in `rows`, which are those that can serve one target."""
     if weighting == "slides":
         return np.ones(len(rows))
     if weighting == "area":
         return table.area[rows].astype(np.float64) ** exponent
-    _, patient, slides_of = np.unique([table.patients[row] for row in rows], return_inverse=True, return_counts=True)
-    within = 1.0 / slides_of[patient]
+    patient = _numbered(table.patients, rows)
+    within = 1.0 / np.bincount(patient)[patient]
     if weighting == "patients":
         return within
-    names = {"organ": table.organs, "site": table.sites, "cohort": table.cohorts}[weighting]
-    groups, group = np.unique([names[row] for row in rows], return_inverse=True)
-    patients_of = np.bincount(group, weights=within, minlength=len(groups))  # a patient in two groups counts for a part in each
+    group = _numbered({"organ": table.organs, "site": table.sites, "cohort": table.cohorts}[weighting], rows)
+    patients_of = np.bincount(group, weights=within)  # a patient in two groups counts for a part in each
     return (patients_of ** (exponent - 1))[group] * within
+
+
+def _numbered(names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """The names of the rows as numbers from 0 on, int64 [len(rows)]."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(names[row], len(numbers)) for row in rows.tolist()], np.int64)
 
 
 def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
     """bool [slides]: the slides that a budget keeps, in the order of a keyed hash of the patients, then of their slides.
 
-    A smaller budget is a subset of a larger one. Slides that can serve no mpp are not counted.
+    A smaller budget is a subset of a larger one. Slides that can serve no target are not counted.
     Raises ValueError when the budget is not within 1 and the slides that there are.
     """
-    usable = np.flatnonzero(table.eligible.any(axis=1))
+    kept = table.eligible.any(axis=1)
     if budget is None:
-        budget = len(usable)
-    elif not 1 <= budget <= len(usable):
+        return kept
+    usable = np.flatnonzero(kept)
+    if not 1 <= budget <= len(usable):
         raise ValueError(f"sampler.slide_budget is {budget}: {len(usable)} slides can serve a magnification of the mix")
 
     def place(row: int) -> tuple[int, int]:
         return key(seed, "patient " + table.patients[row]), key(seed, "slide " + table.slide_ids[row])
 
-    kept = np.zeros(len(table.slide_ids), bool)
+    kept = np.zeros_like(kept)
     kept[sorted(usable.tolist(), key=place)[:budget]] = True
     return kept
 
@@ -136,15 +165,14 @@ class Passes:
     """
 
     def __init__(self, rows: np.ndarray, weights: np.ndarray) -> None:
-        self.rows = rows
-        shares = np.maximum(np.rint(weights / weights.sum() * (1 << 52)), 1).astype(np.int64)
-        self.shares = np.cumsum(shares)
-        total = int(self.shares[-1])
+        self.rows = rows.astype(np.int32)
+        shares = np.cumsum(np.maximum(np.rint(weights / weights.sum() * (1 << 52)), 1).astype(np.int64))
+        total = int(shares[-1])
         # Python's integers: shares * N * 2**32 does not fit in 64 bits, and equal weights must give whole visits exactly.
-        self.bounds = np.array([int(share) * len(rows) * _ONE // total for share in self.shares], np.int64)
+        self.bounds = np.array([share * len(rows) * _ONE // total for share in shares.tolist()], np.int64)
 
     def at(self, seed: int, target: int, place: int) -> int:
-        """The slide at a place of the endless list of visits of one mpp."""
+        """The slide at a place of the endless list of visits of one target."""
         number, within = divmod(place, len(self.rows))
         k = key(seed, "pass", target, number)
         tooth = permute(k, len(self.rows), within) * _ONE + key(seed, "comb", target, number) % _ONE
@@ -152,11 +180,12 @@ class Passes:
 
     def draw(self, k: int) -> int:
         """One slide by weight."""
-        return int(self.rows[np.searchsorted(self.shares, k % int(self.shares[-1]), side="right")])
+        return int(self.rows[np.searchsorted(self.bounds, k % int(self.bounds[-1]), side="right")])
 
 
 class Plan:
-    """The plan of one run: a function of the seed, the global batch G, the sampler and the slides.
+    """The plan of one run: a function of the seed, the global batch G, the sampler and the slides. Pickled, it holds two arrays a
+    target and no name of a slide.
 
     Raises ValueError on an inconsistent sampler, a magnification that no slide can serve, or a budget that does not come out.
     """
@@ -166,14 +195,16 @@ class Plan:
         self.seed, self.global_batch, self.sampler = seed, global_batch, sampler
         self.lanes, self.per_visit = sampler.lanes_per_slot, sampler.grid**2
         self.epoch_visits = _epoch_visits(sampler.patch_budget, global_batch, self.lanes * self.per_visit)
-        self.cycle = np.repeat(np.arange(len(sampler.mpps)), sampler.weights)
+        self.targets = targets(sampler)
+        self.cycle = np.repeat(np.arange(len(self.targets)), sampler.weights)
         self.first = np.cumsum([0, *sampler.weights])
         kept = budgeted(seed, table, sampler.slide_budget)
         self.passes = []
-        for target, mpp in enumerate(sampler.mpps):
+        for target, wanted in enumerate(self.targets):
             rows = np.flatnonzero(kept & table.eligible[:, target])
             if not len(rows):
-                raise ValueError(f"none of {int(kept.sum())} slides can serve {mpp:g} um/px: take it out of sampler.mpps")
+                served = f"none of {int(kept.sum())} slides can serve {target_name(wanted)} um/px"
+                raise ValueError(f"{served}: take it out of sampler.mpps")
             weights = slide_weights(table, rows, sampler.slide_weighting, sampler.weighting_exponent)
             self.passes.append(Passes(rows, weights))
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -203,7 +234,9 @@ class Plan:
         else:
             place = round_ * self.sampler.weights[target] + index - int(self.first[target])
             slide = self.passes[target].at(self.seed, target, place)
-        return Visit(slot, lane, number, attempt, slide, target, k)
+        low, high = self.targets[target]
+        mpp = low * (high / low) ** unit(key(self.seed, "mpp", slot, lane, number))
+        return Visit(slot, lane, number, attempt, slide, target, k, mpp)
 
     def _order(self, slot: int, t: int) -> np.ndarray:
         """The order in which the lanes of a slot are taken in round t; the last one of a slot is remembered."""
@@ -222,16 +255,25 @@ class Plan:
 
 
 def _check(sampler: SamplerConfig, table: SlideTable) -> None:
-    if not sampler.mpps or len(sampler.mpps) != len(sampler.weights) or min(sampler.weights) < 1 or min(sampler.mpps) <= 0:
-        given = f"sampler.mpps {sampler.mpps} and sampler.weights {sampler.weights}"
-        raise ValueError(f"{given}: expected positive magnifications and as many whole counts of at least 1")
+    given = f"sampler.mpps {sampler.mpps} and sampler.weights {sampler.weights}"
+    if sampler.magnification not in _MAGNIFICATIONS:
+        raise ValueError(f"sampler.magnification is {sampler.magnification!r}: expected one of {', '.join(_MAGNIFICATIONS)}")
+    if not sampler.mpps or min(sampler.mpps) <= 0 or not sampler.weights or min(sampler.weights) < 1:
+        raise ValueError(f"{given}: expected positive magnifications and whole counts of at least 1")
+    if sampler.magnification == "discrete" and len(sampler.mpps) != len(sampler.weights):
+        raise ValueError(f"{given}: expected as many whole counts as magnifications")
+    if sampler.magnification == "log_uniform":
+        rising = all(low < high for low, high in zip(sampler.mpps, sampler.mpps[1:], strict=False))
+        if not rising or len(sampler.mpps) != len(sampler.weights) + 1:
+            raise ValueError(f"{given}: log_uniform expects rising edges of ranges, and one count less than edges")
     for name in ("patch_px", "grid", "lanes_per_slot"):
         if getattr(sampler, name) < 1:
             raise ValueError(f"sampler.{name} is {getattr(sampler, name)}: expected at least 1")
     if sampler.slide_weighting not in _WEIGHTINGS:
         raise ValueError(f"sampler.slide_weighting is {sampler.slide_weighting!r}: expected one of {', '.join(_WEIGHTINGS)}")
-    if table.eligible.shape != (len(table.slide_ids), len(sampler.mpps)):
-        raise ValueError(f"eligible is {table.eligible.shape}: expected {len(table.slide_ids)} slides x {len(sampler.mpps)} mpp")
+    expected = (len(table.slide_ids), len(sampler.weights))
+    if table.eligible.shape != expected:
+        raise ValueError(f"eligible is {table.eligible.shape}: expected {expected[0]} slides x {expected[1]} targets")
 
 
 def _epoch_visits(budget: int | None, global_batch: int, per_slot: int) -> int | None:

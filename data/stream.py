@@ -48,7 +48,7 @@ class Batch:
     """The patches of a rank's slots at one step, in the order of the slots.
 
     slots: int64 [B]. pixels: uint8 [B, 3, S, S], channels last in memory. slide: row of the catalog, int64 [B]. mpp: true um/px,
-    float32 [B]. level, x, y: where the patch was cut, level px, int64 [B]. target: index into sampler.mpps, int64 [B].
+    float32 [B]. level, x, y: where the patch was cut, level px, int64 [B]. target: index into plan.targets, int64 [B].
     """
 
     step: int
@@ -205,7 +205,7 @@ class Stream:
             raise ValueError(f"{config}: expected at least one thread and one batch of prefetch, and no fewer than zero workers")
         self.plan, self.source, self.config, self.start = plan, source, config, start
         self.slots = rank_slots(plan.global_batch, rank, world)
-        self.tally = Tally(source, plan.sampler.mpps)
+        self.tally = Tally(source, plan.targets)
         self._lost, self._visits = lost, 0
         self._waited, self._since = 0.0, time.perf_counter()
         self._loading: _BaseDataLoaderIter | None = None

@@ -6,26 +6,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from histoscale.data.plan import Target, target_name
 from histoscale.data.visit import Source
 
 WARN_ACCEPTED = 0.5  # below this acceptance the pixel filter decides what the model sees
 
 
 class Tally:
-    """Counts by slide and target mpp: int64 [5, slides, mpps], patches served, tested, passed, repeated, and visits failed."""
+    """Counts by slide and target: int64 [5, slides, targets], patches served, tested, passed, repeated, and visits failed."""
 
     SERVED, TESTED, PASSED, REPEATED, FAILED = range(5)
 
-    def __init__(self, source: Source, mpps: Sequence[float]) -> None:
-        self.source, self.mpps = source, list(mpps)
-        self.counts = np.zeros((5, len(source.slide_ids), len(self.mpps)), np.int64)
+    def __init__(self, source: Source, targets: Sequence[Target]) -> None:
+        self.source, self.targets = source, list(targets)
+        self.counts = np.zeros((5, len(source.slide_ids), len(self.targets)), np.int64)
 
     def serve(self, slides: np.ndarray, targets: np.ndarray) -> None:
         np.add.at(self.counts[self.SERVED], (slides, targets), 1)
 
     def summed(self, total: Callable[[Tensor], Tensor]) -> "Tally":
         """The same over all ranks; `total` sums a tensor over them (Ranks.sum)."""
-        whole = Tally(self.source, self.mpps)
+        whole = Tally(self.source, self.targets)
         whole.counts = total(torch.from_numpy(self.counts)).numpy()
         return whole
 
@@ -34,15 +35,17 @@ class Tally:
         return {name: int(n) for name, n in zip(names, self.counts.sum(axis=(1, 2)), strict=True)}
 
     def mix(self) -> list[dict[str, str | float | int]]:
-        """The realised mpp x site x scanner x organ table: one row a combination with its patches and share."""
-        table: dict[tuple[float, str, str, str], int] = {}
+        """The realised mpp x site x scanner x organ table: one row a combination with its patches and share. mpp: um/px, or the
+        name of a range."""
+        table: dict[tuple[int, str, str, str], int] = {}
         for slide, target in np.argwhere(self.counts[self.SERVED]):
-            row = (self.mpps[target], *self.source.describe(int(slide)))
+            row = (int(target), *self.source.describe(int(slide)))
             table[row] = table.get(row, 0) + int(self.counts[self.SERVED, slide, target])
         every = max(1, sum(table.values()))
+        names = [low if low == high else target_name((low, high)) for low, high in self.targets]
         return [
-            {"mpp": mpp, "site": site, "scanner": scanner, "organ": organ, "patches": n, "share": n / every}
-            for (mpp, site, scanner, organ), n in sorted(table.items())
+            {"mpp": names[target], "site": site, "scanner": scanner, "organ": organ, "patches": n, "share": n / every}
+            for (target, site, scanner, organ), n in sorted(table.items())
         ]
 
     def acceptance(self) -> dict[str, dict[str, float]]:
@@ -52,7 +55,11 @@ class Tally:
         for slide in np.flatnonzero(tested.any(axis=1)):
             sites.setdefault(self.source.describe(int(slide))[0], []).append(int(slide))
         return {
-            "mpp": {f"{mpp:g}": passed[:, i].sum() / tested[:, i].sum() for i, mpp in enumerate(self.mpps) if tested[:, i].any()},
+            "mpp": {
+                target_name(target): passed[:, i].sum() / tested[:, i].sum()
+                for i, target in enumerate(self.targets)
+                if tested[:, i].any()
+            },
             "site": {site: passed[rows].sum() / tested[rows].sum() for site, rows in sites.items()},
             "slide": {
                 self.source.slide_ids[row]: passed[row].sum() / tested[row].sum() for row in np.flatnonzero(tested.any(axis=1))
@@ -70,8 +77,8 @@ class Tally:
 
     def text(self) -> str:
         """The realised mix as lines of text."""
-        lines = [f"{'um/px':>8}  {'site':<16} {'scanner':<20} {'organ':<16} {'patches':>10} {'share':>7}"]
+        lines = [f"{'um/px':>11}  {'site':<16} {'scanner':<20} {'organ':<16} {'patches':>10} {'share':>7}"]
         for row in self.mix():
             names = f"{str(row['site'])[:16]:<16} {str(row['scanner'])[:20]:<20} {str(row['organ'])[:16]:<16}"
-            lines.append(f"{row['mpp']:>8g}  {names} {row['patches']:>10} {row['share']:>7.1%}")
+            lines.append(f"{row['mpp']:>11}  {names} {row['patches']:>10} {row['share']:>7.1%}")
         return "\n".join(lines)

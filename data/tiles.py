@@ -13,7 +13,7 @@ from PIL import Image
 
 from histoscale.data.keys import key, permute
 from histoscale.data.pixelfilter import passes
-from histoscale.data.plan import SamplerConfig, SlideTable, Visit
+from histoscale.data.plan import SamplerConfig, SlideTable, Target, Visit, targets
 from histoscale.data.storage import Store
 from histoscale.data.visit import Patches, VisitFailed
 
@@ -113,7 +113,7 @@ class TileSource:
     def table(self) -> SlideTable:
         """Slides by id; the area is the number of tiles."""
         every = range(len(self.slide_ids))
-        eligible = [[len(self._serving(slide, mpp)) > 0 for mpp in self.sampler.mpps] for slide in every]
+        eligible = [[len(self._serving(slide, target)) > 0 for target in targets(self.sampler)] for slide in every]
         return SlideTable(
             slide_ids=self.slide_ids,
             patients=[self._about(slide, "patient_id") or self.slide_ids[slide] for slide in every],
@@ -127,7 +127,7 @@ class TileSource:
     def read(self, visit: Visit) -> Patches:
         """Tiles in keyed order until grid^2 have passed the pixel filter, then repeats. Raises VisitFailed, and ValueError for a
         tile that is smaller than a patch."""
-        tiles = self._serving(visit.slide, self.sampler.mpps[visit.target])
+        tiles = self._serving(visit.slide, targets(self.sampler)[visit.target])
         wanted, tested = self.sampler.grid**2, 0
         pixels: list[np.ndarray] = []
         numbers: list[int] = []
@@ -158,11 +158,11 @@ class TileSource:
         top, left = key(k, "top") % (height - side + 1), key(k, "left") % (width - side + 1)
         return image[top : top + side, left : left + side]
 
-    def _serving(self, slide: int, mpp: float) -> np.ndarray:
-        """The tiles of a slide at a target mpp."""
-        tiles = self.order[self.first[slide] : self.first[slide + 1]]
+    def _serving(self, slide: int, target: Target) -> np.ndarray:
+        """The tiles of a slide at a target mpp: a tile has the mpp that it was cut at, so of a range all tiles in it serve."""
+        tiles, slack = self.order[self.first[slide] : self.first[slide + 1]], self.sampler.mpp_tolerance
         known = self.mpp[tiles]
-        return tiles[np.isnan(known) | (np.abs(known / mpp - 1) <= self.sampler.mpp_tolerance)]
+        return tiles[np.isnan(known) | ((known >= target[0] * (1 - slack)) & (known <= target[1] * (1 + slack)))]
 
     def _about(self, slide: int, name: str) -> str:
         values = self.tiles.columns.get(name)

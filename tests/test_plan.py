@@ -14,6 +14,7 @@ from histoscale.data.plan import Passes, Plan, SamplerConfig, SlideTable, budget
 
 FILTER = PixelFilterConfig("none", [90, 180], [8, 255], [103, 255], 0.6, 8)
 SAMPLER = SamplerConfig(
+    magnification="discrete",
     mpps=[0.25, 0.5, 1.0],
     weights=[1, 3, 2],
     patch_px=64,
@@ -199,7 +200,7 @@ def test_a_patch_budget_repeats_its_visits_in_a_new_order() -> None:
 def test_bad_samplers_are_refused() -> None:
     table = slides(9, 4)
     for change, words in (
-        ({"weights": [1, 2]}, "as many whole counts"),
+        ({"weights": [1, 2]}, "as many whole counts as magnifications"),
         ({"weights": [1, 2, 0]}, "at least 1"),
         ({"grid": 0}, "sampler.grid is 0"),
         ({"slide_weighting": "patient"}, "expected one of patients"),
@@ -207,7 +208,7 @@ def test_bad_samplers_are_refused() -> None:
         with pytest.raises(ValueError, match=words):
             Plan(1, 4, replace(SAMPLER, **change), table)
     nowhere = replace(table, eligible=table.eligible & np.array([True, False, True]))
-    with pytest.raises(ValueError, match="can serve 0.5 um/px"):
+    with pytest.raises(ValueError, match="can serve 0.5 um/px: take"):
         Plan(1, 4, SAMPLER, nowhere)
 
 

@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def visit(number: int, slide: int) -> Visit:
-    return Visit(0, 0, number, 0, slide, 0, key(1, "visit", number))
+    return Visit(0, 0, number, 0, slide, 0, key(1, "visit", number), 0.5)
 
 
 @pytest.mark.parametrize("pattern", [r"^(.+)/", r"/(\w+)_x\d+\.png$"])
