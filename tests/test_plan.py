@@ -1,5 +1,6 @@
 """The pure plan: every visit once, no visit twice in a batch, exact mixes, floor or ceil counts, nested budgets."""
 
+import pickle
 from collections import Counter
 from dataclasses import replace
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from histoscale.data.keys import key
 from histoscale.data.pixelfilter import PixelFilterConfig, hsv, passes
-from histoscale.data.plan import Passes, Plan, SamplerConfig, SlideTable, budgeted, rank_slots, slide_weights
+from histoscale.data.plan import Passes, Plan, SamplerConfig, SlideTable, Visit, budgeted, rank_slots, slide_weights, target_name
 
 FILTER = PixelFilterConfig("none", [90, 180], [8, 255], [103, 255], 0.6, 8)
 SAMPLER = SamplerConfig(
@@ -105,6 +107,47 @@ def test_the_mix_is_exact_in_every_cycle(seed: int, weights: list[int]) -> None:
         assert [counts[i] for i in range(len(weights))] == weights
 
 
+def visits(plan: Plan, turns: int) -> list[Visit]:
+    return [
+        plan.visit(slot, lane, turn) for turn in range(turns) for slot in range(plan.global_batch) for lane in range(plan.lanes)
+    ]
+
+
+@pytest.mark.parametrize("edges", [[0.25, 2.0], [0.25, 0.5, 1.0, 2.0], [0.3 * 1.2**i for i in range(12)]], ids=len)
+def test_continuous_magnification_is_log_uniform(edges: list[float]) -> None:
+    """Equal ratios and equal counts: one log-uniform distribution from the first edge to the last, whatever the ranges."""
+    bins = len(edges) - 1
+    sampler = replace(SAMPLER, magnification="log_uniform", mpps=edges, weights=[1] * bins)
+    plan = Plan(8, 4, sampler, slides(9, 4, bins))
+    drawn = visits(plan, 400)
+    for visit in drawn:
+        low, high = plan.targets[visit.target]
+        assert low == edges[visit.target] and high == edges[visit.target + 1] and low <= visit.mpp < high
+    places = np.log([visit.mpp for visit in drawn])
+    start, stop = np.log(edges[0]), np.log(edges[-1])
+    assert stats.kstest((places - start) / (stop - start), "uniform").pvalue > 1e-3
+    assert stats.kstest((places - start) / (stop - start) * 0.97, "uniform").pvalue < 1e-3  # the test can fail
+    assert len({visit.mpp for visit in drawn}) == len(drawn)
+    again = plan.visit(1, 2, 3, attempt=5)
+    assert again.mpp == plan.visit(1, 2, 3).mpp and again.key != plan.visit(1, 2, 3).key
+    assert target_name(plan.targets[0]) == f"{edges[0]:g}-{edges[1]:g}"
+
+
+def test_discrete_magnification_is_the_target_itself() -> None:
+    plan = Plan(8, 4, SAMPLER, slides(9, 4))
+    assert all(visit.mpp == SAMPLER.mpps[visit.target] for visit in visits(plan, 30))
+
+
+def test_a_pickled_plan_holds_no_names_and_is_the_same_plan() -> None:
+    table = slides(500, 90)
+    plan = Plan(5, 4, SAMPLER, table)
+    data = pickle.dumps(plan)
+    assert len(data) < 3 * 500 * 12 + 3000  # two numbers a slide and target
+    assert b"site1" not in data and b"s499" not in data
+    again: Plan = pickle.loads(data)
+    assert visits(again, 20) == visits(plan, 20)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**63), st.lists(st.floats(0.01, 100), min_size=1, max_size=40))
 def test_a_pass_holds_floor_or_ceil_of_every_share(seed: int, weights: list[float]) -> None:
@@ -149,6 +192,35 @@ def test_weightings() -> None:
         assert np.allclose(per_site, expected)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["organ", "site", "cohort"]),
+    st.floats(0, 1.5),
+    st.lists(st.integers(1, 9), min_size=2, max_size=5),
+    st.integers(0, 2**63),
+)
+def test_groups_are_drawn_by_their_size_to_the_exponent(kind: str, exponent: float, sizes: list[int], seed: int) -> None:
+    """Patients with 1-3 slides each: a pass gives every group its share within one visit, and every patient of a group the same."""
+    draw = np.random.default_rng(seed)
+    rows = [(f"g{g}", f"g{g}p{p}") for g, size in enumerate(sizes) for p in range(size) for _ in range(draw.integers(1, 4))]
+    groups, patients = [group for group, _ in rows], [patient for _, patient in rows]
+    names = {name: groups if name == kind else ["x"] * len(rows) for name in ("organ", "site", "cohort")}
+    ids = [f"s{i}" for i in range(len(rows))]
+    table = SlideTable(ids, patients, names["organ"], names["site"], names["cohort"], np.ones(len(rows)), np.ones((len(rows), 1)))
+    weights = slide_weights(table, np.arange(len(rows)), kind, exponent)
+    wanted = np.array(sizes) ** exponent / (np.array(sizes) ** exponent).sum()
+    shares = Counter[str]()
+    for name, weight in zip([*groups, *patients], [*weights, *weights], strict=True):
+        shares[name] += weight / weights.sum()
+    assert np.allclose([shares[f"g{g}"] for g in range(len(sizes))], wanted)
+    for g, size in enumerate(sizes):
+        assert np.allclose([shares[f"g{g}p{p}"] for p in range(size)], wanted[g] / size)
+    endless, turns = Passes(np.arange(len(rows)), weights), 6 * len(rows)
+    drawn = Counter(groups[endless.at(seed, 0, i)] for i in range(turns))
+    for g in range(len(sizes)):  # rows of a group follow one another: a pass gives it floor or ceil of its share
+        assert abs(drawn[f"g{g}"] - turns * wanted[g]) <= 6 + 1e-6
+
+
 def test_only_slides_that_can_serve_a_magnification_do() -> None:
     table = slides(12, 4)
     plan = Plan(1, 4, SAMPLER, table)
@@ -164,6 +236,29 @@ def test_an_attempt_keeps_the_magnification_and_changes_the_key() -> None:
     assert len({v.target for v in visits}) == 1
     assert len({v.key for v in visits}) == 9
     assert len({v.slide for v in visits}) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**63), st.integers(1, 40), st.integers(1, 12))
+def test_budgets_are_nested_whatever_the_seed_and_the_cohort(seed: int, count: int, patients: int) -> None:
+    table = slides(max(count, patients), patients, seed=seed % 1000)
+    every = len(table.slide_ids)
+    before: set[int] = set()
+    for budget in range(1, every + 1):
+        kept = set(np.flatnonzero(budgeted(seed, table, budget)).tolist())
+        assert len(kept) == budget and before < kept
+        before = kept
+    assert before == set(np.flatnonzero(budgeted(seed, table, None)).tolist())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**63), st.integers(1, 4), st.integers(1, 4))
+def test_patch_budgets_are_nested(seed: int, visits_a_lane: int, more: int) -> None:
+    unit, table = 2 * 3 * 4, slides(9, 4)
+    small, large = (Plan(seed, 2, replace(SAMPLER, patch_budget=unit * n), table) for n in (visits_a_lane, visits_a_lane + more))
+    kept, all_kept = ({(v.key, v.slide, v.mpp) for v in visits(plan, 3 * plan.epoch_visits)} for plan in (small, large))  # type: ignore[operator]
+    assert len(kept) == 6 * visits_a_lane and len(all_kept) == 6 * (visits_a_lane + more)
+    assert kept < all_kept
 
 
 def test_slide_budgets_are_nested_and_take_whole_patients_first() -> None:
@@ -204,6 +299,10 @@ def test_bad_samplers_are_refused() -> None:
         ({"weights": [1, 2, 0]}, "at least 1"),
         ({"grid": 0}, "sampler.grid is 0"),
         ({"slide_weighting": "patient"}, "expected one of patients"),
+        ({"magnification": "continuous"}, "expected one of discrete, log_uniform"),
+        ({"magnification": "log_uniform"}, "one count less than edges"),
+        ({"magnification": "log_uniform", "mpps": [1.0, 0.5, 0.25, 2.0]}, "rising edges"),
+        ({"mpps": [0.25, 0.0, 1.0]}, "positive magnifications"),
     ):
         with pytest.raises(ValueError, match=words):
             Plan(1, 4, replace(SAMPLER, **change), table)
