@@ -19,8 +19,8 @@ _MAGNIFICATIONS = ("discrete", "log_uniform")
 class SamplerConfig:
     """Where patches come from; every key changes results.
 
-    magnification: discrete: mpps [um/px] are the targets and weights how often each stands in a repeating cycle; log_uniform: mpps
-    are the rising edges of ranges, weights the counts of the ranges, and every visit has its own mpp, log-uniform in its range.
+    magnification: discrete: mpps [um/px] are the targets, weights how often each stands in a repeating cycle; log_uniform: mpps
+    are rising edges of ranges, weights the counts of the ranges, and every visit has its own mpp, log-uniform in its range.
     patch_px: side of a patch in output pixels. grid: a visit is grid x grid patches. lanes_per_slot: visits open at a time.
     tissue_fraction: least share of tissue in a patch. mpp_tolerance: a stored level this near to the target is taken unscaled.
     max_upsample: how far a slide may be enlarged to serve a finer mpp.

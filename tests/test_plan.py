@@ -200,7 +200,7 @@ def test_weightings() -> None:
     st.integers(0, 2**63),
 )
 def test_groups_are_drawn_by_their_size_to_the_exponent(kind: str, exponent: float, sizes: list[int], seed: int) -> None:
-    """Patients with 1-3 slides each: a pass gives every group its share within one visit, and every patient of a group the same."""
+    """Patients with 1-3 slides each: a pass gives every group its share within one visit; patients of a group are equal."""
     draw = np.random.default_rng(seed)
     rows = [(f"g{g}", f"g{g}p{p}") for g, size in enumerate(sizes) for p in range(size) for _ in range(draw.integers(1, 4))]
     groups, patients = [group for group, _ in rows], [patient for _, patient in rows]
