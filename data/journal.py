@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,45 @@ from tqdm import tqdm
 
 # Tokens in URLs, key=value secrets, and the account keys of the object stores.
 _SECRETS = re.compile(
-    r"(?i)(?P<name>\b(?:sig|se|sp|sv|token|secret|password|passwd|api[-_]?key|access[-_]?key|account[-_]?key|sas[-_]?token|credential|"
-    r"signature|x-amz-[a-z-]+|connection[-_]?string|(?:aws_)?secret_access_key|aws_session_token|authorization)\b[\"']?\s*[=:]\s*)"
-    r"(?P<value>\"[^\"]*\"|'[^']*'|bearer\s+[^\s,;&\"']+|[^\s,;&\"'}\])]+)"
+    r"(?i)(?P<name>\b(?:sig|se|sp|sv|key|token|secret|password|passwd|api[-_]?key|access[-_]?key(?:[-_]?id)?|account[-_]?key|sas[-_]?(?:token|key)|"
+    r"(?:client|aws|storage)[-_]?[a-z_-]*(?:secret|token|key)|[a-z]+_token|credential|shared[-_]?access[-_]?signature|"
+    r"signature|x-amz-[a-z-]+|connection[-_]?string|(?:aws_)?secret_access_key|authorization)\b[\"']?\s*[=:]\s*)"
+    r"(?P<value>\"[^\"]*\"|'[^']*'|(?:bearer|sharedkey|basic)\s+[^\s,;&\"']+|[^\s,;&\"'}\])]+)"
 )
-_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@]+@", re.IGNORECASE)
+_BEARER = re.compile(r"(?i)\b(?P<name>bearer\s+|sharedkey\s+\S+?:)[a-z0-9._~+/-]{12,}=*")
+_USERINFO = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^\s/@]+@(?![a-z0-9-]+\.dfs\.core)", re.IGNORECASE)
+_OPEN = {"account_name", "account_host", "anon", "endpoint_url", "region_name", "project", "use_ssl", "addressing_style"}
+_VARIABLES = (
+    "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CLIENT_SECRET",
+    "AZURE_CLIENT_SECRET", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
+)  # fmt: skip
+_SHORTEST = 8  # shorter values are words that stand elsewhere too
+_hidden: set[str] = set()
 
 
 def scrub(text: str) -> str:
-    """The text with secrets (query tokens, keys, passwords, user:password@) replaced by ***."""
-    return _USERINFO.sub(lambda m: m["scheme"] + "***@", _SECRETS.sub(lambda m: m["name"] + "***", text))
+    """The text with secrets replaced by ***: those that hide_options was told, query tokens, keys, passwords, user:password@."""
+    for secret in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = _SECRETS.sub(lambda m: m["name"] + "***", text)
+    return _USERINFO.sub(lambda m: m["scheme"] + "***@", _BEARER.sub(lambda m: m["name"] + "***", text))
+
+
+def hide_options(options: Mapping[str, Any]) -> None:
+    """From now on `scrub` knows the credentials in storage options and in the environment, whatever stands around them."""
+    for value in [*_texts(options), *(os.environ.get(name, "") for name in _VARIABLES)]:
+        parts = [part.partition("=")[2] for part in value.split(";") if part.lower().startswith(("accountkey=", "shareda"))]
+        for secret in [value, *parts, *urllib.parse.parse_qs(value.lstrip("?")).get("sig", [])]:
+            if len(secret) >= _SHORTEST and not os.path.exists(secret):
+                _hidden.update((secret, urllib.parse.quote(secret, safe=""), json.dumps(secret)[1:-1]))
+
+
+def _texts(value: Any, name: str = "") -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for key, below in value.items() for text in _texts(below, str(key))]
+    if isinstance(value, list | tuple):
+        return [text for below in value for text in _texts(below, name)]
+    return [value] if isinstance(value, str) and name not in _OPEN else []
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Bytes from anywhere: ranges, sizes, fingerprints and whole local copies of files behind any fsspec URI."""
+"""Bytes from anywhere: ranges, sizes, fingerprints and whole local copies of files behind any URI."""
 
 import contextlib
 import hashlib
+import logging
 import os
 import posixpath
 import random
@@ -13,45 +14,44 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-from fsspec.asyn import sync
 
 from histoscale.data.cache import FileCache
-from histoscale.data.journal import scrub
+from histoscale.data.clients import Client, Info
+from histoscale.data.clients.azure import Azure
+from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told
+from histoscale.data.clients.filesystem import S3, Filesystem, Http
+from histoscale.data.journal import hide_options, scrub
 
 Result = TypeVar("Result")
 
-BLOCK = 16 << 20  # whole files are copied in ranges of so many bytes, each with its own retries
-_LONGEST_PAUSE_S = 10.0
-_CLIENTS = ("aiohttp", "azure", "botocore", "aiobotocore", "gcsfs", "google", "fsspec", "s3fs", "requests", "urllib3")
+BLOCK = 16 << 20  # whole files are copied in ranges of so many bytes, each with its own repeats
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_TELL_S = 30.0  # a store that does not answer is told so often
+_AZURE, _HTTP = ("az", "abfs", "abfss"), ("http", "https")
+_OBSTORE = (*_AZURE, *_HTTP, "s3", "gs", "gcs")
 _TOKENS = {
-    "az": "sas_token", "abfs": "sas_token", "abfss": "sas_token", "s3": "key and storage.options.s3.secret", "gs": "token",
-    "gcs": "token", "http": "headers", "https": "headers",
+    **dict.fromkeys(_AZURE, "sas_token"), **dict.fromkeys(_HTTP, "client_kwargs.headers"),
+    "s3": "key and storage.options.s3.secret", "gs": "token", "gcs": "token",
 }  # fmt: skip
-_TAGS = ("ETag", "etag", "e_tag", "md5Hash", "Last-Modified", "last_modified", "LastModified", "updated", "created", "mtime")
 _PACKAGES = {"s3": "histoscale[s3]", "gs": "histoscale[gcs]", "gcs": "histoscale[gcs]"}
-
-
-class StorageError(OSError):
-    """A file could not be read for a reason outside the file; the message names the file and the cause."""
-
-
-class Missing(StorageError):
-    """There is no such file."""
-
-
-class Changed(StorageError):
-    """The file is not the one that was catalogued, or is shorter than it was."""
+_log = logging.getLogger("histoscale.storage")
 
 
 @dataclass(frozen=True)
 class StorageConfig:
-    """options: fsspec options by scheme. cache_dir, cache_bytes: whole copies of remote files. deadline_s, retries: patience."""
+    """Where bytes come from, and patience.
+
+    options: by scheme, with the names of fsspec's filesystems. backend: `fsspec`, or `obstore` for az, abfs, s3, gs and http.
+    cache_dir, cache_bytes: whole copies of remote files. deadline_s: how long what may pass by itself is repeated.
+    request_timeout_s: when one request is given up and repeated.
+    """
 
     options: dict[str, Any]
+    backend: str
     cache_dir: str
     cache_bytes: int
     deadline_s: float
-    retries: int
+    request_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,18 @@ def _path(uri: str) -> Path:
 
 
 class Store:
-    """All file access. Only the configuration is pickled; clients (they do not survive a fork) open lazily, once a process."""
+    """All file access, from any thread. Only the configuration is pickled; clients (they do not survive a fork) open lazily,
+    once a process. requests, bytes, retried: what this process asked of remote stores, got from them, and asked again."""
 
     def __init__(self, config: StorageConfig) -> None:
+        if config.backend not in ("fsspec", "obstore"):
+            raise ValueError(f"storage.backend is {config.backend!r}: expected fsspec or obstore")
+        hide_options(config.options)
         self.config = config
-        self.retried = 0  # requests repeated by this process
-        self._clients: dict[str, Any] = {}
+        self.requests = self.bytes = self.retried = 0
+        self._clients: dict[tuple[str, str], Client] = {}
         self._pid = os.getpid()
+        self._told = -_TELL_S
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["Store"], tuple[StorageConfig]]:
@@ -118,30 +123,43 @@ class Store:
         """The bytes [start, stop) of every span. Raises Missing, Changed (the file is shorter) or StorageError."""
         if not _scheme(uri):
             return self._local_ranges(uri, spans)
-        found: list[bytes | None] = [None] * len(spans)
+        found: list[bytes | None] = [None if stop > start else b"" for start, stop in spans]
+        shorts = 0
 
         def attempt(timeout_s: float) -> None:
+            nonlocal shorts
             todo = [i for i, data in enumerate(found) if data is None]
-            replies = self._fetch(uri, [spans[i] for i in todo], timeout_s)
-            failure: BaseException | None = None
+            replies = self._client(uri).ranges(uri, [spans[i] for i in todo], timeout_s) if todo else []
+            failures: list[BaseException] = []
             for i, reply in zip(todo, replies, strict=True):
                 if isinstance(reply, BaseException):
-                    failure = reply
+                    failures.append(reply)
                 elif len(reply) != spans[i][1] - spans[i][0]:
-                    failure = _Short(f"{len(reply)} bytes came for the range {spans[i]}")
+                    failures.append(Short(f"{len(reply)} bytes came for the range {spans[i]}"))
                 else:
                     found[i] = reply
-            if failure is not None:
-                raise failure
+            self._count(len(todo), sum(len(reply) for reply in replies if isinstance(reply, bytes)), max(0, len(failures) - 1))
+            short = next((failure for failure in failures if isinstance(failure, Short)), None)
+            shorts += short is not None
+            if shorts > 1 and short is not None:  # cut twice: is the file shorter than it was?
+                self._check_length(uri, spans, timeout_s)
+            if failures:
+                raise next((f for f in failures if final(uri, "", f) is not None), max(failures, key=retry_after_s))
 
-        try:
-            self._patiently(uri, attempt)
-        except _Short as short:
-            size = self.size(uri)
-            if any(stop > size for _, stop in spans):
-                raise Changed(f"{scrub(uri)} has {size} bytes, a range up to {max(s for _, s in spans)} was expected") from short
-            raise StorageError(f"{scrub(uri)}: {short}; the server may not support ranges") from short
+        self._patiently(uri, attempt)
         return [data for data in found if data is not None]
+
+    def _check_length(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> None:
+        size, last = self._client(uri).info(uri, timeout_s).size, max(stop for _, stop in spans)
+        self._count(1, 0, 0)
+        if size is not None and last > size:
+            raise Changed(f"{scrub(uri)} has {size} bytes, a range up to {last} was expected")
+
+    def _count(self, requests: int, received: int, failed: int) -> None:
+        with self._lock:
+            self.requests += requests
+            self.bytes += received
+            self.retried += failed
 
     def size(self, uri: str) -> int:
         """Bytes of a file."""
@@ -149,18 +167,20 @@ class Store:
 
     def fingerprint(self, uri: str) -> Fingerprint:
         """What tells a changed file: of a folder, over all its files. Raises Missing or StorageError."""
-        if self.is_folder(uri):
-            parts = [(name, self.fingerprint(join(uri, name))) for name in self.children(uri)]
-            tags = "\n".join(f"{name} {part.size} {part.tag}" for name, part in parts)
-            return Fingerprint(sum(part.size for _, part in parts), hashlib.sha256(tags.encode()).hexdigest()[:16])
         if not _scheme(uri):
             with _local_errors(uri):
                 stat = _path(uri).stat()
-            return Fingerprint(stat.st_size, str(stat.st_mtime_ns))
-        info = self._info(uri)
-        if info.get("size") is None:
-            raise StorageError(f"{scrub(uri)}: the server does not tell the size of the file, so it cannot be read by range")
-        return Fingerprint(int(info["size"]), next((str(info[name]) for name in _TAGS if info.get(name)), ""))
+            if not _path(uri).is_dir():
+                return Fingerprint(stat.st_size, str(stat.st_mtime_ns))
+        else:
+            info = self._info(uri)
+            if not info.folder and info.size is None:
+                raise StorageError(f"{scrub(uri)}: the server does not tell the size of the file, so it cannot be read by range")
+            if not info.folder and info.size is not None:
+                return Fingerprint(info.size, info.tag)
+        parts = [(name, self.fingerprint(join(uri, name))) for name in self.children(uri)]
+        tags = "\n".join(f"{name} {part.size} {part.tag}" for name, part in parts)
+        return Fingerprint(sum(part.size for _, part in parts), hashlib.sha256(tags.encode()).hexdigest()[:16])
 
     def read(self, uri: str) -> bytes:
         """The whole file."""
@@ -180,16 +200,19 @@ class Store:
         """Whether the URI names a folder; a store without folders knows them by what lies below. Raises Missing."""
         if not _scheme(uri):
             return _path(uri).is_dir()
-        return self._info(uri).get("type") == "directory"
+        return self._info(uri).folder
 
     def children(self, uri: str) -> list[str]:
         """Names of the files directly in a folder, sorted; hidden files and subfolders are left out."""
         if not _scheme(uri):
             with _local_errors(uri):
                 return sorted(p.name for p in _path(uri).iterdir() if p.is_file() and not p.name.startswith("."))
-        entries = self._call(uri, "ls", detail=True, refresh=True)
-        names = (posixpath.basename(e["name"].rstrip("/")) for e in entries if e.get("type") != "directory")
-        return sorted(name for name in names if name and not name.startswith("."))
+
+        def attempt(timeout_s: float) -> list[str]:
+            self._count(1, 0, 0)
+            return self._client(uri).children(uri, timeout_s)
+
+        return sorted(name for name in self._patiently(uri, attempt) if name and not name.startswith("."))
 
     def local(self, uri: str) -> Path:
         """The file or folder on a local disk. A remote one is copied whole into the cache, with the files that belong to it: the
@@ -243,73 +266,77 @@ class Store:
                 raise Changed(f"{uri} ends at byte {start + len(data)}, the range {start}-{stop} was expected")
         return found
 
-    def _info(self, uri: str) -> dict[str, Any]:
-        return self._call(uri, "info")
-
-    def _call(self, uri: str, method: str, **options: Any) -> Any:
-        """One call of the client with patience, never from its listing cache."""
-
-        def attempt(timeout_s: float) -> Any:
-            client = self._client(uri)
-            client.invalidate_cache()
-            path = client._strip_protocol(uri)
-            if client.async_impl:
-                return sync(client.loop, getattr(client, f"_{method}"), path, timeout=timeout_s, **options)
-            return getattr(client, method)(path, **options)
+    def _info(self, uri: str) -> Info:
+        def attempt(timeout_s: float) -> Info:
+            self._count(1, 0, 0)
+            return self._client(uri).info(uri, timeout_s)
 
         return self._patiently(uri, attempt)
 
-    def _fetch(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
-        """One reply a span: bytes, or what went wrong with this span (the caller looks at each)."""
-        client = self._client(uri)
-        path = client._strip_protocol(uri)
-        paths, starts, stops = [path] * len(spans), [a for a, _ in spans], [b for _, b in spans]
-        if client.async_impl:
-            return sync(client.loop, client._cat_ranges, paths, starts, stops, timeout=timeout_s, on_error="return")
-        return client.cat_ranges(paths, starts, stops, on_error="return")
-
-    def _client(self, uri: str) -> Any:
+    def _client(self, uri: str) -> Client:
+        scheme = _scheme(uri)
+        account = uri.split("://", 1)[1].split("/", 1)[0].partition("@")[2] if scheme in _AZURE else ""
         with self._lock:
             if self._pid != os.getpid():
                 self._clients, self._pid = {}, os.getpid()
-            scheme = _scheme(uri)
-            if scheme not in self._clients:
-                options = self.config.options.get(scheme, {})
-                try:
-                    self._clients[scheme] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
-                except ImportError as error:
-                    package = _PACKAGES.get(scheme, "the package it names")
-                    raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from error
-                except (ValueError, TypeError) as error:
-                    raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {scrub(str(error))}") from error
-            return self._clients[scheme]
+            if (scheme, account) not in self._clients:
+                self._clients[scheme, account] = self._open(scheme, account)
+            return self._clients[scheme, account]
+
+    def _open(self, scheme: str, account: str) -> Client:
+        options = dict(self.config.options.get(scheme, {}))
+        try:
+            if self.config.backend == "obstore" and scheme in _OBSTORE:
+                from histoscale.data.clients.objects import Objects  # an extra, and its threads do not survive a fork
+
+                return Objects(scheme, options, min(self.config.request_timeout_s, self.config.deadline_s))
+            if scheme in _AZURE:
+                return Azure(scheme, {"account_name": account.split(".")[0], **options} if account else options)
+            if scheme in _HTTP:
+                return Http(scheme, options)
+            return S3(options) if scheme == "s3" else Filesystem(scheme, options)
+        except ImportError as error:
+            package = "histoscale[obstore]" if error.name == "obstore" else _PACKAGES.get(scheme, "the package it names")
+            raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from None
+        except Exception as error:  # whatever a client makes of its options
+            raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {told(error)}") from None
 
     def _patiently(self, uri: str, attempt: Callable[[float], Result]) -> Result:
-        """Repeat what may pass by itself, with growing jittered pauses, until `retries` or `deadline_s` are spent."""
-        start, tries = time.monotonic(), self.config.retries + 1
-        for count in range(tries):
+        """Repeat what may pass by itself, with growing jittered pauses or those that the store asks for, until `deadline_s`.
+
+        Errors of clients do not travel on: their texts may hold what a credential was made of.
+        """
+        start, count = time.monotonic(), 0
+        while True:
             left = self.config.deadline_s - (time.monotonic() - start)
             try:
-                return attempt(max(left / (tries - count), 0.05))  # a request that stalls leaves time for the next
+                return attempt(max(min(left, self.config.request_timeout_s), 0.05))
             except StorageError:
                 raise
             except Exception as error:
-                pause = min(0.2 * 2**count, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
-                final = _final(uri, error, self.config)
-                if final is not None:
-                    raise final from error
-                if count + 1 == tries or left <= pause:
-                    if isinstance(error, _Short):
-                        raise
-                    spent = f"after {count + 1} tries in {time.monotonic() - start:.0f} s"
-                    raise StorageError(f"{scrub(uri)} could not be read {spent}: {_told(error)}") from error
-                self.retried += 1
-                time.sleep(pause)
-        raise AssertionError("unreachable: the last try returns or raises")
+                option = f"storage.options.{_scheme(uri)}"
+                stop = final(uri, option, error)
+                if stop is not None:
+                    raise stop from None
+                pause = min(_FIRST_PAUSE_S * 2**count, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
+                asked = retry_after_s(error)
+                pause, count = max(pause, asked), count + 1
+                left = self.config.deadline_s - (time.monotonic() - start)
+                if left <= pause:
+                    spent = f"after {count} tries in {time.monotonic() - start:.0f} s"
+                    wish = f"; the store asks to wait {asked:.0f} s" if asked else ""
+                    limit = f"storage.deadline_s={self.config.deadline_s:g}"
+                    raise StorageError(f"{scrub(uri)} could not be read {spent} ({limit}): {told(error)}{wish}") from None
+                self._count(0, 0, 1)
+                self._tell(uri, error, left)
+            time.sleep(pause)
 
-
-class _Short(Exception):
-    """Fewer bytes than asked for: a cut connection, or a file that became shorter."""
+    def _tell(self, uri: str, error: BaseException, left_s: float) -> None:
+        """Someone who waits wants to know what for: once it takes long, and not too often."""
+        now = time.monotonic()
+        if self.config.deadline_s - left_s > _LONGEST_PAUSE_S and now - self._told > _TELL_S:
+            self._told = now
+            _log.warning("%s does not answer (%s); trying for %.0f s more", scrub(uri), told(error), left_s)
 
 
 @contextlib.contextmanager
@@ -320,54 +347,3 @@ def _local_errors(uri: str) -> Iterator[None]:
         raise Missing(f"{uri}: no such file") from error
     except OSError as error:
         raise StorageError(f"{uri}: {error.strerror or error}") from error
-
-
-def _told(error: BaseException) -> str:
-    text = scrub(" ".join(str(error).split()))
-    return f"{type(error).__name__}{': ' + text[:300] if text else ''}"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status in an exception of any client."""
-    for cause in _causes(error):
-        if type(cause).__module__ == "aiohttp.http_exceptions":
-            continue  # a body that was cut calls itself 400
-        reply = getattr(cause, "response", None)
-        meta = reply.get("ResponseMetadata", {}) if isinstance(reply, dict) else {}
-        for value in (getattr(cause, "status", None), getattr(cause, "status_code", None), getattr(cause, "code", None),
-                      meta.get("HTTPStatusCode")):  # fmt: skip
-            if isinstance(value, int) and 100 <= value < 600:
-                return value
-    return None
-
-
-def _cut_off(error: BaseException) -> bool:
-    """Whether a "not found" is a connection that failed: fsspec's http client says so of every failure of `info`."""
-    causes = list(_causes(error))[1:]
-    return any(isinstance(c, TimeoutError | ConnectionError) or type(c).__module__.startswith("aiohttp") for c in causes)
-
-
-def _final(uri: str, error: Exception, config: StorageConfig) -> Exception | None:
-    """What to raise at once, or None for what may pass by itself."""
-    scheme, status = _scheme(uri), _status(error)
-    names = {type(cause).__name__ for cause in _causes(error)}
-    if status in (404, 410) or (isinstance(error, FileNotFoundError) and status is None and not _cut_off(error)):
-        return Missing(f"{scrub(uri)}: no such file")
-    refused = {"ClientAuthenticationError", "NoCredentialsError", "PartialCredentialsError", "CredentialUnavailableError"}
-    if isinstance(error, PermissionError) or status in (401, 403) or names & refused:
-        return StorageError(f"{scrub(uri)}: the store refuses the credential in storage.options.{scheme} ({_told(error)})")
-    if status == 416:
-        return None if isinstance(error, _Short) else Changed(f"{scrub(uri)} is shorter than it was: {_told(error)}")
-    if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
-        return StorageError(f"{scrub(uri)}: the store refuses the request ({_told(error)})")
-    known = isinstance(error, OSError | TimeoutError | EOFError | _Short) or status is not None
-    if known or type(error).__module__.split(".")[0] in _CLIENTS:
-        return None
-    return error

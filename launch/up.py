@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-EXTRAS = "test,lint,hf,s3"
+EXTRAS = "test,lint,hf,s3,gcs,obstore"
 DOWNLOAD = "about 2.7 GB to download, 6 GB on disk"
 
 

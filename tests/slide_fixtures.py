@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Local files, short patience."""
-    return Store(StorageConfig(options={}, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 30, deadline_s=20.0, retries=4))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 20.0, 5.0))
 
 
 @pytest.fixture(scope="session")

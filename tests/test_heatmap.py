@@ -22,7 +22,7 @@ CONFIG = HeatmapConfig(slides=6, longest_px=400, display="relative", opacity=0.6
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(StorageConfig(options={}, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 20, deadline_s=5, retries=1))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 20, 5.0, 5.0))
 
 
 def tiles_of(coords: np.ndarray, size_px: int, attention: np.ndarray) -> Tiles:

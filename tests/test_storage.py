@@ -107,7 +107,7 @@ def test_remote_ranges(server: RangeServer, store: Store) -> None:
     uri = server.uri("a.bin")
     assert store.ranges(uri, [(0, 3), (250, 260)]) == [DATA[:3], DATA[250:260]]
     assert store.read(uri) == DATA
-    assert store.fingerprint(uri) == Fingerprint(len(DATA), '"v1"')
+    assert store.fingerprint(uri) == Fingerprint(len(DATA), "v1")
     assert store.local(uri).read_bytes() == DATA and store.retried == 0
 
 
@@ -138,7 +138,7 @@ def test_only_the_spans_that_failed_are_asked_again(server: RangeServer, store: 
 
 
 def test_a_stall_is_cut_and_repeated(server: RangeServer, store: Store) -> None:
-    impatient = Store(replace(store.config, deadline_s=8.0, retries=3))
+    impatient = Store(replace(store.config, request_timeout_s=1.0))
     server.fault = lambda path, tries: "hang" if tries == 1 else None
     assert impatient.ranges(server.uri("a.bin"), [(0, 9)]) == [DATA[:9]]
     assert impatient.retried == 1
@@ -168,26 +168,26 @@ def test_what_does_not_pass_is_said_at_once(
 
 def test_patience_ends_with_an_error_that_names_file_and_cause(server: RangeServer, store: Store) -> None:
     server.fault = lambda path, tries: 503
-    impatient = Store(replace(store.config, retries=2))
-    with pytest.raises(StorageError, match=r"a\.bin could not be read after 3 tries.*503"):
+    impatient = Store(replace(store.config, deadline_s=1.0))
+    with pytest.raises(StorageError, match=r"a\.bin could not be read after [2-9] tries.*deadline_s=1.*503"):
         impatient.ranges(server.uri("a.bin"), [(0, 5)])
-    assert server.tries["/a.bin"] == 3
+    assert server.tries["/a.bin"] > 1
     with pytest.raises(StorageError, match="could not be read") as caught:
         impatient.fingerprint(server.uri("b.bin"))
     assert not isinstance(caught.value, Missing)  # fsspec calls every failure of info "not found"
     unreachable = "http://127.0.0.1:9/a.bin"
     with pytest.raises(StorageError, match="could not be read") as caught:
-        Store(replace(store.config, retries=1)).fingerprint(unreachable)
+        Store(replace(store.config, deadline_s=1.0)).fingerprint(unreachable)
     assert not isinstance(caught.value, Missing)
 
 
 def test_a_server_without_ranges_and_a_file_that_shrank(server: RangeServer, store: Store) -> None:
     server.fault = lambda path, tries: "whole"
     with pytest.raises(StorageError, match="may not support ranges"):
-        Store(replace(store.config, retries=1)).ranges(server.uri("a.bin"), [(5, 9)])
+        Store(replace(store.config, deadline_s=1.0)).ranges(server.uri("a.bin"), [(5, 9)])
     fsspec.filesystem("memory").pipe("/bucket/short.bin", DATA)
     with pytest.raises(Changed, match="has 16384 bytes, a range up to 20000"):
-        Store(replace(store.config, retries=0)).ranges("memory://bucket/short.bin", [(16000, 20000)])
+        Store(replace(store.config, deadline_s=5.0)).ranges("memory://bucket/short.bin", [(16000, 20000)])
 
 
 def test_tokens_in_uris_are_refused_and_never_shown(store: Store) -> None:
@@ -294,6 +294,6 @@ def test_many_fill_one_entry_at_once(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_cache_is_refused(store: Store) -> None:
     fsspec.filesystem("memory").pipe("/big/a.ndpi", DATA)
-    small = Store(StorageConfig({}, store.config.cache_dir, 1000, 5.0, 1))
+    small = Store(StorageConfig({}, "fsspec", store.config.cache_dir, 1000, 5.0, 5.0))
     with pytest.raises(StorageError, match="storage.cache_bytes=1000"):
         small.local("memory://big/a.ndpi")

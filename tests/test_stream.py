@@ -230,7 +230,7 @@ def test_a_store_that_fails_stops_the_run_with_the_slide_and_the_cause(
     server: tuple[str, threading.Event],
 ) -> None:  # fmt: skip
     address, down = server
-    store = Store(StorageConfig(options={}, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 30, deadline_s=1.0, retries=1))
+    store = Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 1.0, 5.0))
     make_slide(tmp_path / "far.svs", width=800, height=600, tile=128, downsamples=(1, 2))
     (tmp_path / "manifest.csv").write_text(f"slide_id,uri\nfar,{address}/far.svs\n")
     slides = read_manifest(str(tmp_path / "manifest.csv"), store)
@@ -258,7 +258,7 @@ def test_nothing_is_left_behind_after_an_interrupt(catalog: Catalog, sampler: Sa
         "from histoscale.data.stream import Stream, StreamConfig\n"
         "from histoscale.data.visit import SlideSource\n"
         "if __name__ == '__main__':\n"
-        "    store = Store(StorageConfig(options={}, cache_dir='cache', cache_bytes=1 << 30, deadline_s=5, retries=1))\n"
+        "    store = Store(StorageConfig({}, 'fsspec', 'cache', 1 << 30, 5.0, 5.0))\n"
         f"    source = SlideSource(open_catalog({catalog.uri!r}, store), store, {sampler!r})\n"
         "    plan = Plan(1, 8, source.sampler, source.table())\n"
         "    with Stream(plan, source, StreamConfig(workers=2, prefetch=1, threads=2, max_lost=1.0)) as stream:\n"

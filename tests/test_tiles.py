@@ -33,7 +33,7 @@ def sampler() -> SamplerConfig:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Store:
-    return Store(StorageConfig(options={}, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 30, deadline_s=5, retries=1))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 5.0, 5.0))
 
 
 def tile(number: int, side: int = 24) -> np.ndarray:
