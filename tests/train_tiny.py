@@ -19,7 +19,7 @@ from histoscale.data import keys as draw
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.stream import Batch
-from histoscale.data.views import ViewsConfig
+from histoscale.data.views import BlurConfig, ViewsConfig
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.heads import HeadConfig
@@ -36,9 +36,10 @@ CONFIG = TrainConfig(
     seed=0,
     views=ViewsConfig(
         global_count=2, global_px=32, global_scale=[0.4, 1.0], local_count=2, local_px=16, local_scale=[0.1, 0.4],
-        ratio=[0.75, 1.33], hflip=0.5, vflip=0.5, quarter_turns=True, hed_p=0.5, hed_sigma_od=0.05, jitter_p=0.5, brightness=0.1,
-        contrast=0.1, saturation=0.1, hue=0.02, grey_p=0.0, global_blur_p=[0.0, 0.1], local_blur_p=0.0, blur_kernel_px=3,
-        blur_sigma_px=[0.1, 1.0], global_solarize_p=[0.0, 0.0], mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+        scale_of="patch", ratio=[0.75, 1.33], hflip=0.5, vflip=0.5, quarter_turns=True, hed_p=0.5, hed_sigma_od=0.05,
+        jitter_p=0.5, brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02, grey_p=0.0,
+        blur=BlurConfig(global_p=[0.0, 0.1], local_p=0.0, kernel_px=3, sigma_px=[0.1, 1.0]), global_solarize_p=[0.0, 0.0],
+        mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
     ),
     model=ModelConfig(
         architecture="vit_tiny_patch16_224", img_size=32, patch_size=8, width=48, depth=2, heads=3, mlp_ratio=None, registers=0,
