@@ -3,12 +3,15 @@
 import math
 
 import numpy as np
-import torch
 
-from histoscale.data.keys import keys
+from histoscale.data.keys import key_array
 
 _EDGE = 1e-6  # level px and shares: rounding of coordinates that are not whole numbers
 _TRIES = (16, 128, 1024, 4096)  # places tried at random before the slide is searched for blocks that can hold a cell
+
+
+class NoPlace(ValueError):
+    """Not one cell fits."""
 
 
 class Tissue:
@@ -73,7 +76,7 @@ class Cells:
 
         Uniform over all whole corners (overhang allowed) whose region holds at least one cell that fits, so that each position of
         a cell is equally likely: tried at random within reach of the tissue, first accepted; where tissue is rare, only in blocks
-        that can hold one. Raises ValueError when no cell fits anywhere.
+        that can hold one. Raises NoPlace when no cell fits anywhere.
         """
         low, span = self._reach(grid)
         start = 0
@@ -85,7 +88,7 @@ class Cells:
             start += count
         block, corners = self._blocks(grid, low, span)
         if not len(corners):
-            raise ValueError(f"there is no place for {self.what}")
+            raise NoPlace(f"there is no place for {self.what}")
         for start in range(0, 1 << 24, _TRIES[-1]):
             chosen = corners[_draws(k, "block", start, _TRIES[-1], len(corners))]
             x, y = (chosen[:, a] + _draws(k, f"inner {a}", start, _TRIES[-1], block) for a in (0, 1))
@@ -93,7 +96,7 @@ class Cells:
             found = self._first(x[within], y[within], grid)
             if found is not None:
                 return found
-        raise ValueError(f"no place found in {1 << 24} tries for {self.what}")
+        raise NoPlace(f"no place found in {1 << 24} tries for {self.what}")
 
     def _first(self, x: np.ndarray, y: np.ndarray, grid: int) -> tuple[int, int, np.ndarray] | None:
         fits = self.fits(x, y, grid)
@@ -141,5 +144,5 @@ class Cells:
 
 def _draws(k: int, purpose: str, start: int, count: int, n: int) -> np.ndarray:
     """Numbers start … start + count of a keyed sequence over range(n): int64 [count]."""
-    drawn = keys(k, purpose, 0, torch.arange(start, start + count)).numpy().view(np.uint64)
+    drawn = key_array(k, purpose, 0, np.arange(start, start + count))
     return (drawn % np.uint64(n)).astype(np.int64)

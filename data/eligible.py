@@ -37,8 +37,8 @@ def slide_table(catalog: Catalog, sampler: SamplerConfig) -> tuple[SlideTable, l
 
 
 def _serves(catalog: Catalog, slide: int, tissue: Tissue, sampler: SamplerConfig, mpp: float) -> bool:
-    found = serve(catalog, slide, tissue, sampler, mpp)
-    return found is not None and found[1].any()
+    found = serve(catalog.layout(slide).levels, catalog.level_mpps(slide), tissue, sampler, mpp)
+    return found is not None and found.cells.any()
 
 
 def _instead(catalog: Catalog, slide: int, tissue: Tissue, sampler: SamplerConfig) -> str:

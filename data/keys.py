@@ -69,6 +69,14 @@ def permutation(k: int, n: int) -> np.ndarray:
     return np.fromiter((permute(k, n, i) for i in range(n)), np.int64, n)
 
 
+def key_array(seed: int, purpose: str, step: int, slots: np.ndarray) -> np.ndarray:
+    """`key(seed, purpose, step, slot)` for every slot: uint64 [B]."""
+    x = slots.astype(np.uint64) + np.uint64((key(seed, purpose, step) + _GOLDEN) & _MASK)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(_MULTIPLIERS[1])
+    return x ^ (x >> np.uint64(31))
+
+
 # The same hash on tensors: int64 products wrap alike on every device; only the right shifts need a mask.
 
 

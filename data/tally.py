@@ -62,7 +62,8 @@ class Tally:
             },
             "site": {site: passed[rows].sum() / tested[rows].sum() for site, rows in sites.items()},
             "slide": {
-                self.source.slide_ids[row]: passed[row].sum() / tested[row].sum() for row in np.flatnonzero(tested.any(axis=1))
+                self.source.slide_ids[int(row)]: passed[row].sum() / tested[row].sum()
+                for row in np.flatnonzero(tested.any(axis=1))
             },
         }
 

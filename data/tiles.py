@@ -4,6 +4,7 @@ import io
 import re
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from PIL import Image
 from histoscale.data.keys import key, permute
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Target, Visit, targets
+from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.storage import Store
 from histoscale.data.visit import Patches, VisitFailed
 
@@ -99,13 +101,20 @@ class TileSource:
 
     def __init__(self, tiles: Tiles, sampler: SamplerConfig) -> None:
         self.tiles, self.sampler = tiles, sampler
-        self.slide_ids = sorted(set(tiles.columns["slide_id"]))
+        self._decoding: Gate = FREE
+        self.slide_ids: Sequence[str] = sorted(set(tiles.columns["slide_id"]))
         rows = {slide_id: row for row, slide_id in enumerate(self.slide_ids)}
         self.slide = np.array([rows[slide_id] for slide_id in tiles.columns["slide_id"]])
         unknown = [None] * len(self.slide)
         self.mpp = np.array([np.nan if mpp is None else mpp for mpp in tiles.columns.get("mpp", unknown)], np.float64)
         self.order = np.argsort(self.slide, kind="stable")
         self.first = np.searchsorted(self.slide[self.order], np.arange(len(self.slide_ids) + 1))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_decoding": FREE}  # a semaphore is this process's own
+
+    def decode_threads(self, count: int) -> None:
+        self._decoding = threading.BoundedSemaphore(count)
 
     def describe(self, slide: int) -> tuple[str, str, str]:
         return self._about(slide, "site"), self._about(slide, "scanner"), self._about(slide, "organ")
@@ -136,7 +145,9 @@ class TileSource:
                 break
             number = int(tiles[permute(visit.key, len(tiles), i)])
             try:
-                image = np.asarray(Image.open(io.BytesIO(self.tiles.image(number))).convert("RGB"))
+                data = self.tiles.image(number)
+                with self._decoding:
+                    image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
             except OSError:  # gone, or no image: Pillow's errors are OSErrors
                 continue
             patch = self._crop(image, key(visit.key, "crop", number), visit.slide)
@@ -149,7 +160,7 @@ class TileSource:
         again = np.arange(wanted) % len(pixels)
         x = np.array(numbers, np.int64)[again]
         mpp = float(self.mpp[numbers[0]])
-        return Patches(np.stack(pixels)[again], x, np.zeros_like(x), 0, mpp, tested, len(pixels), wanted - len(pixels))
+        return Patches([pixels[i] for i in again], x, np.zeros_like(x), 0, mpp, tested, len(pixels), wanted - len(pixels))
 
     def _crop(self, image: np.ndarray, k: int, slide: int) -> np.ndarray:
         side, (height, width) = self.sampler.patch_px, image.shape[:2]

@@ -3,24 +3,27 @@
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from histoscale.data.catalog import Catalog
-from histoscale.data.cells import Cells, Tissue
+from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
 from histoscale.data.keys import key, permutation
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
 from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Reader
-from histoscale.data.readers.scale import Scale, read_scaled
-from histoscale.data.serving import serve, tissue_of
+from histoscale.data.readers.scale import read_scaled
+from histoscale.data.readers.vendor import FREE, Gate
+from histoscale.data.serving import Serving, serve, tissue_of
 from histoscale.data.storage import Changed, Missing, Store
 
 REGIONS = 8  # after so many regions the patches that passed are repeated
-_KEPT_BYTES = 64 << 20  # integral images that a process keeps, with their slides open
+_KEPT_BYTES = 64 << 20  # tile tables and integral images of open slides that a process keeps
 
 
 class VisitFailed(Exception):
@@ -35,11 +38,12 @@ class VisitFailed(Exception):
 class Patches:
     """A visit as it was read.
 
-    pixels: uint8 [n, S, S, 3]. x, y: int64 [n], level px. level: stored level. mpp: true um/px.
+    pixels: n of uint8 [S, S, 3], views of the regions they were cut from. x, y: int64 [n], level px. level: stored level.
+    mpp: true um/px.
     tested, passed: patches that the pixel filter saw and let pass. repeated: how many of the n are repeats.
     """
 
-    pixels: np.ndarray
+    pixels: Sequence[np.ndarray]
     x: np.ndarray
     y: np.ndarray
     level: int
@@ -52,7 +56,12 @@ class Patches:
 class Source(Protocol):
     """Where visits are read from: slides here, ready tiles in tiles.py. Pickled into every worker."""
 
-    slide_ids: list[str]
+    @property
+    def slide_ids(self) -> Sequence[str]:
+        """Names of the slides, by row."""
+
+    def decode_threads(self, count: int) -> None:
+        """At most `count` threads of this process decode at a time; the others may wait for bytes."""
 
     def table(self) -> SlideTable:
         """What the plan must know of the slides."""
@@ -64,31 +73,49 @@ class Source(Protocol):
         """The patches of a visit. Raises VisitFailed for what the bytes say, StorageError for what time might heal."""
 
 
-@dataclass
 class Opened:
-    """reader, and by target mpp the scale and the cells, which share the slide's tissue."""
+    """An open slide: its reader, its tissue, and how it serves each magnification that was asked for."""
 
-    reader: Reader
-    tissue: Tissue
-    targets: dict[int, tuple[Scale, Cells]]
+    def __init__(self, reader: Reader, mpps: Sequence[float], tissue: Tissue, sampler: SamplerConfig) -> None:
+        self.reader, self.mpps, self.tissue, self.sampler = reader, mpps, tissue, sampler
+        self._served: dict[float, Serving] = {}
+
+    def at(self, mpp: float) -> Serving:
+        """How it serves `mpp` (um/px). Raises VisitFailed where it does not."""
+        found = self._served.get(mpp)
+        if found is None:
+            found = serve(self.reader.layout.levels, self.mpps, self.tissue, self.sampler, mpp)
+            if found is None:
+                raise VisitFailed(f"no level serves {mpp:g} um/px; the slide has {', '.join(f'{m:.3g}' for m in self.mpps)}")
+            if self.sampler.magnification == "discrete":  # magnifications of ranges never come back
+                self._served[mpp] = found
+        return found
 
 
 class SlideSource:
-    """The slides of a catalog."""
+    """The slides of a catalog. Threads share it; `decode_threads` bounds how many of them decode at a time."""
 
     def __init__(self, catalog: Catalog, store: Store, sampler: SamplerConfig) -> None:
         self.catalog, self.store, self.sampler = catalog, store, sampler
-        self.slide_ids = [slide.slide_id for slide in catalog.slides]
         self.ineligible: list[tuple[str, str]] = []  # slide id and why, after table()
         self._table: SlideTable | None = None
         self._opened: OrderedDict[int, Opened] = OrderedDict()
         self._lock = threading.Lock()
+        self._decoding: Gate = FREE
 
     def __getstate__(self) -> dict[str, object]:
         return {"catalog": self.catalog, "store": self.store, "sampler": self.sampler}  # the rest is this process's own
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    @cached_property
+    def slide_ids(self) -> Sequence[str]:
+        return [slide.slide_id for slide in self.catalog.slides]
+
+    def decode_threads(self, count: int) -> None:
+        """At most `count` threads of this process decode at a time; the others may wait for bytes."""
+        self._decoding = threading.BoundedSemaphore(count)
 
     def describe(self, slide: int) -> tuple[str, str, str]:
         row = self.catalog.slides[slide]
@@ -104,82 +131,80 @@ class SlideSource:
         """Regions placed by key until grid^2 patches have passed, then repeats. Raises VisitFailed, StorageError."""
         try:
             opened = self.open_slide(visit.slide)
-            return self._patches(visit.key, opened.reader, *opened.targets[visit.target])
-        except (Missing, Changed, LayoutError, DecodeError) as error:
+            return self._patches(visit.key, opened.reader, opened.at(visit.mpp))
+        except (Missing, Changed, LayoutError, DecodeError, NoPlace) as error:
             raise VisitFailed(str(error)) from error
 
-    def _patches(self, k: int, reader: Reader, scale: Scale, cells: Cells) -> Patches:
+    def _patches(self, k: int, reader: Reader, serving: Serving) -> Patches:
+        scale, reduce, cells = serving.scale, serving.reduce, serving.cells
         side, grid = self.sampler.patch_px, self.sampler.grid
-        wanted, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
-        pixels = np.empty((wanted, side, side, 3), np.uint8)
-        corners = np.empty((wanted, 2), np.int64)
-        have = tested = passed = 0
+        missing, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
+        pixels: list[np.ndarray] = []
+        corners: list[tuple[int, int]] = []
+        tested = passed = 0
         for region in range(REGIONS):
-            if have == wanted:
+            if not missing:
                 break
             place = key(k, "region", region)
-            cut = min(grid if region == 0 else math.ceil(math.sqrt(wanted - have)), holds)
+            cut = min(grid if region == 0 else math.ceil(math.sqrt(missing)), holds)
             x, y, fits = cells.region(place, cut)
-            rows, columns = np.nonzero(fits)
-            order = permutation(key(place, "cells"), len(rows))
-            rows, columns = rows[order], columns[order]
-            read, found = self._cut(reader, scale, x, y, rows, columns)
-            whole = np.flatnonzero(found)
-            good = whole[passes([read[i] for i in whole], self.sampler.pixel_filter)]
-            tested, passed = tested + len(whole), passed + len(good)
-            for i in good[: wanted - have]:
-                pixels[have] = read[i]
-                corners[have] = x + round(columns[i] * cells.size), y + round(rows[i] * cells.size)
-                have += 1
-        if not have:
+            image, found = self._cut(reader, serving, x, y, fits)
+            order = np.flatnonzero(fits)[permutation(key(place, "cells"), int(fits.sum()))]
+            rows, columns = np.divmod(order[found.flat[order]], cut)  # an unreadable cell does not change the order of others
+            read = [image[r * side : (r + 1) * side, c * side : (c + 1) * side] for r, c in zip(rows, columns, strict=True)]
+            good = np.flatnonzero(passes(read, self.sampler.pixel_filter))
+            tested, passed = tested + len(read), passed + len(good)
+            for i in good[:missing]:
+                pixels.append(read[i])
+                corners.append((x + round(columns[i] * cells.size), y + round(rows[i] * cells.size)))
+            missing = grid**2 - len(pixels)
+        if not pixels:
             raise VisitFailed(f"no patch from {REGIONS} regions could be decoded and passed the pixel filter", tested)
-        again = np.arange(wanted - have) % have
-        pixels[have:], corners[have:] = pixels[again], corners[again]
-        return Patches(pixels, corners[:, 0], corners[:, 1], scale.level, scale.mpp, tested, passed, wanted - have)
+        again = [i % len(pixels) for i in range(grid**2)]
+        level = np.array(corners, np.int64)[again] * reduce
+        return Patches([pixels[i] for i in again], level[:, 0], level[:, 1], scale.level, scale.mpp, tested, passed, missing)
 
-    def _cut(
-        self, reader: Reader, scale: Scale, x: int, y: int, rows: np.ndarray, columns: np.ndarray
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """The cells (row, column) of the region at x, y as uint8 [S, S, 3] each, and bool: which of them could be decoded.
+    def _cut(self, reader: Reader, serving: Serving, x: int, y: int, fits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The region at x, y (reduced px), uint8 [rows * S, columns * S, 3], of which only the cells that fit are sure to be
+        read, and bool [rows, columns]: those of them that could be decoded.
 
-        One read spans the cells that are wanted. OpenSlide does not say which tile is damaged: then each cell is read by itself.
+        OpenSlide does not say which tile is damaged: then each cell is read by itself.
         """
-        side, step = self.sampler.patch_px, self.sampler.patch_px * scale.factor
-        first_row, first_column = (_whole(int(n.min()), step) for n in (rows, columns))
-        height, width = (int(rows.max()) + 1 - first_row) * side, (int(columns.max()) + 1 - first_column) * side
+        side, scale, reduce = self.sampler.patch_px, serving.scale, serving.reduce
+        step = side * scale.factor
+        rows, columns = fits.shape
         damage: list[Damage] = []
-        image = read_scaled(reader, scale, x + round(first_column * step), y + round(first_row * step), width, height, damage)
-        tops, lefts = (rows - first_row) * side, (columns - first_column) * side
-        cells = [image[top : top + side, left : left + side] for top, left in zip(tops, lefts, strict=True)]
+        left, top = x * reduce, y * reduce
+        image = read_scaled(reader, scale, left, top, columns * side, rows * side, damage, fits)
+        found = fits.copy()
         if damage and reader.layout.kind == "openslide":
-            found = np.zeros(len(cells), bool)
-            for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
-                damage = []
-                cells[i] = read_scaled(reader, scale, x + round(column * step), y + round(row * step), side, side, damage)
-                found[i] = not damage
-            return cells, found
-        found = np.ones(len(cells), bool)
+            image = image.copy()
+            for row, column in np.argwhere(fits):
+                hurt: list[Damage] = []
+                corner = left + round(column * step), top + round(row * step)
+                cell = read_scaled(reader, scale, *corner, side, side, hurt)
+                image[row * side : (row + 1) * side, column * side : (column + 1) * side] = cell
+                found[row, column] = not hurt
+            return image, found
         for part in damage:
-            found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
-        return cells, found
+            found[part.top // side : (part.bottom - 1) // side + 1, part.left // side : (part.right - 1) // side + 1] = False
+        return image, found
 
     def open_slide(self, slide: int) -> Opened:
-        """The slide's reader and cells; the last few are kept, for all threads."""
+        """The slide's reader and tissue; the last few are kept, for all threads."""
         with self._lock:
             if slide in self._opened:
                 self._opened.move_to_end(slide)
                 return self._opened[slide]
-        tissue = tissue_of(self.catalog, slide)
-        every = {target: serve(self.catalog, slide, tissue, self.sampler, mpp) for target, mpp in enumerate(self.sampler.mpps)}
-        targets = {target: found for target, found in every.items() if found is not None}
-        opened = Opened(self.catalog.reader(slide, self.store), tissue, targets)
+        reader = self.catalog.reader(slide, self.store, self._decoding)
+        opened = Opened(reader, self.catalog.level_mpps(slide), tissue_of(self.catalog, slide), self.sampler)
         with self._lock:
             self._opened[slide] = opened
-            while len(self._opened) > 1 and sum(one.tissue.integral.nbytes for one in self._opened.values()) > _KEPT_BYTES:
+            while len(self._opened) > 1 and sum(map(_held_bytes, self._opened.values())) > _KEPT_BYTES:
                 self._opened.popitem(last=False)
         return opened
 
 
-def _whole(first: int, step: float) -> int:
-    """The first row or column to read from: a read starts at a whole level pixel, else at the region's corner."""
-    return first if float(first * step).is_integer() else 0
+def _held_bytes(opened: Opened) -> int:
+    tables = sum(level.offsets.nbytes + level.counts.nbytes for level in opened.reader.layout.levels)
+    return opened.tissue.integral.nbytes + tables

@@ -270,7 +270,7 @@ def _read_region(
 ) -> tuple[np.ndarray, np.ndarray]:
     x, y, wanted = region
     damage: list[Damage] = []
-    whole = read_scaled(reader, tiles.scale, x, y, wanted.shape[1] * patch_px, wanted.shape[0] * patch_px, damage)
+    whole = read_scaled(reader, tiles.scale, x, y, wanted.shape[1] * patch_px, wanted.shape[0] * patch_px, damage, wanted)
     patches = whole.reshape(wanted.shape[0], patch_px, wanted.shape[1], patch_px, 3).transpose(0, 2, 4, 1, 3)
     readable = wanted.copy()
     for part in damage:

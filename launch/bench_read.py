@@ -7,9 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openslide
 import simplejpeg
-from PIL import Image
 
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.cohort.write import write_cohort
@@ -17,13 +15,14 @@ from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import read_manifest
-from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import Plan
 from histoscale.data.readers.codec import decode_tile, with_tables
 from histoscale.data.readers.pyramid import Damage, Level, Reader
+from histoscale.data.readers.region import touched
 from histoscale.data.storage import Store
 from histoscale.data.stream import Stream
 from histoscale.data.visit import Opened, SlideSource
+from histoscale.launch.bench_peers import Place, open_peers
 
 if TYPE_CHECKING:
     from histoscale.launch.bench import Config
@@ -62,7 +61,7 @@ def read(config: "Config", journal: Journal) -> dict[str, Any]:
         f"{one}/{other}": float(np.median(np.divide(rates[one], rates[other])))
         for one, other in (
             ("region", "openslide"), ("region", "area_limit"), ("single", "openslide"), ("single", "tile_limit"),
-            ("stream", "openslide_filtered"), ("stream", "region"),
+            ("stream", "openslide_filtered"), ("stream", "region"), ("region", "tiffslide"), ("region", "wsistream"),
         )
         if one in rates and other in rates
     }  # fmt: skip
@@ -89,25 +88,38 @@ def _draw(config: "Config", store: Store, journal: Journal) -> Catalog:
     return open_catalog(str(folder / "catalog"), store)
 
 
+Asked = tuple[Reader, int, int, int, int, int, int, np.ndarray | None]
+
+
 class _Traced:
     """A reader that notes which regions were asked for."""
 
-    def __init__(self, reader: Reader, notes: list[tuple[Reader, int, int, int, int, int]]) -> None:
+    def __init__(self, reader: Reader, notes: list[Asked]) -> None:
         self.reader, self.layout, self.notes = reader, reader.layout, notes
 
-    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
-        self.notes.append((self.reader, level, x, y, width, height))
-        return self.reader.region(level, x, y, width, height, damage)
+    def region(
+        self,
+        level: int,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        damage: list[Damage] | None = None,
+        reduce: int = 1,
+        wanted: np.ndarray | None = None,
+    ) -> np.ndarray:
+        self.notes.append((self.reader, level, x, y, width, height, reduce, wanted))
+        return self.reader.region(level, x, y, width, height, damage, reduce, wanted)
 
 
 class _TracedSource(SlideSource):
     """A source whose readers are traced."""
 
-    notes: list[tuple[Reader, int, int, int, int, int]]
+    notes: list[Asked]
 
     def open_slide(self, slide: int) -> Opened:
         opened = super().open_slide(slide)
-        return replace(opened, reader=_Traced(opened.reader, self.notes))
+        return Opened(_Traced(opened.reader, self.notes), opened.mpps, opened.tissue, self.sampler)
 
 
 def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Callable[[], tuple[int, float]]]:
@@ -139,42 +151,21 @@ def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Call
         tiles = _tiles(traced.notes)
         if tiles is None:
             continue
-        scales = [traced.open_slide(visit.slide).targets[visit.target][0] for visit in visits]
+        scales = [traced.open_slide(visit.slide).at(visit.mpp).scale for visit in visits]
         needed = grid.grid**2 * sum((grid.patch_px * scale.factor) ** 2 for scale in scales)
-        decoded = sum(level.tile_width * level.tile_height for level, _ in tiles)
-        # The area limit: what decoding costs if not one pixel beside the patches were decoded.
-        methods[name] = _timed(_decoder(tiles), patches * decoded / needed if name == "area_limit" else patches)
+        decoded = sum(level.tile_width * level.tile_height for level, _, _ in tiles)
+        if name == "area_limit":  # what decoding costs if not one pixel beside the patches were decoded
+            methods[name] = _timed(_decoder(tiles), patches * decoded / needed)
+        else:  # whole tiles, at full scale
+            methods[name] = _timed(_decoder([(level, data, 1) for level, data, _ in tiles]), patches)
     plan, source = plans[1]
     visits = [plan.visit(slot, 0, 0) for slot in range(patches)]
-    corners = [(v.slide, source.open_slide(v.slide).targets[v.target][0], source.read(v)) for v in visits]
-    handles: dict[int, openslide.OpenSlide] = {}
-    try:
-        for slide in {slide for slide, _, _ in corners}:
-            handles[slide] = openslide.OpenSlide(store.local(catalog.slides[slide].uri))
-    except openslide.OpenSlideError:
-        return methods  # OpenSlide does not read these slides: nothing to compare with
-
-    def through_openslide(filtered: bool) -> Callable[[], None]:
-        rule = replace(config.sampler.pixel_filter, kind="hsv")
-
-        def read() -> None:
-            for slide, scale, at in corners:
-                handle, side = handles[slide], round(single.patch_px * scale.factor)
-                step = handle.level_downsamples[scale.level]
-                corner = (round(int(at.x[0]) * step), round(int(at.y[0]) * step))
-                image = handle.read_region(corner, scale.level, (side, side)).convert("RGB")
-                if scale.factor != 1:
-                    image = image.resize((single.patch_px, single.patch_px), Image.Resampling.BICUBIC)
-                patch = np.asarray(image)
-                if filtered:
-                    passes([patch], rule)
-
-        return read
-
-    methods["openslide"] = _timed(through_openslide(False), patches)
-    kept = sum(passes([at.pixels[0]], replace(config.sampler.pixel_filter, kind="hsv"))[0] for _, _, at in corners)
-    if kept:
-        methods["openslide_filtered"] = _timed(through_openslide(True), int(kept))
+    places = []
+    for visit in visits:
+        read, scale = source.read(visit), source.open_slide(visit.slide).at(visit.mpp).scale
+        places.append(Place(visit.slide, scale.level, int(read.x[0]), int(read.y[0]), scale.factor, read.pixels[0]))
+    peers = open_peers([store.local(slide.uri) for slide in catalog.slides], places, single)
+    methods |= {name: _timed(work, count) for name, (work, count) in peers.items()}
     return methods
 
 
@@ -215,33 +206,35 @@ def _timed(work: Callable[[], None], patches: float) -> Callable[[], tuple[int, 
     return measure
 
 
-def _tiles(notes: list[tuple[Reader, int, int, int, int, int]]) -> list[tuple[Level, bytes]] | None:
-    """The encoded tiles that the regions touched, as often as they did; None where tiles are not read by range."""
+def _tiles(notes: list[Asked]) -> list[tuple[Level, bytes, int]] | None:
+    """The encoded tiles that the regions touched, as often as they did, and the scale they were decoded at; None where tiles are
+    not read by range."""
     found = []
-    for reader, number, x, y, width, height in notes:
+    for reader, number, x, y, width, height, reduce, wanted in notes:
         if reader.layout.kind != "tiff":
             return None
         level = reader.layout.levels[number]
-        rows = range(max(y, 0) // level.tile_height, (min(y + height, level.height) - 1) // level.tile_height + 1)
-        columns = range(max(x, 0) // level.tile_width, (min(x + width, level.width) - 1) // level.tile_width + 1)
-        touched = [row * level.columns + column for row in rows for column in columns]
-        spans = [(int(level.offsets[t]), int(level.offsets[t] + level.counts[t])) for t in touched if level.counts[t]]
-        found += [(level, data) for data in reader.store.ranges(reader.uri, spans)]  # type: ignore[attr-defined]
+        numbers = [tile.number for tile in touched(level, x, y, width, height, reduce, wanted)]
+        spans = [(int(level.offsets[t]), int(level.offsets[t] + level.counts[t])) for t in numbers if level.counts[t]]
+        found += [(level, data, reduce) for data in reader.store.ranges(reader.uri, spans)]  # type: ignore[attr-defined]
     return found
 
 
-def _decoder(tiles: list[tuple[Level, bytes]]) -> Callable[[], None]:
-    """Decode the tiles, whole and from memory, and nothing else."""
-    ready = [
-        (level, with_tables(data, level.tables, level.colour) if level.compression == "jpeg" else data) for level, data in tiles
-    ]
+def _decoder(tiles: list[tuple[Level, bytes, int]]) -> Callable[[], None]:
+    """Decode the tiles from memory, and nothing else."""
+    ready = []
+    for level, data, reduce in tiles:
+        whole = with_tables(data, level.tables, level.colour) if level.compression == "jpeg" else data
+        ready.append((level, whole, reduce, level.tile_height // reduce, level.tile_width // reduce))
 
     def decode() -> None:
-        for level, data in ready:
-            if level.compression == "jpeg":
+        for level, data, reduce, height, width in ready:
+            if level.compression != "jpeg":
+                decode_tile(data, level, reduce)
+            elif reduce == 1:
                 simplejpeg.decode_jpeg(data, "RGB")
             else:
-                decode_tile(data, level)
+                simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, min_factor=1)
 
     return decode
 
@@ -254,6 +247,8 @@ def _text(config: "Config", rates: dict[str, Rate], ratios: dict[str, float], re
         "stream": f"the whole stream: filter, {config.stream.workers} workers, hand-over",
         "openslide": "OpenSlide, kept handle, single patches",
         "openslide_filtered": "OpenSlide behind the same filter",
+        "tiffslide": "tiffslide, kept handle, single patches",
+        "wsistream": "wsistream, its own pipeline (it does not rescale)",
         "area_limit": "decoding the same tiles, no pixel too many",
         "tile_limit": "decoding the whole tiles of single patches",
     }

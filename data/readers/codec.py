@@ -5,6 +5,7 @@ import zlib
 import imagecodecs
 import numpy as np
 import simplejpeg
+from PIL import Image
 
 from histoscale.data.readers.pyramid import DecodeError, Level
 
@@ -17,21 +18,39 @@ _HALF = 1 << 15
 _RED_CR, _GREEN_CB, _GREEN_CR, _BLUE_CB = 91881, -22554, -46802, 116130
 
 
-def decode_tile(data: bytes | memoryview, level: Level) -> np.ndarray:
-    """uint8 [tile_height, tile_width, 3] RGB. Raises DecodeError."""
+def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1) -> np.ndarray:
+    """uint8 [tile_height / reduce, tile_width / reduce, 3] RGB. Raises DecodeError.
+
+    JPEG decodes at reduced scale from the low frequencies of each block (means within 1 grey level of averaged pixels, none off
+    by 32); everything else decodes whole and is averaged. The low band of JPEG 2000 is no average (off by 3 grey levels), so it
+    is not used.
+    """
     data = bytes(data)
     try:
-        tile = _DECODERS[level.compression](data, level)
+        if level.compression == "jpeg":
+            tile = _jpeg(data, level, reduce)
+        else:
+            tile = _DECODERS[level.compression](data, level)
+            _check(tile, level, 1)
+            tile = tile if reduce == 1 else np.asarray(Image.fromarray(tile).reduce(reduce))
     except (ValueError, RuntimeError, IndexError, zlib.error) as error:
         raise DecodeError(f"damaged {level.compression} data of {len(data)} bytes: {error}") from error
-    if tile.shape != (level.tile_height, level.tile_width, 3) or tile.dtype != np.uint8:
-        expected = f"uint8 {(level.tile_height, level.tile_width, 3)}"
-        raise DecodeError(f"a {level.compression} tile is {tile.dtype} {tile.shape}: expected {expected}")
+    _check(tile, level, reduce)
     return tile
 
 
-def _jpeg(data: bytes, level: Level) -> np.ndarray:
-    return simplejpeg.decode_jpeg(with_tables(data, level.tables, level.colour), "RGB", strict=True)
+def _check(tile: np.ndarray, level: Level, reduce: int) -> None:
+    shape = (level.tile_height // reduce, level.tile_width // reduce, 3)
+    if tile.shape != shape or tile.dtype != np.uint8:
+        raise DecodeError(f"a {level.compression} tile is {tile.dtype} {tile.shape}: expected uint8 {shape}")
+
+
+def _jpeg(data: bytes, level: Level, reduce: int) -> np.ndarray:
+    whole = with_tables(data, level.tables, level.colour)
+    if reduce == 1:
+        return simplejpeg.decode_jpeg(whole, "RGB", strict=True)
+    height, width = level.tile_height // reduce, level.tile_width // reduce
+    return simplejpeg.decode_jpeg(whole, "RGB", min_height=height, min_width=width, min_factor=1, strict=True)
 
 
 def with_tables(data: bytes, tables: bytes, colour: str) -> bytes:
@@ -109,4 +128,4 @@ def _lzw(data: bytes, level: Level) -> np.ndarray:
     return _raw(bytes(imagecodecs.lzw_decode(data, out=level.tile_height * level.tile_width * 3)), level)
 
 
-_DECODERS = {"jpeg": _jpeg, "jpeg2000": _jpeg2000, "raw": _raw, "deflate": _deflate, "lzw": _lzw}
+_DECODERS = {"jpeg2000": _jpeg2000, "raw": _raw, "deflate": _deflate, "lzw": _lzw}

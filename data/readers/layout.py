@@ -4,7 +4,7 @@ import io
 import logging
 import re
 import xml.sax.saxutils
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,9 @@ from histoscale.data.storage import StorageError, Store
 
 BLOCK = 256 << 10  # header bytes a request: five requests opened a 100 MB slide
 _BLOCKS_KEPT = 16
+_MOST_HEADER = 256 << 20  # bytes of headers in all: a million tiles take 16 MB; more is no slide, or a hostile one
+_MOST_PAGES = 1000  # directories in a file
+_MOST_TILE_PX = 1 << 26  # pixels of a tile: they are held in memory at once
 _ASPECT = 0.03  # a level may differ so much from level 0's aspect: rounding of small levels
 _COMPRESSIONS = {1: "raw", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate"}
 _COMPRESSIONS |= {33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000"}
@@ -34,19 +37,23 @@ def read_layout(uri: str, store: Store) -> Layout:
     head = store.ranges(uri, [(0, min(size, 8))])[0]
     if head[:2] not in (b"II", b"MM"):
         return _by_openslide(uri, store, "it is no TIFF")
+    raw = _RangeFile(uri, size, store)
     try:
-        with tifffile.TiffFile(io.BufferedReader(_RangeFile(uri, size, store), 4096)) as file:
+        with tifffile.TiffFile(io.BufferedReader(raw, 4096)) as file:
             found = _tiff(file)
     except (StorageError, LayoutError):
         raise
     except Exception as error:  # tifffile meets damaged headers with many types
         found = f"its TIFF header is damaged or a vendor's own ({type(error).__name__}: {error})"
+    raw.check()
     if isinstance(found, str):
         return _by_openslide(uri, store, found)
     for number, level in enumerate(found.levels):
-        last = int((level.offsets + level.counts).max(initial=0))
-        if last > size:
-            raise LayoutError(f"truncated: the tiles of level {number} reach byte {last}, the file has {size}")
+        outside = (level.offsets < 0) | (level.counts < 0) | (level.offsets > size) | (level.counts > size - level.offsets)
+        if outside.any():
+            tile = int(outside.argmax())
+            span = f"{level.counts[tile]} bytes at byte {level.offsets[tile]}"
+            raise LayoutError(f"truncated: tile {tile} of level {number} is {span}, the file has {size}")
         if not level.counts.any():
             raise LayoutError(f"level {number} has no tiles")
     return found
@@ -62,27 +69,30 @@ def _by_openslide(uri: str, store: Store, reason: str) -> Layout:
 
 def _tiff(file: tifffile.TiffFile) -> Layout | str:
     """The layout, or why this TIFF goes to OpenSlide."""
-    for name in ("ndpi", "scn", "bif", "philips", "qpi"):
+    for name in ("ndpi", "scn", "bif", "qpi"):
         if getattr(file, f"is_{name}"):
             return f"{name} is a vendor's own TIFF"
-    pages = [page for page in file.pages if isinstance(page, tifffile.TiffPage)]
+    pages = _pages(file.pages)
     tiled = [page for page in pages if page.is_tiled and not _is_associated(page)]
     if not tiled:
         return "no tiled image in this TIFF"
-    first = max(tiled, key=lambda page: page.imagewidth * page.imagelength)
-    smaller = list(first.pages or ()) or tiled[tiled.index(first) + 1 :]
-    levels: list[Level] = []
-    size = (first.imagewidth, first.imagelength)
+    if file.is_philips:
+        return _philips(tiled, pages[0].description)
+    tiled.sort(key=lambda page: -page.imagewidth * page.imagelength)
+    first = tiled[0]
     text = first.description or pages[0].description or ""
     ome = "<OME" in text
-    for page in (first, *smaller):
-        if not isinstance(page, tifffile.TiffPage) or not page.is_tiled or (levels and not _is_level(page, size, levels[-1])):
+    smaller = sorted(_pages(first.pages or ()), key=lambda page: -page.imagewidth * page.imagelength)
+    levels: list[Level] = []
+    size = (first.imagewidth, first.imagelength)
+    for page in (first, *(smaller or tiled[1:])):
+        if not page.is_tiled or (levels and not _is_level(page, size, levels[-1])):
             continue
         problem = _problem(page)
         if problem and not levels:
             return problem
         if not problem:
-            levels.append(_level(page, size, ome))
+            levels.append(_level(page, (page.imagewidth, page.imagelength), size, ome))
     if text.startswith("Aperio"):
         fields = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*?)\s*(?=\||$)", text))
         return Layout("tiff", tuple(levels), _float(fields.get("MPP")), _float(fields.get("AppMag")), fields.get("ScanScope ID"))
@@ -90,6 +100,39 @@ def _tiff(file: tifffile.TiffFile) -> Layout | str:
         mpp, objective, scanner = _ome(text, size)
         return Layout("tiff", tuple(levels), mpp or _resolution(first), objective, scanner)
     return Layout("tiff", tuple(levels), _resolution(first), None, None)
+
+
+def _pages(found: Iterable[Any]) -> list[tifffile.TiffPage]:
+    """The directories of a chain. Raises LayoutError where it does not end."""
+    pages: list[tifffile.TiffPage] = []
+    for page in found:
+        if len(pages) == _MOST_PAGES:
+            raise LayoutError(f"more than {_MOST_PAGES} images in one file: no slide has so many")
+        if isinstance(page, tifffile.TiffPage):
+            pages.append(page)
+    return pages
+
+
+def _philips(tiled: list[tifffile.TiffPage], text: str) -> Layout | str:
+    """Philips pads every level to whole tiles and writes the padded sizes: a level's true size is that of level 0, itself padded,
+    divided by the ratio of the pixel spacings, which OpenSlide takes for whole numbers too."""
+    spacings = []
+    for part in re.findall(r'ObjectType="PixelDataRepresentation"(.*?)</DataObject>', text, re.DOTALL):
+        found = re.search(r'Name="DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', part)
+        values = re.findall(r"[0-9.eE+-]+", xml.sax.saxutils.unescape(found[1], {"&quot;": '"'})) if found else []
+        spacings.append([_float(value) or 0.0 for value in values])
+    if len(spacings) != len(tiled) or any(len(pair) != 2 or min(pair) <= 0 for pair in spacings):
+        return f"its Philips XML has pixel spacings for {len(spacings)} levels, the file has {len(tiled)}"
+    size, levels = (tiled[0].imagewidth, tiled[0].imagelength), []
+    for page, (down, across) in zip(tiled, spacings, strict=True):
+        shrunk = max(1, round((down / spacings[0][0] + across / spacings[0][1]) / 2))
+        problem = _problem(page)
+        if problem:
+            return problem
+        levels.append(_level(page, (size[0] // shrunk, size[1] // shrunk), size, False))
+    model = re.search(r'Name="DICOM_MANUFACTURERS_MODEL_NAME"[^>]*>([^<]*)<', text)
+    mpp = _mean(spacings[0][1] * 1e3, spacings[0][0] * 1e3)
+    return Layout("tiff", tuple(levels), mpp, None, model[1].strip() or None if model else None)
 
 
 def _is_associated(page: tifffile.TiffPage) -> bool:
@@ -119,21 +162,39 @@ def _problem(page: tifffile.TiffPage) -> str | None:
     return None
 
 
-def _level(page: tifffile.TiffPage, size: tuple[int, int], ome: bool) -> Level:
-    """The photometric tag says what JPEG samples are (OpenSlide goes by it too), but writers of OME-TIFF put RGB there and JFIF
-    tiles, which are YCbCr by definition."""
-    width, height = page.imagewidth, page.imagelength
-    code = int(page.compression)
-    jpeg_ycbcr = _COMPRESSIONS[code] == "jpeg" and (int(page.photometric) == _YCBCR or (ome and page.is_jfif))
-    level = Level(
-        width, height, page.tilewidth, page.tilelength, downsample(size, (width, height)), _COMPRESSIONS[code],
-        "ycbcr" if jpeg_ycbcr or code == 33003 else "rgb", int(page.predictor), bytes(page.jpegtables or b""),
-        np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64),
+def _level(page: tifffile.TiffPage, size: tuple[int, int], full: tuple[int, int], ome: bool) -> Level:
+    """size: of the level, which may be less than what the directory says; full: of level 0.
+
+    The photometric tag says what JPEG samples are (OpenSlide goes by it too), but writers of OME-TIFF put RGB there and JFIF
+    tiles, which are YCbCr by definition.
+    """
+    code, wide, high = int(page.compression), page.tilewidth, page.tilelength
+    if not 0 < wide * high <= _MOST_TILE_PX or min(size) < 1:
+        raise LayoutError(
+            f"tiles of {wide}x{high} px on a level of {size[0]}x{size[1]}: expected at most {_MOST_TILE_PX} px a tile"
+        )
+    columns, rows = -(-page.imagewidth // wide), -(-page.imagelength // high)
+    offsets, counts = (np.asarray(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
+    if not len(offsets) == len(counts) == columns * rows:
+        expected = f"{columns}x{rows} tiles"
+        raise LayoutError(f"truncated: a level of {expected} has {len(offsets)} offsets and {len(counts)} counts")
+    jpeg_ycbcr = _COMPRESSIONS[code] == "jpeg" and (int(page.photometric) == _YCBCR or (ome and _is_jfif(page, offsets, counts)))
+    inside = np.ix_(range(-(-size[1] // high)), range(-(-size[0] // wide)))
+    return Level(
+        *size, wide, high, downsample(full, size), _COMPRESSIONS[code], "ycbcr" if jpeg_ycbcr or code == 33003 else "rgb",
+        int(page.predictor), bytes(page.jpegtables or b""),
+        *(values.reshape(rows, columns)[inside].ravel() for values in (offsets, counts)),
     )  # fmt: skip
-    if level.columns * level.rows != len(level.offsets) or len(level.offsets) != len(level.counts):
-        expected = f"{level.columns}x{level.rows} tiles"
-        raise LayoutError(f"truncated: a level of {expected} has {len(level.offsets)} offsets and {len(level.counts)} counts")
-    return level
+
+
+def _is_jfif(page: tifffile.TiffPage, offsets: np.ndarray, counts: np.ndarray) -> bool:
+    """Whether the first tile that there is begins as a JFIF file does."""
+    stored = np.flatnonzero(counts)
+    if not len(stored):
+        return False
+    file = page.parent.filehandle
+    file.seek(int(offsets[stored[0]]))
+    return bool(re.match(rb"\xff\xd8\xff\xe0..JFIF\0", file.read(11), re.DOTALL))
 
 
 def _float(text: str | None) -> float | None:
@@ -185,8 +246,13 @@ class _RangeFile(io.RawIOBase):
 
     def __init__(self, uri: str, size: int, store: Store) -> None:
         self.uri, self.size, self.store = uri, size, store
-        self.place = 0
+        self.place = self.asked = 0
         self.blocks: dict[int, bytes] = {}
+
+    def check(self) -> None:
+        """Raises LayoutError once the headers ask for more bytes than a slide has; tifffile may swallow it."""
+        if self.asked > _MOST_HEADER:
+            raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged")
 
     def readable(self) -> bool:
         return True
@@ -210,6 +276,8 @@ class _RangeFile(io.RawIOBase):
         stop = self.size if count < 0 else min(self.place + count, self.size)
         if self.place >= stop:
             return b""
+        self.asked += stop - self.place
+        self.check()
         data = b"".join(self._parts(self.place, stop))
         self.place = stop
         return data

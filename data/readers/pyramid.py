@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 WHITE = 255
+REDUCTIONS = (8, 4, 2)  # what JPEG decoders shrink by; other codecs follow by averaging, so that all slides of a run are alike
 
 
 class LayoutError(ValueError):
@@ -41,13 +42,17 @@ class Level:
     def rows(self) -> int:
         return -(-self.height // self.tile_height)
 
+    def reducible(self, reduce: int) -> bool:
+        """Whether tiles decode to whole pixels at 1 / reduce of their size."""
+        return self.compression == "openslide" or (self.tile_width % reduce == 0 and self.tile_height % reduce == 0)
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """kind: `tiff` (read by range) or `openslide`. mpp: µm per pixel at level 0 of the header; objective: its magnification."""
 
     kind: str
-    levels: tuple[Level, ...]
+    levels: Sequence[Level]
     mpp: float | None
     objective: float | None
     scanner: str | None
@@ -72,9 +77,21 @@ class Reader(Protocol):
 
     layout: Layout
 
-    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
+    def region(
+        self,
+        level: int,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        damage: list[Damage] | None = None,
+        reduce: int = 1,
+        wanted: np.ndarray | None = None,
+    ) -> np.ndarray:
         """uint8 [height, width, 3] RGB at integer coordinates of the level; white outside it and where tiles are missing.
 
+        reduce: x, y, width and height count pixels of the level averaged over squares of 1, 2, 4 or 8 (`Level.reducible`).
+        wanted: bool [rows, columns] of equal cells that the region is cut into; what lies only in others may stay white.
         Undecodable tiles raise DecodeError; given a list `damage`, they stay white and are added to it. Raises StorageError.
         """
         ...

@@ -1,51 +1,110 @@
 """Tiles to a region: one interface for every slide, one range for neighbouring tiles."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from histoscale.data.readers.codec import decode_tile
 from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, Level, Reader
-from histoscale.data.readers.vendor import OpenSlideReader
+from histoscale.data.readers.vendor import FREE, Gate, OpenSlideReader
 from histoscale.data.storage import Store
 
+_GAP = 8 << 10  # bytes between wanted tiles of a row that are cheaper to read than another request
 
-def open_reader(uri: str, layout: Layout, store: Store) -> Reader:
-    """No request and no file access for a catalogued TIFF; every other format opens at its first region."""
-    return TiffReader(uri, layout, store) if layout.kind == "tiff" else OpenSlideReader(uri, layout, store)
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """A tile that a region needs. x, y: its corner; left, top, right, bottom: its part inside region and level. (Reduced) px."""
+
+    number: int
+    x: int
+    y: int
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+def touched(
+    table: Level, x: int, y: int, width: int, height: int, reduce: int = 1, wanted: np.ndarray | None = None
+) -> list[Touched]:
+    """The tiles under a region (`Reader.region` says in which units), row by row. Padding of border tiles lies outside."""
+    left, right = max(x, 0), min(x + width, table.width // reduce)
+    top, bottom = max(y, 0), min(y + height, table.height // reduce)
+    if left >= right or top >= bottom:
+        return []
+    wide, high = table.tile_width // reduce, table.tile_height // reduce
+    found = []
+    for row in range(top // high, (bottom - 1) // high + 1):
+        y0, y1 = max(row * high, top), min(row * high + high, bottom)
+        for column in range(left // wide, (right - 1) // wide + 1):
+            x0, x1 = max(column * wide, left), min(column * wide + wide, right)
+            if wanted is None or _any(wanted, x0 - x, y0 - y, x1 - x, y1 - y, width, height):
+                found.append(Touched(row * table.columns + column, column * wide, row * high, x0, y0, x1, y1))
+    return found
+
+
+def _any(wanted: np.ndarray, left: int, top: int, right: int, bottom: int, width: int, height: int) -> bool:
+    """Whether a wanted cell of a region of width x height reaches into a part of it."""
+    rows, columns = wanted.shape
+    high, wide = height // rows, width // columns
+    return bool(wanted[top // high : (bottom - 1) // high + 1, left // wide : (right - 1) // wide + 1].any())
+
+
+def open_reader(uri: str, layout: Layout, store: Store, decoding: Gate = FREE) -> Reader:
+    """No request and no file access for a catalogued TIFF; every other format opens at its first region.
+
+    decoding: held while pixels are decoded, never while bytes are awaited; it bounds how many threads decode at a time.
+    """
+    if layout.kind == "tiff":
+        return TiffReader(uri, layout, store, decoding)
+    return OpenSlideReader(uri, layout, store, decoding)
 
 
 class TiffReader:
     """Reads the tiles that a region touches, by range."""
 
-    def __init__(self, uri: str, layout: Layout, store: Store) -> None:
-        self.uri, self.layout, self.store = uri, layout, store
+    def __init__(self, uri: str, layout: Layout, store: Store, decoding: Gate = FREE) -> None:
+        self.uri, self.layout, self.store, self.decoding = uri, layout, store, decoding
 
-    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
+    def region(
+        self,
+        level: int,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        damage: list[Damage] | None = None,
+        reduce: int = 1,
+        wanted: np.ndarray | None = None,
+    ) -> np.ndarray:
         table = self.layout.levels[level]
-        out = np.full((height, width, 3), WHITE, np.uint8)
-        left, right = max(x, 0), min(x + width, table.width)
-        top, bottom = max(y, 0), min(y + height, table.height)
-        if left >= right or top >= bottom:
-            return out
-        wide, high = table.tile_width, table.tile_height
-        rows, columns = range(top // high, (bottom - 1) // high + 1), range(left // wide, (right - 1) // wide + 1)
-        numbers = [row * table.columns + column for row in rows for column in columns]
-        for number, data in self._fetch(table, numbers):
-            row, column = divmod(number, table.columns)
-            # The part of the tile that is inside the region and the level; padding of border tiles falls away.
-            x0, x1 = max(column * wide, left), min(column * wide + wide, right)
-            y0, y1 = max(row * high, top), min(row * high + high, bottom)
-            try:
-                tile = self._decode(table, level, number, data)
-            except DecodeError:
-                if damage is None:
-                    raise
-                damage.append(Damage(x0 - x, y0 - y, x1 - x, y1 - y))
-                continue
-            inside = tile[y0 - row * high : y1 - row * high, x0 - column * wide : x1 - column * wide]
-            out[y0 - y : y1 - y, x0 - x : x1 - x] = inside
+        if not table.reducible(reduce):
+            sides = f"{table.tile_width}x{table.tile_height}"
+            raise ValueError(f"{self.uri}, level {level}: tiles of {sides} px do not divide by {reduce}")
+        tiles = touched(table, x, y, width, height, reduce, wanted)
+        parts = self._fetch(table, [tile.number for tile in tiles])
+        with self.decoding:
+            covered = sum((tile.right - tile.left) * (tile.bottom - tile.top) for tile in tiles if tile.number in parts)
+            out = np.empty((height, width, 3), np.uint8)
+            if covered < width * height:
+                out[:] = WHITE
+            for tile in tiles:
+                if tile.number not in parts:
+                    continue
+                try:
+                    pixels = self._decode(table, level, tile.number, parts[tile.number], reduce)
+                except DecodeError:
+                    if damage is None:
+                        raise
+                    damage.append(Damage(tile.left - x, tile.top - y, tile.right - x, tile.bottom - y))
+                    out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = WHITE
+                    continue
+                inside = pixels[tile.top - tile.y : tile.bottom - tile.y, tile.left - tile.x : tile.right - tile.x]
+                out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = inside
         return out
 
-    def _fetch(self, table: Level, numbers: list[int]) -> list[tuple[int, memoryview]]:
+    def _fetch(self, table: Level, numbers: list[int]) -> dict[int, memoryview]:
         """Bytes of the tiles that exist; tiles that follow one another in the file come as one range."""
         offsets, counts = table.offsets[numbers].tolist(), table.counts[numbers].tolist()
         spans: list[tuple[int, int]] = []
@@ -53,21 +112,21 @@ class TiffReader:
         for number, offset, count in zip(numbers, offsets, counts, strict=True):
             if count == 0:
                 continue
-            if spans and spans[-1][1] == offset:
+            if spans and 0 <= offset - spans[-1][1] <= _GAP:
                 spans[-1] = (spans[-1][0], offset + count)
             else:
                 spans.append((offset, offset + count))
             places.append((number, len(spans) - 1, offset - spans[-1][0], count))
         parts = [memoryview(data) for data in self.store.ranges(self.uri, spans)] if spans else []
-        return [(number, parts[span][start : start + count]) for number, span, start, count in places]
+        return {number: parts[span][start : start + count] for number, span, start, count in places}
 
-    def _decode(self, table: Level, level: int, number: int, data: memoryview) -> np.ndarray:
+    def _decode(self, table: Level, level: int, number: int, data: memoryview, reduce: int) -> np.ndarray:
         """Damaged bytes are fetched once more: a bad transfer passes, damage at rest stays."""
         try:
-            return decode_tile(data, table)
+            return decode_tile(data, table, reduce)
         except DecodeError:
             again = self._fetch(table, [number])
             try:
-                return decode_tile(again[0][1], table)
+                return decode_tile(again[number], table, reduce)
             except DecodeError as error:
                 raise DecodeError(f"{self.uri}, level {level}, tile {number}: {error}") from error

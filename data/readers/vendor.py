@@ -2,6 +2,7 @@
 
 import os
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,9 @@ from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, 
 from histoscale.data.storage import Missing, Store
 
 _SCANNERS = ("dicom.ManufacturerModelName", "hamamatsu.Product", "leica.device-model", "philips.DICOM_MANUFACTURERS_MODEL_NAME")
+
+Gate = AbstractContextManager[object]
+FREE: Gate = nullcontext()
 
 
 def read_header(uri: str, store: Store) -> Layout:
@@ -57,8 +61,8 @@ class OpenSlideReader:
     to a level-0 pixel and OpenSlide interpolates within one level pixel.
     """
 
-    def __init__(self, uri: str, layout: Layout, store: Store) -> None:
-        self.uri, self.layout, self.store = uri, layout, store
+    def __init__(self, uri: str, layout: Layout, store: Store, decoding: Gate = FREE) -> None:
+        self.uri, self.layout, self.store, self.decoding = uri, layout, store, decoding
         self._slide: openslide.OpenSlide | None = None
         self._pid = 0
         self._lock = threading.Lock()
@@ -66,18 +70,39 @@ class OpenSlideReader:
     def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[str, Layout, Store]]:
         return OpenSlideReader, (self.uri, self.layout, self.store)
 
-    def region(self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None) -> np.ndarray:
+    def region(
+        self,
+        level: int,
+        x: int,
+        y: int,
+        width: int,
+        height: int,
+        damage: list[Damage] | None = None,
+        reduce: int = 1,
+        wanted: np.ndarray | None = None,
+    ) -> np.ndarray:
+        inner = _bounds(wanted, width, height)
+        if inner != (0, 0, width, height):  # OpenSlide decodes whole rectangles: read the smallest that holds what is wanted
+            left, top, right, bottom = inner
+            out = np.full((height, width, 3), WHITE, np.uint8)
+            hurt: list[Damage] | None = None if damage is None else []
+            out[top:bottom, left:right] = self.region(level, x + left, y + top, right - left, bottom - top, hurt, reduce)
+            if damage is not None and hurt:
+                damage.append(Damage(*inner))
+            return out
         try:
             slide = self._open()
-            step = slide.level_downsamples[level]
-            image = slide.read_region((round(x * step), round(y * step)), level, (width, height))
+            step = slide.level_downsamples[level] * reduce
+            with self.decoding:
+                image = slide.read_region((round(x * step), round(y * step)), level, (width * reduce, height * reduce))
         except (LayoutError, openslide.OpenSlideError) as error:
             self._drop()
             if damage is None:
                 raise DecodeError(f"{self.uri}, level {level}, {width}x{height} at ({x}, {y}): {error}") from error
             damage.append(Damage(0, 0, width, height))
             return np.full((height, width, 3), WHITE, np.uint8)
-        return over_white(image)
+        pixels = over_white(image)
+        return pixels if reduce == 1 else np.asarray(Image.fromarray(pixels).reduce(reduce))
 
     def _open(self) -> openslide.OpenSlide:
         with self._lock:
@@ -88,6 +113,15 @@ class OpenSlideReader:
     def _drop(self) -> None:
         with self._lock:
             self._slide = None
+
+
+def _bounds(wanted: np.ndarray | None, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the cells that are wanted, px of the region; all of it where nothing is said."""
+    if wanted is None or wanted.all() or not wanted.any():
+        return 0, 0, width, height
+    rows, columns = np.flatnonzero(wanted.any(axis=1)), np.flatnonzero(wanted.any(axis=0))
+    high, wide = height // wanted.shape[0], width // wanted.shape[1]
+    return int(columns[0]) * wide, int(rows[0]) * high, int(columns[-1] + 1) * wide, int(rows[-1] + 1) * high
 
 
 def over_white(image: Image.Image) -> np.ndarray:
