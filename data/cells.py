@@ -30,11 +30,13 @@ class Tissue:
     def area(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Mask px of tissue above and left of the points u, v (mask px, broadcast together): interpolated between its points."""
         rows, columns = self.integral.shape
-        u, v = np.clip(u - self.left, 0, columns - 1), np.clip(v - self.top, 0, rows - 1)
+        u, v = np.minimum(np.maximum(u - self.left, 0), columns - 1), np.minimum(np.maximum(v - self.top, 0), rows - 1)
         i, j = np.minimum(u.astype(np.int64), columns - 2), np.minimum(v.astype(np.int64), rows - 2)
-        du, dv, flat, at = u - i, v - j, self.integral.ravel(), j * columns + i
-        upper, lower = flat[at] * (1 - du) + flat[at + 1] * du, flat[at + columns] * (1 - du) + flat[at + columns + 1] * du
-        return upper * (1 - dv) + lower * dv
+        du, dv, flat, at = u - i, v - j, self.integral.reshape(-1), j * columns + i
+        upper_left, lower_left = flat.take(at), flat.take(at + columns)
+        upper = upper_left + (flat.take(at + 1) - upper_left) * du
+        lower = lower_left + (flat.take(at + (columns + 1)) - lower_left) * du
+        return upper + (lower - upper) * dv
 
 
 class Cells:
@@ -47,6 +49,7 @@ class Cells:
         self.tissue, self.width, self.height, self.size = tissue, width, height, size
         self.pitch = mpp / tissue.mpp  # mask px a level px
         self.needed = fraction * (size * self.pitch) ** 2 * (1 - _EDGE)  # mask px of tissue in a cell
+        self._reached: dict[int, tuple[list[int], list[int]]] = {}
         self.what = f"a cell of {size:g} px with {fraction:.0%} tissue on a level of {width} x {height} px"
 
     def any(self) -> bool:
@@ -71,37 +74,46 @@ class Cells:
         inside_y = (ys[:, :-1] >= -_EDGE) & (ys[:, 1:] <= self.height + _EDGE)
         return (held >= self.needed) & inside_y[:, :, None] & inside_x[:, None, :]
 
-    def region(self, k: int, grid: int) -> tuple[int, int, np.ndarray]:
-        """A region of grid x grid cells: corner x, y and bool [grid, grid], the cells that fit.
+    def region(self, k: int, grid: int, count: int) -> tuple[int, int, np.ndarray]:
+        """A region of grid x grid cells of which at most `count` are taken: corner x, y and bool [grid, grid], those that fit.
 
-        Uniform over all whole corners (overhang allowed) whose region holds at least one cell that fits, so that each position of
-        a cell is equally likely: tried at random within reach of the tissue, first accepted; where tissue is rare, only in blocks
-        that can hold one. Raises NoPlace when no cell fits anywhere.
+        Drawn over all whole corners (overhang allowed) whose region holds E >= 1 cells that fit, with weight E / min(E, count):
+        each of its cells is then taken with a chance of min(E, count) / E, so that every position of a cell is equally likely,
+        beside the edge of tissue and inside. Tried at random within reach of the tissue, first accepted; where tissue is rare,
+        only in blocks that can hold a cell. Raises NoPlace when no cell fits anywhere.
         """
         low, span = self._reach(grid)
         start = 0
-        for count in _TRIES:
-            x, y = (low[a] + _draws(k, f"corner {a}", start, count, span[a]) for a in (0, 1))
-            found = self._first(x, y, grid)
+        for tries in _TRIES:
+            drawn = key_array(k, "corner", 0, np.arange(3 * start, 3 * (start + tries))).reshape(3, tries)
+            x, y = (low[a] + (drawn[a] % np.uint64(span[a])).astype(np.int64) for a in (0, 1))
+            found = self._first(x, y, grid, count, drawn[2])
             if found is not None:
                 return found
-            start += count
+            start += tries
         block, corners = self._blocks(grid, low, span)
         if not len(corners):
             raise NoPlace(f"there is no place for {self.what}")
         for start in range(0, 1 << 24, _TRIES[-1]):
-            chosen = corners[_draws(k, "block", start, _TRIES[-1], len(corners))]
-            x, y = (chosen[:, a] + _draws(k, f"inner {a}", start, _TRIES[-1], block) for a in (0, 1))
+            drawn = key_array(k, "block", 0, np.arange(4 * start, 4 * (start + _TRIES[-1]))).reshape(4, _TRIES[-1])
+            chosen = corners[(drawn[0] % np.uint64(len(corners))).astype(np.int64)]
+            x, y = (chosen[:, a] + (drawn[1 + a] % np.uint64(block)).astype(np.int64) for a in (0, 1))
             within = (x >= low[0]) & (x < low[0] + span[0]) & (y >= low[1]) & (y < low[1] + span[1])
-            found = self._first(x[within], y[within], grid)
+            found = self._first(x[within], y[within], grid, count, drawn[3][within])
             if found is not None:
                 return found
         raise NoPlace(f"no place found in {1 << 24} tries for {self.what}")
 
-    def _first(self, x: np.ndarray, y: np.ndarray, grid: int) -> tuple[int, int, np.ndarray] | None:
+    def _first(
+        self, x: np.ndarray, y: np.ndarray, grid: int, count: int, chances: np.ndarray
+    ) -> tuple[int, int, np.ndarray] | None:
+        """The first corner that is accepted; chances: a key for each."""
         fits = self.fits(x, y, grid)
-        held = np.flatnonzero(fits.any(axis=(1, 2)))
-        return (int(x[held[0]]), int(y[held[0]]), fits[held[0]]) if len(held) else None
+        held = fits.sum(axis=(1, 2))
+        most = grid**2 / min(grid**2, count)
+        weight = held / np.maximum(np.minimum(held, count), 1) / most
+        accepted = np.flatnonzero((chances >> np.uint64(11)) * 2.0**-53 < weight)
+        return (int(x[accepted[0]]), int(y[accepted[0]]), fits[accepted[0]]) if len(accepted) else None
 
     def _held(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
         """Mask px of tissue in the squares of `size` level px with corners x, y."""
@@ -118,6 +130,8 @@ class Cells:
 
     def _reach(self, grid: int) -> tuple[list[int], list[int]]:
         """Lowest corner and number of corners per axis with which some cell is inside the level and near the tissue."""
+        if grid in self._reached:
+            return self._reached[grid]
         low, span = [], []
         for axis, (side, first) in enumerate(((self.width, self.tissue.left), (self.height, self.tissue.top))):
             start, stop = first / self.pitch, (first + self.tissue.integral.shape[1 - axis] - 1) / self.pitch
@@ -125,6 +139,7 @@ class Cells:
             highest = min(math.floor(side - self.size + _EDGE), math.ceil(stop))
             low.append(lowest)
             span.append(max(1, highest - lowest + 1))
+        self._reached[grid] = low, span
         return low, span
 
     def _blocks(self, grid: int, low: list[int], span: list[int]) -> tuple[int, np.ndarray]:
@@ -140,9 +155,3 @@ class Cells:
             for right in shifts:
                 held[: counts[1] - down, : counts[0] - right] |= possible[down:, right:]
         return block, np.stack([x[held], y[held]], axis=1)
-
-
-def _draws(k: int, purpose: str, start: int, count: int, n: int) -> np.ndarray:
-    """Numbers start … start + count of a keyed sequence over range(n): int64 [count]."""
-    drawn = key_array(k, purpose, 0, np.arange(start, start + count))
-    return (drawn % np.uint64(n)).astype(np.int64)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+@lru_cache(maxsize=4096)
 def _purpose(purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
 

@@ -13,7 +13,7 @@ import numpy as np
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
-from histoscale.data.keys import key, permutation
+from histoscale.data.keys import key
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
 from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Reader
@@ -137,7 +137,7 @@ class SlideSource:
 
     def _patches(self, k: int, reader: Reader, serving: Serving) -> Patches:
         scale, reduce, cells = serving.scale, serving.reduce, serving.cells
-        side, grid = self.sampler.patch_px, self.sampler.grid
+        grid = self.sampler.grid
         missing, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
         pixels: list[np.ndarray] = []
         corners: list[tuple[int, int]] = []
@@ -146,12 +146,11 @@ class SlideSource:
             if not missing:
                 break
             place = key(k, "region", region)
-            cut = min(grid if region == 0 else math.ceil(math.sqrt(missing)), holds)
-            x, y, fits = cells.region(place, cut)
-            image, found = self._cut(reader, serving, x, y, fits)
-            order = np.flatnonzero(fits)[permutation(key(place, "cells"), int(fits.sum()))]
-            rows, columns = np.divmod(order[found.flat[order]], cut)  # an unreadable cell does not change the order of others
-            read = [image[r * side : (r + 1) * side, c * side : (c + 1) * side] for r, c in zip(rows, columns, strict=True)]
+            count = math.ceil(missing * (tested + 1) / (passed + 1))  # so many that, as far as is known, enough will pass
+            x, y, fits = cells.region(place, max(1, min(grid + grid // 2, holds)), count)
+            rows, columns = first_cells(fits, count, key(place, "order"))
+            read, found = self._cut(reader, serving, x, y, rows, columns)
+            rows, columns, read = rows[found], columns[found], [read[i] for i in np.flatnonzero(found)]
             good = np.flatnonzero(passes(read, self.sampler.pixel_filter))
             tested, passed = tested + len(read), passed + len(good)
             for i in good[:missing]:
@@ -164,31 +163,37 @@ class SlideSource:
         level = np.array(corners, np.int64)[again] * reduce
         return Patches([pixels[i] for i in again], level[:, 0], level[:, 1], scale.level, scale.mpp, tested, passed, missing)
 
-    def _cut(self, reader: Reader, serving: Serving, x: int, y: int, fits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The region at x, y (reduced px), uint8 [rows * S, columns * S, 3], of which only the cells that fit are sure to be
-        read, and bool [rows, columns]: those of them that could be decoded.
+    def _cut(
+        self, reader: Reader, serving: Serving, x: int, y: int, rows: np.ndarray, columns: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The cells (row, column) of the region at x, y (reduced px) as uint8 [S, S, 3] each, and bool: which of them could be
+        decoded.
 
-        OpenSlide does not say which tile is damaged: then each cell is read by itself.
+        One read spans them all. OpenSlide does not say which tile is damaged: then each cell is read by itself.
         """
         side, scale, reduce = self.sampler.patch_px, serving.scale, serving.reduce
         step = side * scale.factor
-        rows, columns = fits.shape
+        top, left = (_whole(int(n.min()), step, reduce) for n in (rows, columns))
+        wanted = np.zeros((int(rows.max()) + 1 - top, int(columns.max()) + 1 - left), bool)
+        wanted[rows - top, columns - left] = True
+        corner = x * reduce + round(left * step), y * reduce + round(top * step)
         damage: list[Damage] = []
-        left, top = x * reduce, y * reduce
-        image = read_scaled(reader, scale, left, top, columns * side, rows * side, damage, fits)
-        found = fits.copy()
+        high, wide = wanted.shape
+        every = None if wanted.all() else wanted
+        image = read_scaled(reader, scale, *corner, wide * side, high * side, damage, every)
+        tops, lefts = (rows - top) * side, (columns - left) * side
+        cells = [image[i : i + side, j : j + side] for i, j in zip(tops.tolist(), lefts.tolist(), strict=True)]
+        found = np.ones(len(cells), bool)
         if damage and reader.layout.kind == "openslide":
-            image = image.copy()
-            for row, column in np.argwhere(fits):
+            for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
                 hurt: list[Damage] = []
-                corner = left + round(column * step), top + round(row * step)
-                cell = read_scaled(reader, scale, *corner, side, side, hurt)
-                image[row * side : (row + 1) * side, column * side : (column + 1) * side] = cell
-                found[row, column] = not hurt
-            return image, found
+                corner = x * reduce + round(column * step), y * reduce + round(row * step)
+                cells[i] = read_scaled(reader, scale, *corner, side, side, hurt)
+                found[i] = not hurt
+            return cells, found
         for part in damage:
-            found[part.top // side : (part.bottom - 1) // side + 1, part.left // side : (part.right - 1) // side + 1] = False
-        return image, found
+            found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
+        return cells, found
 
     def open_slide(self, slide: int) -> Opened:
         """The slide's reader and tissue; the last few are kept, for all threads."""
@@ -203,6 +208,20 @@ class SlideSource:
             while len(self._opened) > 1 and sum(map(_held_bytes, self._opened.values())) > _KEPT_BYTES:
                 self._opened.popitem(last=False)
         return opened
+
+
+def _whole(first: int, step: float, reduce: int) -> int:
+    """The first row or column to read from: at a pixel that decodes at reduced scale, else at the region's corner."""
+    return first if (first * step / reduce).is_integer() else 0
+
+
+def first_cells(fits: np.ndarray, count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of the first `count` cells that fit, row by row from a keyed corner: cells side by side share tiles."""
+    down, right = 1 - 2 * (k & 1), 1 - 2 * (k >> 1 & 1)
+    rows, columns = np.nonzero(fits[::down, ::right])
+    rows, columns = rows[:count], columns[:count]
+    height, width = fits.shape
+    return rows if down > 0 else height - 1 - rows, columns if right > 0 else width - 1 - columns
 
 
 def _held_bytes(opened: Opened) -> int:

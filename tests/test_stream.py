@@ -230,7 +230,7 @@ def test_a_store_that_fails_stops_the_run_with_the_slide_and_the_cause(
     server: tuple[str, threading.Event],
 ) -> None:  # fmt: skip
     address, down = server
-    store = Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 1.0, 5.0))
+    store = Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 4.0, 5.0))
     make_slide(tmp_path / "far.svs", width=800, height=600, tile=128, downsamples=(1, 2))
     (tmp_path / "manifest.csv").write_text(f"slide_id,uri\nfar,{address}/far.svs\n")
     slides = read_manifest(str(tmp_path / "manifest.csv"), store)

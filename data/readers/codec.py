@@ -12,6 +12,8 @@ from histoscale.data.readers.pyramid import DecodeError, Level
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _PLAIN = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
 _END_OF_CODESTREAM = b"\xff\xd9"
+_HEADS_KEPT = 256
+_heads: dict[tuple[bytes, str], tuple[bytes, bytes]] = {}  # tables, colour: the last tile's beginning, and ours for it
 _ADOBE = {"rgb": 0, "ycbcr": 1}  # the transform byte of the Adobe marker
 # T.871 (JFIF) in libjpeg's 16-bit fixed point
 _HALF = 1 << 15
@@ -25,12 +27,11 @@ def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1) -> np.n
     by 32); everything else decodes whole and is averaged. The low band of JPEG 2000 is no average (off by 3 grey levels), so it
     is not used.
     """
-    data = bytes(data)
     try:
         if level.compression == "jpeg":
             tile = _jpeg(data, level, reduce)
         else:
-            tile = _DECODERS[level.compression](data, level)
+            tile = _DECODERS[level.compression](bytes(data), level)
             _check(tile, level, 1)
             tile = tile if reduce == 1 else np.asarray(Image.fromarray(tile).reduce(reduce))
     except (ValueError, RuntimeError, IndexError, zlib.error) as error:
@@ -45,7 +46,7 @@ def _check(tile: np.ndarray, level: Level, reduce: int) -> None:
         raise DecodeError(f"a {level.compression} tile is {tile.dtype} {tile.shape}: expected uint8 {shape}")
 
 
-def _jpeg(data: bytes, level: Level, reduce: int) -> np.ndarray:
+def _jpeg(data: bytes | memoryview, level: Level, reduce: int) -> np.ndarray:
     whole = with_tables(data, level.tables, level.colour)
     if reduce == 1:
         return simplejpeg.decode_jpeg(whole, "RGB", strict=True)
@@ -53,19 +54,31 @@ def _jpeg(data: bytes, level: Level, reduce: int) -> np.ndarray:
     return simplejpeg.decode_jpeg(whole, "RGB", min_height=height, min_width=width, min_factor=1, strict=True)
 
 
-def with_tables(data: bytes, tables: bytes, colour: str) -> bytes:
+def with_tables(data: bytes | memoryview, tables: bytes, colour: str) -> bytes:
     """A whole JPEG of a tile and the shared tables, with an Adobe marker that says what the samples are.
 
     The layout decides the colour space, so the tile's own JFIF and Adobe markers are dropped: libjpeg would believe JFIF first.
+    Tiles of a level mostly begin alike up to their scan, so the last beginning is remembered with what it became.
     """
+    head, whole = _heads.get((tables, colour), (b"", b""))
+    if head and data[: len(head)] == head:
+        return b"".join((whole, data[len(head) :]))
+    data = bytes(data)
+    own, scan = _segments(data)
     marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([_ADOBE[colour]])
-    return b"\xff\xd8" + _segments(tables, False) + marker + _segments(data, True)
+    if scan < 0:
+        raise ValueError("the JPEG ends before its pixels")
+    whole = b"\xff\xd8" + _segments(tables)[0] + marker + own
+    if len(_heads) > _HEADS_KEPT:
+        _heads.clear()
+    _heads[tables, colour] = data[: scan + 2], whole + data[scan : scan + 2]
+    return whole + data[scan:]
 
 
-def _segments(data: bytes, scan: bool) -> bytes:
-    """What stands between SOI and the scan (with it, if `scan`), without APP0 and APP14."""
+def _segments(data: bytes) -> tuple[bytes, int]:
+    """What stands between SOI and the scan, without APP0 and APP14, and where the scan begins (-1: there is none)."""
     if not data:
-        return b""
+        return b"", -1
     if data[:2] != b"\xff\xd8":
         raise ValueError("no JPEG start marker")
     kept: list[bytes] = []
@@ -78,7 +91,7 @@ def _segments(data: bytes, scan: bool) -> bytes:
             place += 1
             continue
         if marker == _SOS:
-            return b"".join(kept) + (data[place:] if scan else b"")
+            return b"".join(kept), place
         if marker in _PLAIN:
             place += 2
             continue
@@ -86,9 +99,7 @@ def _segments(data: bytes, scan: bool) -> bytes:
         if marker not in (_APP0, _APP14):
             kept.append(data[place:stop])
         place = stop
-    if scan:
-        raise ValueError("the JPEG ends before its pixels")
-    return b"".join(kept)
+    return b"".join(kept), -1
 
 
 def _jpeg2000(data: bytes, level: Level) -> np.ndarray:

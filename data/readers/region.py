@@ -9,7 +9,7 @@ from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, 
 from histoscale.data.readers.vendor import FREE, Gate, OpenSlideReader
 from histoscale.data.storage import Store
 
-_GAP = 8 << 10  # bytes between wanted tiles of a row that are cheaper to read than another request
+_GAP = 32 << 10  # bytes between wanted tiles of a row that are cheaper to read than another request
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class TiffReader:
 
     def _fetch(self, table: Level, numbers: list[int]) -> dict[int, memoryview]:
         """Bytes of the tiles that exist; tiles that follow one another in the file come as one range."""
-        offsets, counts = table.offsets[numbers].tolist(), table.counts[numbers].tolist()
+        offsets, counts = table.offsets.take(numbers).tolist(), table.counts.take(numbers).tolist()
         spans: list[tuple[int, int]] = []
         places: list[tuple[int, int, int, int]] = []  # tile, span, start inside the span, count
         for number, offset, count in zip(numbers, offsets, counts, strict=True):

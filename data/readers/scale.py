@@ -61,8 +61,8 @@ def read_scaled(
     """uint8 [height, width, 3]; x, y: integer level coordinates of the corner; width, height: output pixels.
 
     Whole factors average squares of pixels: while decoding, where x and y are multiples of the reduced scale, else after it.
-    Other factors go through one antialiased resampling of the whole region, its corner at exactly (x, y), with real pixels around it
-    under the kernel: no seam where two regions meet. Hamming's window comes nearest to averaging (its response at the output's
+    Other factors go through one antialiased resampling of the whole region, its corner at exactly (x, y), with real pixels around
+    it under the kernel: no seam where two regions meet. Hamming's window comes nearest to averaging (its response at the output's
     Nyquist frequency is .60, averaging has .64, a cubic .49), so that factors do not tell scanners apart; enlarging is cubic
     (a = -0.5). damage and wanted as in `Reader.region`, in output pixels.
     """
