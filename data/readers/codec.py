@@ -11,6 +11,8 @@ from histoscale.data.readers.pyramid import DecodeError, Level
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _PLAIN = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers
+_CODESTREAM = b"\xff\x4f\xff\x51"  # SOC and SIZ of JPEG 2000
 _END_OF_CODESTREAM = b"\xff\xd9"
 _ADOBE = {"rgb": 0, "ycbcr": 1}  # the transform byte of the Adobe marker
 # T.871 (JFIF) in libjpeg's 16-bit fixed point
@@ -47,10 +49,21 @@ def _check(tile: np.ndarray, level: Level, reduce: int) -> None:
 
 def _jpeg(data: bytes, level: Level, reduce: int) -> np.ndarray:
     whole = with_tables(data, level.tables, level.colour)
+    _check_frame(whole, level)
     if reduce == 1:
         return simplejpeg.decode_jpeg(whole, "RGB", strict=True)
     height, width = level.tile_height // reduce, level.tile_width // reduce
     return simplejpeg.decode_jpeg(whole, "RGB", min_height=height, min_width=width, min_factor=1, strict=True)
+
+
+def _check_frame(whole: bytes, level: Level) -> None:
+    """The decoder allocates what the frame header says before it looks at the pixels: a forged one would take gigabytes."""
+    place = 2
+    while whole[place] == 0xFF and whole[place + 1] not in _FRAMES:
+        place += 2 + int.from_bytes(whole[place + 2 : place + 4], "big")
+    height, width = (int.from_bytes(whole[i : i + 2], "big") for i in (place + 5, place + 7))
+    if (width, height) != (level.tile_width, level.tile_height):
+        raise ValueError(f"its image is {width}x{height}, expected {level.tile_width}x{level.tile_height}")
 
 
 def with_tables(data: bytes, tables: bytes, colour: str) -> bytes:
@@ -92,14 +105,19 @@ def _segments(data: bytes, scan: bool) -> bytes:
 
 
 def _jpeg2000(data: bytes, level: Level) -> np.ndarray:
-    if data[:4] == b"\xff\x4f\xff\x51":  # a codestream tells its size before anything is allocated for it
-        right, bottom, left, top = (int.from_bytes(data[i : i + 4], "big") for i in (8, 12, 16, 20))
-        if (right - left, bottom - top) != (level.tile_width, level.tile_height):
-            raise ValueError(f"its image is {right - left}x{bottom - top}")
-        if _END_OF_CODESTREAM not in data[-16:]:  # OpenJPEG may decode a cut one in silence
-            raise ValueError("the codestream has no end")
+    start = data.find(_CODESTREAM)  # 0, or behind the boxes of a JP2 file
+    if start < 0:
+        raise ValueError("no JPEG 2000 codestream")
+    size = data[start : start + 51]  # it tells its size before anything is allocated for it
+    right, bottom, left, top = (int.from_bytes(size[i : i + 4], "big") for i in (8, 12, 16, 20))
+    if (right - left, bottom - top) != (level.tile_width, level.tile_height):
+        raise ValueError(f"its image is {right - left}x{bottom - top}")
+    if _END_OF_CODESTREAM not in data[-16:]:  # OpenJPEG may decode a cut one in silence
+        raise ValueError("the codestream has no end")
     tile = imagecodecs.jpeg2k_decode(data)
-    return rgb_of_ycbcr(tile) if level.colour == "ycbcr" else tile
+    # Aperio's 33003 stores chroma at half the width: the decoder takes such a codestream for YCbCr and gives RGB.
+    subsampled = len(set(size[43::3])) > 1 or len(set(size[44::3])) > 1
+    return rgb_of_ycbcr(tile) if level.colour == "ycbcr" and not subsampled else tile
 
 
 def rgb_of_ycbcr(tile: np.ndarray) -> np.ndarray:
