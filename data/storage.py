@@ -19,7 +19,7 @@ from histoscale.data.cache import FileCache
 from histoscale.data.clients import Client, Info
 from histoscale.data.clients.azure import Azure
 from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told
-from histoscale.data.clients.filesystem import S3, Filesystem, Http
+from histoscale.data.clients.filesystem import S3, Filesystem, Google, Http
 from histoscale.data.journal import hide_options, scrub
 
 Result = TypeVar("Result")
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 BLOCK = 16 << 20  # whole files are copied in ranges of so many bytes, each with its own repeats
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _TELL_S = 30.0  # a store that does not answer is told so often
-_AZURE, _HTTP = ("az", "abfs", "abfss"), ("http", "https")
-_OBSTORE = (*_AZURE, *_HTTP, "s3", "gs", "gcs")
+_AZURE, _GOOGLE, _HTTP = ("az", "abfs", "abfss"), ("gs", "gcs"), ("http", "https")
+_OBSTORE = (*_AZURE, *_GOOGLE, *_HTTP, "s3")
 _TOKENS = {
     **dict.fromkeys(_AZURE, "sas_token"), **dict.fromkeys(_HTTP, "client_kwargs.headers"),
     "s3": "key and storage.options.s3.secret", "gs": "token", "gcs": "token",
@@ -294,9 +294,11 @@ class Store:
                 return Azure(scheme, {"account_name": account.split(".")[0], **options} if account else options)
             if scheme in _HTTP:
                 return Http(scheme, options)
+            if scheme in _GOOGLE:
+                return Google(options)
             return S3(options) if scheme == "s3" else Filesystem(scheme, options)
         except ImportError as error:
-            package = "histoscale[obstore]" if error.name == "obstore" else _PACKAGES.get(scheme, "the package it names")
+            package = "histoscale[obstore]" if (error.name or "").startswith("obstore") else _PACKAGES.get(scheme, "the package it names")
             raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from None
         except Exception as error:  # whatever a client makes of its options
             raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {told(error)}") from None
