@@ -33,7 +33,7 @@ _TOKENS = {
     **dict.fromkeys(_AZURE, "sas_token"), **dict.fromkeys(_HTTP, "client_kwargs.headers"),
     "s3": "key and storage.options.s3.secret", "gs": "token", "gcs": "token",
 }  # fmt: skip
-_PACKAGES = {"s3": "histoscale[s3]", "gs": "histoscale[gcs]", "gcs": "histoscale[gcs]"}
+_PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _log = logging.getLogger("histoscale.storage")
 
 
@@ -298,7 +298,8 @@ class Store:
                 return Google(options)
             return S3(options) if scheme == "s3" else Filesystem(scheme, options)
         except ImportError as error:
-            package = "histoscale[obstore]" if (error.name or "").startswith("obstore") else _PACKAGES.get(scheme, "the package it names")
+            package = "obstore" if self.config.backend == "obstore" else _PACKAGES.get(scheme, "")
+            package = f"histoscale[{package}]" if package else "the package it names"
             raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from None
         except Exception as error:  # whatever a client makes of its options
             raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {told(error)}") from None

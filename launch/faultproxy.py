@@ -1,7 +1,7 @@
 """A proxy before an HTTP server that delays, throttles, cuts, corrupts, stalls, refuses and goes away, as told.
 
-Steered by lines of JSON on its input: {"set": {…}} replaces the faults below, {"counts": true} asks what passed. Shares are of the
-GET and HEAD requests; which ones follows from the seed and the number of the request, so a run can be repeated.
+Steered by lines of JSON on its input: {"set": {…}} replaces the faults below, {"counts": true} asks what passed. Shares are of
+the GET and HEAD requests; which ones follows from the seed and the number of the request, so a run can be repeated.
 """
 
 import asyncio
@@ -36,6 +36,7 @@ class FaultProxy:
     def __init__(self, port: int) -> None:
         self.port, self.faults, self.counts = port, dict(CALM), Counter[str]()
         self.open: set[asyncio.StreamWriter] = set()
+        self.waiting = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open.add(writer)
@@ -55,13 +56,33 @@ class FaultProxy:
                     side.close()
 
     async def _request(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, replies: asyncio.StreamReader, upstream: asyncio.StreamWriter
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        replies: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
     ) -> bool:
         """One request and its reply; False when the connection is to end."""
         head = await reader.readuntil(b"\r\n\r\n")
-        method = head.split(b" ", 1)[0]
         body = await reader.readexactly(int(_header(head, b"content-length") or 0))
         self.counts["requests"] += 1
+        self.waiting += 1
+        self.counts["most_at_once"] = max(self.counts["most_at_once"], self.waiting)
+        try:
+            return await self._reply(head, body, reader, writer, replies, upstream)
+        finally:
+            self.waiting -= 1
+
+    async def _reply(
+        self,
+        head: bytes,
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        replies: asyncio.StreamReader,
+        upstream: asyncio.StreamWriter,
+    ) -> bool:
+        method = head.split(b" ", 1)[0]
         kind = self._fault(self.counts["requests"]) if method in (b"GET", b"HEAD") else None
         if kind:
             self.counts[kind] += 1

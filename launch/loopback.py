@@ -84,7 +84,7 @@ class Proxy(Server):
         self.ask(set=faults)
 
     def counts(self) -> dict[str, int]:
-        """requests and bytes (of replies' bodies) that passed so far, and faults by kind."""
+        """So far: requests, bytes of replies' bodies, most_at_once (requests in flight), and faults by kind."""
         return self.ask(counts=True)
 
 

@@ -1,5 +1,7 @@
-"""A plain HTTP server of a folder: HEAD, GET, Range, ETag. Its subfolders also answer as buckets of a Google store (the part of the
-JSON and XML interfaces that reads need)."""
+"""A plain HTTP server of a folder: HEAD, GET, Range, ETag.
+
+Its subfolders also answer as buckets of a Google store: the part of the JSON and XML interfaces that reads need.
+"""
 
 import json
 import os
@@ -57,7 +59,8 @@ class Folder(BaseHTTPRequestHandler):
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
         names = [(str(entry.relative_to(self.root / bucket)), entry) for entry in entries]
         names = [(name, entry) for name, entry in names if name.startswith(prefix) or f"{name}/".startswith(prefix)]
-        return [(name, entry) for name, entry in names if entry.is_file()], [f"{name}/" for name, entry in names if entry.is_dir()]
+        files = [(name, entry) for name, entry in names if entry.is_file()]
+        return files, [f"{name}/" for name, entry in names if entry.is_dir()]
 
     def _inside(self, name: str) -> Path | None:
         path = (self.root / name).resolve()

@@ -79,7 +79,7 @@ class S3(Filesystem):
 
 
 class Google(Filesystem):
-    """gcsfs by its JSON interface alone: what the package opens by default asks by gRPC, past `endpoint_url`, for the bucket's kind."""
+    """gcsfs by its JSON interface alone: by default it asks by gRPC, past `endpoint_url`, for the bucket's kind."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         from gcsfs.core import GCSFileSystem  # an extra

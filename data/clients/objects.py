@@ -47,8 +47,9 @@ class Objects:
         if self.scheme in ("gs", "gcs"):
             return stores.GCSStore(place, config=self.config, **common)
         container, _, host = place.partition("@")  # abfs://container@account.dfs.core.windows.net
-        account = {"account_name": host.split(".")[0]} if host else {}
-        return stores.AzureStore(container, config={**self.config, **account}, **common)
+        if host:
+            return stores.AzureStore(container, config=self.config | {"account_name": host.split(".")[0]}, **common)
+        return stores.AzureStore(container, config=self.config, **common)
 
     def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
         store, path = self._at(uri)
