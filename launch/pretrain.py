@@ -164,7 +164,8 @@ def open_source(config: Config, journal: Journal) -> Opened:
         journal.say(f"ineligible: {slide_id}: {why}")
     kept = of_roles(catalog, config.roles, journal)
     table = replace(table, eligible=table.eligible & kept[:, None])
-    roles = {catalog.slides[row].labels.get("role") for row in np.flatnonzero(table.eligible.any(axis=1))}
+    labels = catalog.labels("role")
+    roles = {labels[row] for row in np.flatnonzero(table.eligible.any(axis=1))}
     transductive = None if roles <= {None} else bool(roles & set(HELD_OUT))
     if transductive:
         journal.say(f"transductive: slides of the roles {', '.join(HELD_OUT)} are trained on; label every number of this run so")
@@ -173,7 +174,7 @@ def open_source(config: Config, journal: Journal) -> Opened:
 
 def of_roles(catalog: Catalog, roles: list[str], journal: Journal) -> np.ndarray:
     """bool [slides]: those whose label `role` is in `roles`; all, and a line that says so, without such a column."""
-    found = [slide.labels.get("role") for slide in catalog.slides]
+    found = catalog.labels("role")
     if not any(found):
         journal.say("the manifest has no column `role`: every slide is trained on")
         return np.ones(len(found), bool)
