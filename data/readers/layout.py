@@ -37,15 +37,15 @@ def read_layout(uri: str, store: Store) -> Layout:
     head = store.ranges(uri, [(0, min(size, 8))])[0]
     if head[:2] not in (b"II", b"MM"):
         return _by_openslide(uri, store, "it is no TIFF")
-    raw = _RangeFile(uri, size, store)
+    headers = _RangeFile(uri, size, store)
     try:
-        with tifffile.TiffFile(io.BufferedReader(raw, 4096)) as file:
+        with tifffile.TiffFile(headers) as file:
             found = _tiff(file)
     except (StorageError, LayoutError):
         raise
     except Exception as error:  # tifffile meets damaged headers with many types
         found = f"its TIFF header is damaged or a vendor's own ({type(error).__name__}: {error})"
-    raw.check()
+    headers.check()
     if isinstance(found, str):
         return _by_openslide(uri, store, found)
     for number, level in enumerate(found.levels):
