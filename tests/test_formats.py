@@ -341,7 +341,7 @@ HOSTILE: dict[str, list[bytes]] = {
     "two counts for one tile": [directory(tiled(counts=(4, 2, struct.pack("<I", 8))), 0)],
     "2^31 offsets": [directory(tiled(offsets=(4, 1 << 31, struct.pack("<I", 8))), 0)],
     "an absurd width and as many offsets": [
-        directory(tiled(width=(4, 1, HUGE), **{name: (4, 1 << 25, b"\x08\0\0\0") for name in ("offsets", "counts")}), 0)
+        directory(tiled(width=(4, 1, HUGE), **dict.fromkeys(("offsets", "counts"), (4, 1 << 25, b"\x08\x00\x00\x00"))), 0)
     ],
     "an offset outside": [directory(tiled(offsets=long(1 << 30)), 0)],
     "a count outside": [directory(tiled(counts=long((1 << 32) - 1)), 0)],
