@@ -6,6 +6,7 @@ import logging
 import os
 import posixpath
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,9 @@ def check_uri(uri: str) -> None:
             f"drop it and set storage.options.{scheme}.{_TOKENS.get(scheme, 'token')} instead"
         )
     if scheme not in fsspec.available_protocols():
-        raise ValueError(f"the URI {scrub(uri)} has the unknown scheme {scheme!r}: expected a path, az://, s3://, gs:// or http(s)://")
+        raise ValueError(
+            f"the URI {scrub(uri)} has the unknown scheme {scheme!r}: expected a path, az://, s3://, gs:// or http(s)://"
+        )
 
 
 def resolve(base: str, uri: str) -> str:
@@ -90,6 +93,13 @@ def resolve(base: str, uri: str) -> str:
 def join(folder: str, name: str) -> str:
     """The URI of a file in a folder."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def _named(index: bytes) -> list[str]:
+    """The files beside it that a Hamamatsu VMS or VMU file names; a name that leads elsewhere is none of them."""
+    names = re.findall(rb"^(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=\n]*=([^\r\n]+)", index, re.MULTILINE)
+    found = [name.decode("utf-8", "replace").strip() for name in names]
+    return [name for name in dict.fromkeys(found) if name and not name.startswith(".") and not set(name) & set("/\\")]
 
 
 def _scheme(uri: str) -> str:
@@ -216,7 +226,7 @@ class Store:
 
     def local(self, uri: str) -> Path:
         """The file or folder on a local disk. A remote one is copied whole into the cache, with the files that belong to it: the
-        folder of an MRXS slide, the instances beside a DICOM file."""
+        folder of an MRXS slide, the instances beside a DICOM file, the files that a VMS file names."""
         if not _scheme(uri):
             if not _path(uri).exists():
                 raise Missing(f"{uri}: no such file")
@@ -238,6 +248,11 @@ class Store:
             beside = uri[: -len(".mrxs")]
             wanted = [(uri, folder / name)]
             wanted += [(join(beside, child), folder / name[: -len(".mrxs")] / child) for child in self.children(beside)]
+        elif name.lower().endswith((".vms", ".vmu")):
+            wanted = [(join(parent, child), folder / child) for child in [name, *_named(self.read(uri))]]
+            wanted = [
+                (source, path) for source, path in wanted if self.exists(source)
+            ]  # some are optional: OpenSlide knows which
         else:
             wanted = [(uri, folder / name)]
         total = sum(self.size(source) for source, _ in wanted)

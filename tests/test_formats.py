@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import openslide
 import pytest
@@ -286,6 +287,57 @@ def test_levels_stored_smallest_first(tmp_path: Path, store: Store, draw_tissue:
     reader = opened(tmp_path / "a.tif", store)
     assert [level.width for level in reader.layout.levels] == [256, 128, 64]
     same_as_tifffile(reader, tmp_path / "a.tif")
+
+
+# A slide of several files
+
+
+def write_vms(folder: Path, pixels: np.ndarray) -> None:
+    """A Hamamatsu VMS slide of one JPEG, whose restart markers are the tiles, a map, a macro; a foreign file beside it."""
+    folder.mkdir()
+    image = Image.fromarray(pixels)
+    for name, shrunk in (("slide.jpg", 1), ("slide_map2.jpg", 8), ("slide_macro.jpg", 8)):
+        image.reduce(shrunk).save(folder / name, "JPEG", quality=90, subsampling="4:4:4", restart_marker_blocks=8)
+    (folder / "other.jpg").write_bytes(b"not of this slide")
+    fields = {"NoLayers": 1, "NoJpegColumns": 1, "NoJpegRows": 1, "ImageFile": "slide.jpg", "MapFile": "slide_map2.jpg"}
+    fields |= {"MacroImage": "slide_macro.jpg", "OptimisationFile": "gone.opt", "ImageFile(9)": "../../secret", "LayerSpacing": 0}
+    fields |= {"PhysicalWidth": pixels.shape[1] * 500, "PhysicalHeight": pixels.shape[0] * 500, "MacroHorizontalOffset": 0}
+    lines = [f"{name}={value}" for name, value in fields.items()]
+    (folder / "slide.vms").write_text("[Virtual Microscope Specimen]\r\n" + "\r\n".join(lines) + "\r\n")
+
+
+def remote(folder: Path) -> str:
+    """The same folder in a store that OpenSlide cannot see."""
+    memory, name = fsspec.filesystem("memory"), f"/formats/{folder.name}"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            memory.pipe(f"{name}/{file.relative_to(folder)}", file.read_bytes())
+    return f"memory:/{name}"
+
+
+def test_a_vms_slide_brings_the_files_that_it_names(tmp_path: Path, store: Store, draw_tissue: Draw) -> None:
+    write_vms(tmp_path / "vms", draw_tissue(512, 256, whole=True))
+    here = tmp_path / "vms/slide.vms"
+    (tmp_path / "secret").write_bytes(b"no part of it")
+    there = remote(tmp_path / "vms") + "/slide.vms"
+    copied = store.local(there)
+    assert {file.name for file in copied.parent.iterdir()} == {"slide.vms", "slide.jpg", "slide_map2.jpg", "slide_macro.jpg"}
+    assert [path.name for path in (tmp_path / "cache").rglob("secret")] == []
+    layout = read_layout(there, store)
+    assert layout.kind == "openslide" and layout.mpp == pytest.approx(0.5)
+    reader = open_reader(there, layout, store)
+    with openslide.OpenSlide(here) as slide:
+        for number, size in enumerate(slide.level_dimensions):
+            theirs = np.asarray(slide.read_region((0, 0), number, size))[..., :3]
+            np.testing.assert_array_equal(reader.region(number, 0, 0, *size), theirs)
+
+
+def test_a_dicom_series_is_read_from_a_store(shared_data: Path, store: Store) -> None:
+    here = shared_data / "slides/dicom/CMU-1-Small-Region-wsidicomizer"
+    there = remote(here)
+    expected = opened(here, store).region(0, 700, 900, 300, 200)
+    for uri in (there, f"{there}/{sorted(file.name for file in here.iterdir())[2]}"):
+        np.testing.assert_array_equal(open_reader(uri, read_layout(uri, store), store).region(0, 700, 900, 300, 200), expected)
 
 
 # Hostile headers
