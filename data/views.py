@@ -73,8 +73,9 @@ def make_views(pixels: Tensor, seed: int, step: int, slots: Tensor, config: View
     parents = draw.keys(seed, "views", step, slots.to(pixels.device))
     source, side = augment.lines(pixels), pixels.shape[-1]
     kinds = (
-        Kind("global", config.global_px, *crop_area("global", side, config), config.blur.global_p, config.global_solarize_p),
-        Kind("local", config.local_px, *crop_area("local", side, config),
+        Kind("global", config.global_px, *crop_area("global", config.global_px, config.global_scale, side, config),
+             config.blur.global_p, config.global_solarize_p),
+        Kind("local", config.local_px, *crop_area("local", config.local_px, config.local_scale, side, config),
              [config.blur.local_p] * config.local_count, [0.0] * config.local_count),
     )  # fmt: skip
     with torch.autocast(pixels.device.type, enabled=False):
@@ -145,13 +146,12 @@ def _where(on: Tensor, x: Tensor, draws: Tensor, change: Callable[[Tensor, Tenso
 # ------------------------------------------------------------------------------------------------------------- draws
 
 
-def crop_area(name: str, side: int, config: ViewsConfig) -> tuple[tuple[float, float], float]:
-    """Area of the boxes of `global` or `local` views in patches of `side` px, low and high (px), and the longest side of a box.
+def crop_area(name: str, px: int, scale: Sequence[float], side: int, config: ViewsConfig) -> tuple[tuple[float, float], float]:
+    """Area of the boxes of global or local views of `px` in patches of `side` px, low and high (px), and a box's longest side.
 
     Extended-context translation (arXiv 2408.00738) cuts a view from a larger patch near its own size, so that cells keep theirs.
     Raises ValueError for a patch that has no room for it.
     """
-    px, scale = getattr(config, f"{name}_px"), getattr(config, f"{name}_scale")
     whole = side**2 if config.scale_of == "patch" else px**2
     longest = math.sqrt(scale[1] * whole * max(config.ratio[1], 1 / config.ratio[0]))
     if config.scale_of == "view" and longest > side:
