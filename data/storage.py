@@ -134,12 +134,13 @@ class Store:
         if not _scheme(uri):
             return self._local_ranges(uri, spans)
         found: list[bytes | None] = [None if stop > start else b"" for start, stop in spans]
-        shorts = 0
+        tries = shorts = 0
 
         def attempt(timeout_s: float) -> None:
-            nonlocal shorts
+            nonlocal tries, shorts
             todo = [i for i, data in enumerate(found) if data is None]
-            replies = self._client(uri).ranges(uri, [spans[i] for i in todo], timeout_s) if todo else []
+            replies = self._client(uri).ranges(uri, [spans[i] for i in todo], timeout_s, tries > 0) if todo else []
+            tries += 1
             failures: list[BaseException] = []
             for i, reply in zip(todo, replies, strict=True):
                 if isinstance(reply, BaseException):
@@ -148,13 +149,15 @@ class Store:
                     failures.append(Short(f"{len(reply)} bytes came for the range {spans[i]}"))
                 else:
                     found[i] = reply
-            self._count(len(todo), sum(len(reply) for reply in replies if isinstance(reply, bytes)), max(0, len(failures) - 1))
+            stop = next((failure for failure in failures if final(uri, "", failure) is not None), None)
+            again = max(0, len(failures) - 1) if stop is None else 0  # _patiently counts one
+            self._count(len(todo), sum(len(reply) for reply in replies if isinstance(reply, bytes)), again)
             short = next((failure for failure in failures if isinstance(failure, Short)), None)
             shorts += short is not None
             if shorts > 1 and short is not None:  # cut twice: is the file shorter than it was?
                 self._check_length(uri, spans, timeout_s)
             if failures:
-                raise next((f for f in failures if final(uri, "", f) is not None), max(failures, key=retry_after_s))
+                raise stop or max(failures, key=retry_after_s)
 
         self._patiently(uri, attempt)
         return [data for data in found if data is not None]

@@ -132,7 +132,7 @@ class FaultProxy:
             if self.faults["out"]:
                 for writer in self.open:
                     writer.transport.abort()
-        return dict(self.counts)
+        return {**dict.fromkeys(("requests", "bytes", "most_at_once", *_KINDS), 0), **self.counts}
 
 
 def _header(head: bytes, name: bytes) -> bytes | None:

@@ -26,7 +26,7 @@ class Filesystem:
         # Instances that fsspec keeps may belong to a loop that is gone, and then every reply is an exception.
         self.fs: Any = (kind or fsspec.get_filesystem_class(scheme))(skip_instance_cache=True, **options)
 
-    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
+    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float, alone: bool) -> list[bytes | BaseException]:
         path = self.fs._strip_protocol(uri)
         if not self.fs.async_impl:
             starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
