@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.ipc
 
 from histoscale.data.manifest import Slide
-from histoscale.data.parts import LEVEL, VERSION, Known, Rejected, Row, known_of
+from histoscale.data.parts import KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of
 from histoscale.data.readers.pyramid import Layout, Level, Reader
 from histoscale.data.readers.region import open_reader
 from histoscale.data.readers.vendor import FREE, Gate
@@ -173,7 +173,7 @@ class Catalog:
 
     def known(self) -> dict[str, Known]:
         """What every slide, accepted or rejected, was examined from."""
-        light = self._table.select(["slide_id", "uri", "manifest_mpp", "size", "tag"]).to_pylist()
+        light = self._table.select(["slide_id", *KNOWN]).to_pylist()
         return {row["slide_id"]: known_of(row) for row in light} | {found.slide_id: found.known for found in self.rejected}
 
     def packed(self, i: int) -> Row:

@@ -16,6 +16,7 @@ from PIL import Image
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import Slide, mpp_problem
+from histoscale.data.masks import MaskError, drawn_mask
 from histoscale.data.merge import write_catalog
 from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, row_of, slide_columns, write_part
 from histoscale.data.ranks import Ranks
@@ -175,9 +176,11 @@ def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | Non
 
     A store that fails raises StorageError.
     """
-    source = Known(slide.uri, slide.mpp, None)
+    source = Known(slide.uri, slide.mpp, None, slide.mask_uri)
     try:
         source = source._replace(fingerprint=store.fingerprint(slide.uri))
+        if slide.mask_uri is not None:
+            source = source._replace(mask=_marked(slide.mask_uri, store))
         if known == source:
             return source
         problem = mpp_problem(slide.mpp) if slide.mpp is not None else None
@@ -191,7 +194,11 @@ def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | Non
         level, factor = mask_level(layout, full.mpp, tissue.mpp)
         mask_mpp = full.mpp * layout.levels[level].downsample * factor
         picture = thumbnail(open_reader(slide.uri, layout, store), level, factor)
-        mask = tissue_mask(picture, mask_mpp, tissue)
+        if slide.mask_uri is None:
+            mask = tissue_mask(picture, mask_mpp, tissue)
+        else:
+            whole = layout.levels[0].width, layout.levels[0].height
+            mask = drawn_mask(slide.mask_uri, store, whole, picture.shape[:2], mask_mpp / full.mpp)
     except Missing as error:
         return Rejected(slide.slide_id, f"missing: {error}", source)
     except LayoutError as error:
@@ -200,7 +207,15 @@ def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | Non
         return Rejected(slide.slide_id, f"undecodable: {error}", source)
     except NoTissue as error:
         return Rejected(slide.slide_id, str(error), source)
+    except MaskError as error:
+        return Rejected(slide.slide_id, f"unusable mask: {slide.mask_uri}: {error}", source)
     return Entry(full, source, layout, mask, mask_mpp, _jpeg(picture))
+
+
+def _marked(uri: str, store: Store) -> str:
+    """A drawn mask as it is now: another file or other bytes are another mask."""
+    mark = store.fingerprint(uri)
+    return f"{uri} {mark.size} {mark.tag}"
 
 
 def _jpeg(picture: np.ndarray) -> bytes:

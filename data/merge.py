@@ -128,7 +128,7 @@ def _for_people(folder: Path, name: str) -> None:
 
 def _identity(row: Row) -> bytes:
     """What of a slide enters the hash."""
-    known = {name: row[name] for name in Slide.__dataclass_fields__ if name != "uri"}
+    known = {name: row[name] for name in Slide.__dataclass_fields__ if name not in ("uri", "mask_uri")}
     return hashlib.sha256(json.dumps([known, row["size"], row["digest"]], sort_keys=True).encode()).digest()
 
 

@@ -32,6 +32,7 @@ class Known(NamedTuple):
     uri: str
     mpp: float | None  # as the manifest had it
     fingerprint: Fingerprint | None  # None: there was no such file
+    mask: str | None  # the drawn mask and its fingerprint
 
 
 class Rejected(NamedTuple):
@@ -66,6 +67,7 @@ def row_of(found: Entry | Rejected) -> Row:
     known = found.known
     mark = known.fingerprint
     row: Row = {"uri": known.uri, "manifest_mpp": known.mpp, "size": mark and mark.size, "tag": mark and mark.tag}
+    row["mask_tag"] = known.mask
     if isinstance(found, Rejected):
         return {**row, "slide_id": found.slide_id, "reason": found.reason}
     layout, bits = found.layout, np.packbits(found.mask)
@@ -154,7 +156,7 @@ def write_part(folder: Path, run: int, chunk: int, rows: Sequence[Row], tissue: 
 def known_of(row: Mapping[str, Any]) -> Known:
     """What the slide of a row was examined from."""
     mark = None if row["size"] is None else Fingerprint(row["size"], row["tag"])
-    return Known(row["uri"], row["manifest_mpp"], mark)
+    return Known(row["uri"], row["manifest_mpp"], mark, row["mask_tag"])
 
 
 def _mark(tissue: TissueConfig) -> dict[bytes, bytes]:
@@ -171,7 +173,7 @@ def _read(path: Path) -> pyarrow.Table | None:
 
 
 _TEXT, _WHOLE, _REAL, _BYTES = pyarrow.string(), pyarrow.int64(), pyarrow.float64(), pyarrow.binary()
-KNOWN = {"uri": _TEXT, "manifest_mpp": _REAL, "size": _WHOLE, "tag": _TEXT}
+KNOWN = {"uri": _TEXT, "manifest_mpp": _REAL, "size": _WHOLE, "tag": _TEXT, "mask_tag": _TEXT}
 LEVEL_COLUMNS = {
     "width": _WHOLE, "height": _WHOLE, "tile_width": _WHOLE, "tile_height": _WHOLE, "downsample": _REAL, "compression": _TEXT,
     "colour": _TEXT, "predictor": _WHOLE, "tables": _BYTES, "tiles": _WHOLE, "block": _WHOLE,
