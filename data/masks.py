@@ -97,7 +97,7 @@ def _ring(corners: Any) -> Ring:
 
 
 def filled(mask: np.ndarray, polygon: Polygon) -> None:
-    """Set the pixels of mask bool [h, w] whose centre is inside: an odd number of edges lies to its left (holes are rings too)."""
+    """Set the pixels of mask bool [h, w] whose centre is inside: an odd number of edges stands left of it; holes too."""
     height, width = mask.shape
     low, high = (np.array([corner(ring[:, 1]) for ring in polygon]) for corner in (np.min, np.max))
     top, bottom = max(0, math.ceil(low.min() - 0.5)), min(height, math.ceil(high.max() - 0.5))
