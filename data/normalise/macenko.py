@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from histoscale.data.normalise.density import LightConfig, Stains, Target, check_two, ordered, recolour, stained, strong
+from histoscale.data.normalise.density import LightConfig, Stains, Target, check_two, density, ordered, recolour, stained, strong
 from histoscale.data.normalise.sample import SampleConfig
 
 
@@ -24,11 +24,11 @@ class MacenkoConfig:
 
 
 def fit(pixels: np.ndarray, config: MacenkoConfig) -> Stains:
-    """uint8 [n, 3] of one slide -> its stains. Raises NotFitted."""
-    found = stained(pixels, config.light)
-    stains = extremes(found, config.percentile)
+    """uint8 [n, 3] of one slide -> its stains, from the stained pixels, and their strengths over all. Raises NotFitted."""
+    stains = extremes(stained(pixels, config.light), config.percentile)
     check_two(stains, config.least_angle_deg)
-    return strong(stains, np.percentile(found @ np.linalg.pinv(stains), config.strength_percentile, axis=0))
+    amounts = density(pixels, config.light.level) @ np.linalg.pinv(stains)
+    return strong(stains, np.percentile(amounts, config.strength_percentile, axis=0))
 
 
 def extremes(found: np.ndarray, percentile: float) -> np.ndarray:

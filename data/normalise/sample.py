@@ -30,7 +30,7 @@ def read_sample(catalog: Catalog, slide: int, reader: Reader, config: SampleConf
     scale = choose_scale(mpps, max(config.mpp, min(mpps)), config.mpp_tolerance, 1.0)
     assert scale is not None  # the target is never finer than the finest level
     level = catalog.layout(slide).levels[scale.level]
-    tissue = Tissue(catalog.mask(slide), catalog.mask_mpp(slide))
+    tissue = Tissue(catalog.bitmap(slide), catalog.mask_mpp(slide))
     size = config.patch_px * scale.factor
     cells = Cells(tissue, level.width, level.height, mpps[scale.level], size, config.tissue_fraction)
     if not cells.any():

@@ -77,7 +77,7 @@ class SlideNormaliser:
         fitted = self._fit(slide, reader)
         if isinstance(fitted, NotFitted):
             return patches
-        return apply(torch.from_numpy(np.ascontiguousarray(patches)), fitted, self.config).numpy()
+        return apply(torch.from_numpy(np.require(patches, requirements=["C", "W"])), fitted, self.config).numpy()
 
     def reason(self, slide: int, reader: Reader | None = None) -> str | None:
         """Why a slide is left as it is; None: it is normalised. Raises what reading the sample raises."""

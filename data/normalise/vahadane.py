@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from histoscale.data.normalise.density import LightConfig, Stains, Target, check_two, ordered, recolour, stained, strong
+from histoscale.data.normalise.density import LightConfig, Stains, Target, check_two, density, ordered, recolour, stained, strong
 from histoscale.data.normalise.macenko import extremes
 from histoscale.data.normalise.sample import SampleConfig
 
@@ -34,7 +34,7 @@ class VahadaneConfig:
 
 
 def fit(pixels: np.ndarray, config: VahadaneConfig) -> Stains:
-    """uint8 [n, 3] of one slide -> its stains. Raises NotFitted.
+    """uint8 [n, 3] of one slide -> its stains, from stained pixels, and their strengths over all. Raises NotFitted.
 
     Strengths come from concentrations without the penalty, as `apply` takes them: shrunk ones would bleach weak stain.
     """
@@ -44,7 +44,8 @@ def fit(pixels: np.ndarray, config: VahadaneConfig) -> Stains:
     check_two(start, config.least_angle_deg)
     stains, _ = factorise(found, start, config.sparsity, config.rounds, config.tolerance)
     stains = ordered(stains / np.maximum(np.linalg.norm(stains, axis=1, keepdims=True), 1e-12))
-    return strong(stains, np.percentile(concentrations(found, stains, 0.0), config.strength_percentile, axis=0))
+    amounts = concentrations(density(pixels, config.light.level), stains, 0.0)
+    return strong(stains, np.percentile(amounts, config.strength_percentile, axis=0))
 
 
 def factorise(
