@@ -5,7 +5,7 @@ import logging
 import re
 import xml.sax.saxutils
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import tifffile
@@ -39,7 +39,7 @@ def read_layout(uri: str, store: Store) -> Layout:
         return _by_openslide(uri, store, "it is no TIFF")
     headers = _RangeFile(uri, size, store)
     try:
-        with tifffile.TiffFile(headers) as file:
+        with tifffile.TiffFile(cast("IO[bytes]", headers)) as file:
             found = _tiff(file)
     except (StorageError, LayoutError):
         raise
