@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from histoscale.data.bitmap import Bitmap
 from histoscale.data.manifest import Slide
-from histoscale.data.parts import KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of
+from histoscale.data.parts import BOX, KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of
 from histoscale.data.readers.pyramid import Layout, Level, Reader
 from histoscale.data.readers.region import open_reader
 from histoscale.data.readers.vendor import FREE, Gate
@@ -146,10 +147,13 @@ class Catalog:
 
     def mask(self, i: int) -> np.ndarray:
         """bool [h, w]: the tissue; pixel (r, c) covers level-0 pixels from (r, c) * mask_mpp / mpp on."""
-        block = self._block("mask", i)
-        shape = int(self.numbers("mask_height")[i]), int(self.numbers("mask_width")[i])
-        bits = np.frombuffer(zlib.decompress(block), np.uint8)
-        return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).view(bool)
+        return self.bitmap(i).mask()
+
+    def bitmap(self, i: int) -> Bitmap:
+        """The mask as it is kept, from which windows can be unpacked."""
+        bits = np.frombuffer(zlib.decompress(self._block("mask", i)), np.uint8)
+        box = [int(self.numbers(f"mask_{name}")[i]) for name in BOX]
+        return Bitmap(*box, bits.reshape(box[-2], -1) if len(bits) else np.zeros((0, 0), np.uint8))
 
     def mask_mpp(self, i: int) -> float:
         """µm per pixel of the mask."""

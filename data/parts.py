@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from histoscale.data.bitmap import Bitmap
 from histoscale.data.manifest import Slide
 from histoscale.data.readers.pyramid import Layout
 from histoscale.data.storage import Fingerprint
@@ -23,6 +24,7 @@ from histoscale.data.windows import SIDES, tissue_windows
 VERSION = 2  # of the catalog and of its parts
 LEVEL = ("width", "height", "tile_width", "tile_height", "downsample", "compression", "colour", "predictor", "tables")
 BLOCKS = ("table", "mask", "thumbnail")  # bytes that a slide has one of; files are named by the plural
+BOX = ("height", "width", "left", "top", "rows", "columns")  # of a Bitmap
 _PARTS_OPEN = 64
 
 
@@ -70,7 +72,7 @@ def row_of(found: Entry | Rejected) -> Row:
     row["mask_tag"] = known.mask
     if isinstance(found, Rejected):
         return {**row, "slide_id": found.slide_id, "reason": found.reason}
-    layout, bits = found.layout, np.packbits(found.mask)
+    layout, bitmap = found.layout, Bitmap.of(found.mask)
     blocks = [pack_table(level.offsets, level.counts) for level in layout.levels]
     levels = [
         {**{name: getattr(level, name) for name in LEVEL}, "tiles": len(level.offsets), "block": len(block)}
@@ -79,9 +81,9 @@ def row_of(found: Entry | Rejected) -> Row:
     return {
         **slide_columns(found.slide), **row, "header_mpp": layout.mpp, "header_objective": layout.objective,
         "header_scanner": layout.scanner, "kind": layout.kind, "level": levels, "table": b"".join(blocks),
-        "mask": zlib.compress(bits.tobytes()), "mask_height": found.mask.shape[0], "mask_width": found.mask.shape[1],
+        "mask": zlib.compress(bitmap.bits.tobytes()), **{f"mask_{name}": getattr(bitmap, name) for name in BOX},
         "mask_mpp": found.mask_mpp, "tissue_px": int(found.mask.sum()), "windows": tissue_windows(found.mask).tolist(),
-        "thumbnail": found.thumbnail, "digest": _digest(found, bits),
+        "thumbnail": found.thumbnail, "digest": _digest(found, bitmap),
     }  # fmt: skip
 
 
@@ -91,13 +93,14 @@ def slide_columns(slide: Slide) -> Row:
     return {**row, "labels": json.dumps(slide.labels, sort_keys=True)}
 
 
-def _digest(entry: Entry, bits: np.ndarray) -> str:
-    digest = hashlib.sha256(json.dumps([entry.layout.kind, *entry.mask.shape, entry.mask_mpp]).encode())
+def _digest(entry: Entry, bitmap: Bitmap) -> str:
+    box = [getattr(bitmap, name) for name in BOX]
+    digest = hashlib.sha256(json.dumps([entry.layout.kind, *box, entry.mask_mpp]).encode())
     for level in entry.layout.levels:
         digest.update(json.dumps([getattr(level, name) for name in LEVEL if name != "tables"]).encode())
         for data in (level.tables, level.offsets.astype("<i8").tobytes(), level.counts.astype("<i8").tobytes()):
             digest.update(hashlib.sha256(data).digest())
-    digest.update(bits.tobytes())
+    digest.update(bitmap.bits.tobytes())
     return digest.hexdigest()
 
 
@@ -180,8 +183,8 @@ LEVEL_COLUMNS = {
 }  # fmt: skip
 SLIDE_COLUMNS = {
     **{field.name: _REAL if field.name in ("mpp", "objective") else _TEXT for field in fields(Slide)}, **KNOWN,
-    "header_mpp": _REAL, "header_objective": _REAL, "header_scanner": _TEXT, "kind": _TEXT, "mask_height": _WHOLE,
-    "mask_width": _WHOLE, "mask_mpp": _REAL, "tissue_px": _WHOLE, "windows": pyarrow.list_(pyarrow.int32(), len(SIDES)),
+    "header_mpp": _REAL, "header_objective": _REAL, "header_scanner": _TEXT, "kind": _TEXT,
+    **{f"mask_{name}": _WHOLE for name in BOX}, "mask_mpp": _REAL, "tissue_px": _WHOLE, "windows": pyarrow.list_(pyarrow.int32(), len(SIDES)),
     "digest": _TEXT,
 }  # fmt: skip
 SCHEMA = pyarrow.schema(

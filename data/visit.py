@@ -208,4 +208,4 @@ class SlideSource:
 
 def _held_bytes(opened: Opened) -> int:
     levels = opened.reader.layout.levels
-    return opened.tissue.integral.nbytes + (levels.nbytes if isinstance(levels, Levels) else 0)
+    return opened.tissue.nbytes + (levels.nbytes if isinstance(levels, Levels) else 0)

@@ -139,7 +139,7 @@ def tile_slide(catalog: Catalog, slide: int, mpp: float, patch_px: int, grid: Gr
         return None
     level = catalog.layout(slide).levels[scale.level]
     size = patch_px * scale.factor
-    tissue = Tissue(catalog.mask(slide), catalog.mask_mpp(slide))
+    tissue = Tissue(catalog.bitmap(slide), catalog.mask_mpp(slide))
     cells = Cells(tissue, level.width, level.height, mpps[scale.level], size, grid.tissue_fraction)
     side = max(1, int(read_px // size))  # cells along a region
     regions, coords = [], []

@@ -8,7 +8,7 @@ Example:
 
 The manifest is CSV or Parquet with `slide_id` and `uri`, and as many of `patient_id`, `site`, `cohort`, `organ`, `stain`, `mpp`
 (µm per pixel, overrides the header) and label columns as there are. Every other command takes the result as catalog=. Look at
-`out`/catalog.html before you train. Stopped, the same command goes on; the old catalog is there until the new one takes its place.
+`out`/catalog.html before you train. Stopped, the same command goes on; an old catalog stays until the new one takes its place.
 """
 
 import sys
