@@ -247,7 +247,7 @@ def test_the_targets_were_fitted_as_the_files_say(shared_data: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_glass_and_few_pixels_are_refused(kind: str) -> None:
     for pixels in (np.full((50_000, 3), 243, np.uint8), beer_lambert(mixed(900) + 0.5)):
-        with pytest.raises(NotFitted, match="pixels are stained .* a fit takes 1000"):
+        with pytest.raises(NotFitted, match="pixels are stained .*: a fit takes 1000"):
             fitted(pixels, config(kind))
 
 

@@ -16,8 +16,8 @@ class NotFitted(ValueError):
 
 @dataclass(frozen=True)
 class LightConfig:
-    """level: grey level of clear glass. floor: pixels with less optical density than this in some channel are glass.
-    pixels: with fewer stained ones nothing is fitted."""
+    """level: grey level of clear glass. floor: optical density below which a channel is clear. pixels: with fewer stained ones
+    nothing is fitted."""
 
     level: float
     floor: float
@@ -45,19 +45,19 @@ def density(pixels: np.ndarray, level: float) -> np.ndarray:
     return -np.log((np.arange(256) + 1.0) / level)[pixels]
 
 
-def is_stained(pixels: np.ndarray, light: LightConfig) -> np.ndarray:
-    """bool [n]: which of the pixels uint8 [n, 3] are no glass; raises NotFitted when they are too few."""
+def is_stained(pixels: np.ndarray, light: LightConfig, channels: int) -> np.ndarray:
+    """bool [n]: pixels uint8 [n, 3] with at least the floor's density in so many channels; NotFitted when they are too few."""
     darkest_glass = light.level * np.exp(-light.floor) - 1
-    found = (pixels <= darkest_glass).all(axis=1)
+    found = (pixels <= darkest_glass).sum(axis=1) >= channels
     if found.sum() < light.pixels:
-        raise NotFitted(f"{found.sum()} of {len(pixels)} pixels are stained (optical density of every channel at least "
-                        f"{light.floor:g}): a fit takes {light.pixels}")  # fmt: skip
+        raise NotFitted(f"{found.sum()} of {len(pixels)} pixels are stained (optical density of at least {light.floor:g}): "
+                        f"a fit takes {light.pixels}")  # fmt: skip
     return found
 
 
 def stained(pixels: np.ndarray, light: LightConfig) -> np.ndarray:
-    """Optical density [m, 3] of the pixels that are no glass. Raises NotFitted."""
-    return density(pixels[is_stained(pixels, light)], light.level)
+    """Optical density [m, 3] of the pixels that are dark in every channel, as Macenko takes them. Raises NotFitted."""
+    return density(pixels[is_stained(pixels, light, 3)], light.level)
 
 
 def ordered(stains: np.ndarray) -> np.ndarray:

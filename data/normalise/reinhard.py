@@ -41,8 +41,11 @@ class ReinhardConfig:
 
 
 def fit(pixels: np.ndarray, config: ReinhardConfig) -> Colours:
-    """uint8 [n, 3] of one slide -> the colours of its stained pixels (glass would move the mean). Raises NotFitted."""
-    chosen = pixels[is_stained(pixels, config.light)]
+    """uint8 [n, 3] of one slide -> the colours of its stained pixels, those that are not clear in every channel. Raises NotFitted.
+
+    Glass would move the mean. It is not fitted, but moved with the rest: where that matters, take a method that knows stains.
+    """
+    chosen = pixels[is_stained(pixels, config.light, 1)]
     lab = lab_of(torch.from_numpy(np.ascontiguousarray(chosen.T)).float()).double().numpy()
     if lab[0].std() < _LEAST_SD:
         raise NotFitted(f"lightness varies by {lab[0].std():.2f} of 100 over the stained pixels: there is no structure to scale")
