@@ -34,7 +34,7 @@ class Integral:
 
 
 class Tissue:
-    """A slide's mask, bool [h, w] or packed. left, top, columns, rows: the box around the tissue, mask px. mpp: um per mask px."""
+    """A slide's mask, bool [h, w] or packed. left, top, columns, rows: the box around the tissue. mpp: um per mask px."""
 
     def __init__(self, mask: np.ndarray | Bitmap, mpp: float) -> None:
         self.mpp = mpp
@@ -89,7 +89,7 @@ class Cells:
         return any((self._held(across, np.full(len(across), y), self.size) >= self.needed).any() for y in down)
 
     def fits(self, x: np.ndarray, y: np.ndarray, grid: int, part: Integral | None = None) -> np.ndarray:
-        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit; `part` holds their tissue."""
+        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit. part: holds their tissue."""
         steps = np.arange(grid + 1) * self.size
         xs, ys = x[:, None] + steps, y[:, None] + steps
         area = (part or self.tissue.whole()).area(xs[:, None, :] * self.pitch, ys[:, :, None] * self.pitch)

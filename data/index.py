@@ -1,7 +1,6 @@
 """From a manifest to a catalog: look at every slide once, accept it or say why not."""
 
 import io
-import multiprocessing
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -19,6 +18,7 @@ from histoscale.data.manifest import Slide, mpp_problem
 from histoscale.data.masks import MaskError, drawn_mask
 from histoscale.data.merge import write_catalog
 from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, row_of, slide_columns, write_part
+from histoscale.data.processes import worker_context
 from histoscale.data.ranks import Ranks
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Reader, level_mpps
@@ -129,9 +129,8 @@ def _examined(look: _Look, chunks: Sequence[_Chunk], workers: int) -> Iterator[_
     if workers == 0:
         yield from map(look, chunks)
         return
-    context = multiprocessing.get_context("forkserver")
     waiting = iter(chunks)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker_context()) as pool:
         under_way: dict[Future[_Done], _Chunk] = {}
         try:
             while True:

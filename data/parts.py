@@ -184,8 +184,8 @@ LEVEL_COLUMNS = {
 SLIDE_COLUMNS = {
     **{field.name: _REAL if field.name in ("mpp", "objective") else _TEXT for field in fields(Slide)}, **KNOWN,
     "header_mpp": _REAL, "header_objective": _REAL, "header_scanner": _TEXT, "kind": _TEXT,
-    **{f"mask_{name}": _WHOLE for name in BOX}, "mask_mpp": _REAL, "tissue_px": _WHOLE, "windows": pyarrow.list_(pyarrow.int32(), len(SIDES)),
-    "digest": _TEXT,
+    **{f"mask_{name}": _WHOLE for name in BOX}, "mask_mpp": _REAL, "tissue_px": _WHOLE,
+    "windows": pyarrow.list_(pyarrow.int32(), len(SIDES)), "digest": _TEXT,
 }  # fmt: skip
 SCHEMA = pyarrow.schema(
     [*SLIDE_COLUMNS.items(), ("reason", _TEXT), ("level", pyarrow.list_(pyarrow.struct(list(LEVEL_COLUMNS.items()))))]

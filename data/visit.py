@@ -24,7 +24,7 @@ from histoscale.data.storage import Changed, Missing, Store
 from histoscale.data.tables import Levels
 
 REGIONS = 8  # after so many regions the patches that passed are repeated
-_KEPT_BYTES = 64 << 20  # tile tables and integral images of open slides that a process keeps
+_KEPT_BYTES = 16 << 20  # tile tables and integral images of open slides that a process keeps
 
 
 class VisitFailed(Exception):

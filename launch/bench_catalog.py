@@ -7,7 +7,6 @@ processes that plan, open and place many more visits than one has time to decode
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
 import zlib
@@ -28,6 +27,7 @@ from histoscale.data.manifest import Slide
 from histoscale.data.merge import write_catalog
 from histoscale.data.parts import Entry, Known, Row, row_of, slide_columns
 from histoscale.data.plan import Plan, Visit
+from histoscale.data.processes import worker_context
 from histoscale.data.readers.pyramid import Layout, Level
 from histoscale.data.storage import Fingerprint, Store
 from histoscale.data.visit import SlideSource
@@ -197,9 +197,8 @@ def _planning(plan: Plan, source: SlideSource, count: int, journal: Journal) -> 
 
 
 def _memory(plan: Plan, source: SlideSource, scale: ScaleConfig, journal: Journal) -> dict[str, float]:
-    """PSS in bytes, summed over this process and `workers` others: when they have opened the catalog, half way, and at the end."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["histoscale.data.stream"])
+    """PSS in bytes, summed over this process and its workers: when they have opened the catalog, half way, and at the end."""
+    context = worker_context()
     share = scale.visits // scale.workers // 2
     workers = []
     for number in range(scale.workers):
@@ -244,8 +243,8 @@ def _text(found: dict[str, Any], scale: ScaleConfig) -> str:
             f"a simulated catalog of {found['slides']:,} slides, {found['bytes_a_slide'] / 1000:.1f} kB each on disk",
             f"  opens with its slide table in {found['open_and_table_s']:.2f} s ({found['open_s']:.2f} s without); "
             f"the plan takes {found['plan_s']:.2f} s",
-            f"  a visit costs {cost['plan']} to plan, {cost['open']} to open its slide (layout, tiles, mask), {cost['read']} to read, "
-            f"of which {cost['place']} to place",
+            f"  a visit costs {cost['plan']} to plan, {cost['open']} to open its slide (layout, tiles, mask), "
+            f"{cost['read']} to read, of which {cost['place']} to place",
             f"  planning takes {found['plan_share']:.1%} of a visit, with opening {found['plan_and_open_share']:.1%}",
             f"  memory of {1 + scale.workers} processes (sum of PSS): {mib['opened_']} opened, "
             f"{mib['half_']} after {found['visits'] // 2:,} visits, {mib['']} after {found['visits']:,}",
