@@ -1,59 +1,40 @@
 """The catalog: what `index` learned about the slides, packed so that opening a slide costs no request.
 
-A directory of `catalog.json` (format, version, hash, counts, tissue settings, file sizes), `slides.parquet`, `levels.parquet`,
-`rejected.parquet`, and two files of independent blocks: `tables.bin` (tile tables) and `masks.bin` (tissue masks).
+A directory of `catalog.json` (format, version, hash, counts, tissue settings, file sizes), tables for people (`slides.parquet`,
+`rejected.parquet`, `catalog.html`), and the folder that catalog.json names: Arrow tables and files of independent blocks (tile
+tables, tissue masks, thumbnails), memory-mapped, so that all processes of a machine share them.
 """
 
-import hashlib
-import io
 import json
 import mmap
+import threading
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow
-import pyarrow.parquet
+import pyarrow.ipc
 
-from histoscale.data.journal import write_atomic
+from histoscale.data.bitmap import Bitmap
 from histoscale.data.manifest import Slide
+from histoscale.data.parts import BOX, KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of
 from histoscale.data.readers.pyramid import Layout, Level, Reader
 from histoscale.data.readers.region import open_reader
-from histoscale.data.storage import Changed, Fingerprint, Store, join
+from histoscale.data.readers.vendor import FREE, Gate
+from histoscale.data.storage import Changed, Fingerprint, Missing, Store, join
+from histoscale.data.tables import Levels, unpack_table
 from histoscale.data.tissue import TissueConfig
 
 FORMAT = "histoscale-catalog"
-VERSION = 1
-_FILES = ("slides.parquet", "levels.parquet", "rejected.parquet", "tables.bin", "masks.bin")
-_LEVEL = ("width", "height", "tile_width", "tile_height", "downsample", "compression", "colour", "predictor", "tables")
+_MAPPED_BYTES = 32 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
 
 
 class CatalogError(ValueError):
     """The directory is no catalog, or a damaged one."""
-
-
-class Rejected(NamedTuple):
-    """A slide that cannot be used. reason: a kind, and after a colon the particulars."""
-
-    slide_id: str
-    uri: str
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """An accepted slide. slide: completed from the header; manifest_mpp: what the manifest itself said; mask: bool [h, w]."""
-
-    slide: Slide
-    manifest_mpp: float | None
-    layout: Layout
-    mask: np.ndarray
-    mask_mpp: float
-    fingerprint: Fingerprint
 
 
 def open_catalog(uri: str, store: Store) -> "Catalog":
@@ -62,49 +43,59 @@ def open_catalog(uri: str, store: Store) -> "Catalog":
 
 
 class Catalog:
-    """Accepted slides by row, in the order of their ids. Pickled as its URI; blocks are memory-mapped, so workers share them."""
+    """Accepted slides by row, in the order of their ids. Pickled as its URI; no Python object is kept for a slide."""
 
     def __init__(self, uri: str, store: Store, expected: str | None) -> None:
         self.uri, self.store = uri, store
-        if not store.exists(join(uri, "catalog.json")):
-            raise CatalogError(f"{uri} is no catalog (no catalog.json); `histoscale index manifest=… out={uri}` makes one")
         try:
-            self.info: dict[str, Any] = json.loads(store.read(join(uri, "catalog.json")))
+            self._open()
+        except Missing:
+            self._open()  # `index` replaced it between catalog.json and the files that this names
+        if expected is not None and self.hash != expected:
+            raise Changed(f"the catalog {uri} was replaced while it was in use (hash {self.hash}, was {expected})")
+
+    def _open(self) -> None:
+        if not self.store.exists(join(self.uri, "catalog.json")):
+            made = f"`histoscale index manifest=… out={self.uri}` makes one"
+            raise CatalogError(f"{self.uri} is no catalog (no catalog.json); {made}")
+        try:
+            self.info: dict[str, Any] = json.loads(self.store.read(join(self.uri, "catalog.json")))
             found = (self.info["format"], self.info["version"])
             self.hash: str = self.info["hash"]
         except (ValueError, KeyError, TypeError) as error:
-            raise CatalogError(f"{uri}/catalog.json is damaged: {error!r}") from error
+            raise CatalogError(f"{self.uri}/catalog.json is damaged: {error!r}") from error
         if found != (FORMAT, VERSION):
-            raise CatalogError(f"{uri} has format {found}: expected {(FORMAT, VERSION)}; index the manifest again")
-        if expected is not None and self.hash != expected:
-            raise Changed(f"the catalog {uri} was replaced while it was in use (hash {self.hash}, was {expected})")
-        self._slides = self._table("slides.parquet")
-        self._levels = self._table("levels.parquet")
-        self._first_level = np.concatenate([[0], np.cumsum(self._slides["levels"].to_numpy())])
-        self._starts = {name: np.concatenate([[0], np.cumsum(self._slides[name].to_numpy())]) for name in ("tables", "mask")}
-        self._bytes = {"tables": self._map("tables.bin"), "mask": self._map("masks.bin")}
+            raise CatalogError(f"{self.uri} has format {found}: expected {(FORMAT, VERSION)}; index the manifest again")
+        self._table, self._level = self._arrow("slides.arrow"), self._arrow("levels.arrow")
+        self._first_level = _starts(self._table["levels"])
+        self._level_starts = _starts(self._level["block"])
+        self._blocks = {name: Blocks(self._file(f"{name}s.bin")) for name in ("table", "mask", "thumbnail")}
+        self._block_starts = {name: _starts(self._table[f"{name}_bytes"]) for name in ("mask", "thumbnail")}
 
     def __reduce__(self) -> tuple[type["Catalog"], tuple[str, Store, str]]:
         return Catalog, (self.uri, self.store, self.hash)
 
     def __len__(self) -> int:
-        return self._slides.num_rows
+        return self._table.num_rows
+
+    @property
+    def slides(self) -> "Slides":
+        """Accepted slides, completed from their headers; each is made when it is asked for."""
+        return Slides(self._table)
 
     @cached_property
-    def slides(self) -> list[Slide]:
-        """Accepted slides, completed from their headers."""
-        names = [field.name for field in fields(Slide) if field.name != "labels"]
-        rows = self._slides.select([*names, "labels"]).to_pylist()
-        return [Slide(**{name: row[name] for name in names}, labels=json.loads(row["labels"])) for row in rows]
+    def slide_ids(self) -> "Texts":
+        return Texts(self._table["slide_id"])
 
     @cached_property
     def rejected(self) -> list[Rejected]:
         """Slides that `index` refused, with the reason."""
-        return [Rejected(**row) for row in self._table("rejected.parquet").to_pylist()]
+        rows = self._arrow("rejected.arrow").to_pylist()
+        return [Rejected(row["slide_id"], row["reason"], known_of(row)) for row in rows]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
-        return {slide_id: i for i, slide_id in enumerate(self._slides["slide_id"].to_pylist())}
+        return {slide_id: i for i, slide_id in enumerate(self._table["slide_id"].to_pylist())}
 
     def row(self, slide_id: str) -> int:
         """The place of a slide; raises KeyError for one that was rejected or is not known."""
@@ -113,204 +104,203 @@ class Catalog:
         reason = next((found.reason for found in self.rejected if found.slide_id == slide_id), "it was not in the manifest")
         raise KeyError(f"slide {slide_id} is not in the catalog {self.uri}: {reason}")
 
+    def numbers(self, column: str) -> np.ndarray:
+        """A column of numbers over all slides (mpp, tissue_px, mask_mpp, …), shared between processes: [slides]."""
+        return _numbers(self._table[column])
+
+    def texts(self, column: str) -> list[str | None]:
+        """A column of texts over all slides (patient_id, site, …)."""
+        return self._table[column].to_pylist()
+
+    def text(self, column: str, i: int) -> str | None:
+        """One text of a column."""
+        return self._table[column][i].as_py()
+
+    def labels(self, name: str) -> list[str | None]:
+        """A label over all slides."""
+        return [json.loads(text).get(name) for text in self._table["labels"].to_pylist()]
+
+    def windows(self) -> np.ndarray:
+        """The most tissue in square windows, mask px: int32 [slides, len(windows.SIDES)]."""
+        column = self._table["windows"].combine_chunks()
+        return column.flatten().to_numpy().reshape(len(self), -1)
+
+    def levels(self, column: str) -> np.ndarray:
+        """A column of numbers over all levels (width, height, downsample, …): [slides, most levels], 0 where there is none."""
+        counts = self.numbers("levels")
+        there = np.arange(counts.max(initial=1)) < counts[:, None]
+        values = _numbers(self._level[column])
+        whole = np.zeros(there.shape, values.dtype)
+        whole[there] = values
+        return whole
+
     def layout(self, i: int) -> Layout:
-        """The levels and tile tables of a slide, unpacked (about a millisecond for 20,000 tiles)."""
-        row = self._slide(i)
-        sizes = self._levels.slice(self._first_level[i], self._first_level[i + 1] - self._first_level[i]).to_pylist()
-        tables = unpack_tables(self._block("tables", i), [level["tiles"] for level in sizes])
-        levels = tuple(
-            Level(**{name: level[name] for name in _LEVEL}, offsets=offsets, counts=counts)
-            for level, (offsets, counts) in zip(sizes, tables, strict=True)
-        )
-        return Layout(row["kind"], levels, row["header_mpp"], row["header_objective"], row["header_scanner"])
+        """The levels of a slide; the tile table of each is unpacked when it is first used."""
+        first, stop = self._span(i)
+        kind, *header = (self._table[name][i].as_py() for name in ("kind", "header_mpp", "header_objective", "header_scanner"))
+        return Layout(kind, Levels(stop - first, lambda number: self._unpacked(first + number)), *header)
 
     def level_mpps(self, i: int) -> tuple[float, ...]:
         """µm per pixel of every level of a slide."""
-        downsamples = self._levels["downsample"].slice(self._first_level[i], self._first_level[i + 1] - self._first_level[i])
-        mpp = self._slides["mpp"][i].as_py()
-        return tuple(mpp * downsample for downsample in downsamples.to_pylist())
+        first, stop = self._span(i)
+        return tuple((self.numbers("mpp")[i] * _numbers(self._level["downsample"])[first:stop]).tolist())
 
     def mask(self, i: int) -> np.ndarray:
         """bool [h, w]: the tissue; pixel (r, c) covers level-0 pixels from (r, c) * mask_mpp / mpp on."""
-        row = self._slide(i)
-        shape = (row["mask_height"], row["mask_width"])
+        return self.bitmap(i).mask()
+
+    def bitmap(self, i: int) -> Bitmap:
+        """The mask as it is kept, from which windows can be unpacked."""
         bits = np.frombuffer(zlib.decompress(self._block("mask", i)), np.uint8)
-        return np.unpackbits(bits, count=shape[0] * shape[1]).reshape(shape).astype(bool)
+        box = [int(self.numbers(f"mask_{name}")[i]) for name in BOX]
+        return Bitmap(*box, bits.reshape(box[-2], -1) if len(bits) else np.zeros((0, 0), np.uint8))
 
     def mask_mpp(self, i: int) -> float:
         """µm per pixel of the mask."""
-        return self._slides["mask_mpp"][i].as_py()
+        return float(self.numbers("mask_mpp")[i])
+
+    def thumbnail(self, i: int) -> bytes:
+        """A small JPEG of what the mask covers."""
+        return self._block("thumbnail", i)
 
     def fingerprint(self, i: int) -> Fingerprint:
         """The slide file as it was indexed."""
-        return Fingerprint(self._slides["size"][i].as_py(), self._slides["tag"][i].as_py())
+        return Fingerprint(self._table["size"][i].as_py(), self._table["tag"][i].as_py())
 
-    def reader(self, i: int, store: Store) -> Reader:
-        """An open slide; costs no request where it is read by range."""
-        return open_reader(self._slides["uri"][i].as_py(), self.layout(i), store)
+    def reader(self, i: int, store: Store, decoding: Gate = FREE) -> Reader:
+        """An open slide; costs no request where it is read by range. decoding: held while pixels are decoded."""
+        return open_reader(self._table["uri"][i].as_py(), self.layout(i), store, decoding)
 
-    def unchanged(self, slide: Slide, fingerprint: Fingerprint, tissue: TissueConfig) -> Entry | None:
-        """What is known of a row whose file, mpp and tissue settings are as they were; its other columns are taken anew."""
-        i = self._rows.get(slide.slide_id)
-        if i is None or self.info["tissue"] != asdict(tissue) or self.fingerprint(i) != fingerprint:
-            return None
-        row = self._slide(i)
-        if row["uri"] != slide.uri or row["manifest_mpp"] != slide.mpp:
-            return None
-        layout = self.layout(i)
-        return Entry(complete(slide, layout), slide.mpp, layout, self.mask(i), row["mask_mpp"], fingerprint)
+    def same_tissue(self, tissue: TissueConfig) -> bool:
+        """Whether its masks were made with these settings."""
+        return self.info["tissue"] == asdict(tissue)
 
-    def _slide(self, i: int) -> dict[str, Any]:
+    def known(self) -> dict[str, Known]:
+        """What every slide, accepted or rejected, was examined from."""
+        light = self._table.select(["slide_id", *KNOWN]).to_pylist()
+        return {row["slide_id"]: known_of(row) for row in light} | {found.slide_id: found.known for found in self.rejected}
+
+    def packed(self, i: int) -> Row:
+        """A slide as parts.py packs it, nothing unpacked."""
+        first, stop = self._span(i)
+        row = self._table.slice(i, 1).to_pylist()[0]
+        level = self._level.slice(first, stop - first).to_pylist()
+        table = self._blocks["table"].read(self._level_starts[first], self._level_starts[stop])
+        return {**row, "level": level, "table": table, "mask": self._block("mask", i), "thumbnail": self._block("thumbnail", i)}
+
+    def _unpacked(self, number: int) -> Level:
+        values = {name: self._level[name][number].as_py() for name in LEVEL}
+        block = self._blocks["table"].read(self._level_starts[number], self._level_starts[number + 1])
+        offsets, counts = unpack_table(block, self._level["tiles"][number].as_py())
+        return Level(**values, offsets=offsets, counts=counts)
+
+    def _span(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
             raise IndexError(f"the catalog {self.uri} has {len(self)} slides, there is no number {i}")
-        return self._slides.slice(i, 1).to_pylist()[0]
+        return int(self._first_level[i]), int(self._first_level[i + 1])
 
     def _block(self, name: str, i: int) -> bytes:
-        return self._bytes[name][self._starts[name][i] : self._starts[name][i + 1]]
+        self._span(i)
+        return self._blocks[name].read(self._block_starts[name][i], self._block_starts[name][i + 1])
 
-    def _table(self, name: str) -> pyarrow.Table:
-        data = self.store.read(join(self.uri, name))
-        self._check_size(name, len(data))
-        return pyarrow.parquet.read_table(io.BytesIO(data))
+    def _arrow(self, name: str) -> pyarrow.Table:
+        path = self._file(name)
+        try:
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        except pyarrow.ArrowInvalid as error:
+            raise CatalogError(f"{self.uri}: {name} is damaged ({error}); index the manifest again") from error
 
-    def _map(self, name: str) -> "mmap.mmap | bytes":
-        path = self.store.local(join(self.uri, name))
-        size = path.stat().st_size
-        self._check_size(name, size)
-        if size == 0:
-            return b""  # an empty file cannot be mapped
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def _check_size(self, name: str, size: int) -> None:
-        expected = self.info["files"][name]
-        if size != expected:
-            raise CatalogError(f"{self.uri}/{name} has {size} bytes: expected {expected}; index the manifest again")
-
-
-def complete(slide: Slide, layout: Layout) -> Slide:
-    """The manifest's values, completed from the header."""
-    values = {field.name: getattr(slide, field.name) for field in fields(Slide)}
-    for name in ("mpp", "scanner", "objective"):
-        values[name] = getattr(layout, name) if values[name] is None else values[name]
-    return Slide(**values)
+    def _file(self, name: str) -> Path:
+        """A file of the catalog on a local disk, its size as catalog.json has it."""
+        try:
+            uri, expected = join(self.uri, f"{self.info['folder']}/{name}"), self.info["files"][name]
+        except KeyError as error:
+            raise CatalogError(f"{self.uri}/catalog.json is damaged: it lacks {error}") from error
+        path = self.store.local(uri)
+        if path.stat().st_size != expected:
+            raise CatalogError(f"{uri} has {path.stat().st_size} bytes: expected {expected}; index the manifest again")
+        return path
 
 
-def write_catalog(
-    out: Path, accepted: Sequence[Entry], rejected: Sequence[Rejected], tissue: TissueConfig, store: Store
-) -> Catalog:
-    """Write a catalog into `out` and open it; `catalog.json` comes last, so that a half-written one does not exist for readers.
+class Slides(Sequence[Slide]):
+    """Slides of an Arrow table."""
 
-    The hash covers what decides about pixels: ids, metadata, labels, file sizes, levels, tile tables and masks. URIs, etags and
-    times of change are not in it: the same files at another place are the same catalog.
-    """
-    entries = sorted(accepted, key=lambda entry: entry.slide.slide_id)
-    digest = hashlib.sha256(f"{FORMAT} {VERSION}".encode())
-    rows, levels = [], []
-    out.mkdir(parents=True, exist_ok=True)
-    with _partial(out, "tables.bin").open("wb") as tables, _partial(out, "masks.bin").open("wb") as masks:
-        for entry in entries:
-            mask = np.packbits(entry.mask)
-            digest.update(_identity(entry, mask))
-            blocks = pack_tables(entry.layout.levels), zlib.compress(mask.tobytes())
-            tables.write(blocks[0])
-            masks.write(blocks[1])
-            rows.append(_row(entry, len(blocks[0]), len(blocks[1])))
-            levels += [{**{name: getattr(x, name) for name in _LEVEL}, "tiles": len(x.offsets)} for x in entry.layout.levels]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, _SLIDE_SCHEMA), _partial(out, "slides.parquet"))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(levels, _LEVEL_SCHEMA), _partial(out, "levels.parquet"))
-    refused = [found._asdict() for found in sorted(rejected)]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(refused, _REJECTED_SCHEMA), _partial(out, "rejected.parquet"))
-    info = {
-        "format": FORMAT, "version": VERSION, "hash": digest.hexdigest()[:32], "slides": len(entries), "rejected": len(rejected),
-        "tissue": asdict(tissue), "files": {name: _partial(out, name).stat().st_size for name in _FILES},
-    }  # fmt: skip
-    (out / "catalog.json").unlink(missing_ok=True)
-    for name in _FILES:
-        _partial(out, name).replace(out / name)
-    write_atomic(out / "catalog.json", json.dumps(info, indent=2) + "\n")
-    return open_catalog(str(out), store)
+    _NAMES = tuple(field.name for field in fields(Slide))
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        self._columns = table.select(self._NAMES)
+
+    def __len__(self) -> int:
+        return self._columns.num_rows
+
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> Slide: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Slide]: ...
+    def __getitem__(self, i: SupportsIndex | slice) -> Slide | list[Slide]:
+        if isinstance(i, slice):
+            return [_slide(row) for row in self._columns.take(list(range(*i.indices(len(self))))).to_pylist()]
+        place = i.__index__()
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"there are {len(self)} slides, there is no number {place}")
+        return _slide(self._columns.slice(place % len(self), 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Slide]:
+        for batch in self._columns.to_batches(1024):
+            yield from map(_slide, batch.to_pylist())
 
 
-def pack_tables(levels: Sequence[Level]) -> bytes:
-    """Tile tables as one compressed block: counts by byte planes, offsets as the gaps that are not zero (most tiles follow one
-    another); 1-1.5 bytes a tile."""
-    parts = []
-    for level in levels:
-        counts, offsets = level.counts.astype("<i8"), level.offsets.astype("<i8")
-        expected = np.concatenate([[0], (offsets + counts)[:-1]])[: len(offsets)]
-        jumps = np.flatnonzero(offsets != expected)
-        gaps = offsets[jumps] - expected[jumps]
-        parts += [_planes(values) for values in (np.array([len(jumps)]), counts, jumps, gaps)]
-    return zlib.compress(b"".join(part.tobytes() for part in parts))
+class Texts(Sequence[str]):
+    """A column of texts, without a Python object for each."""
+
+    def __init__(self, column: pyarrow.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, i: SupportsIndex) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: SupportsIndex | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return self._column.to_pylist()[i]
+        return self._column[i.__index__()].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._column.to_pylist())
 
 
-def unpack_tables(block: bytes, tiles: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(offsets, counts), int64 [tiles] each, of every level."""
-    data, place, found = zlib.decompress(block), 0, []
+class Blocks:
+    """A file of independent blocks, mapped; threads may share it. Its pages are the system's, so they are let go now and then."""
 
-    def take(count: int) -> np.ndarray:
-        nonlocal place
-        planes = np.frombuffer(data, np.uint8, count * 8, place).reshape(8, count)
-        place += count * 8
-        return np.ascontiguousarray(planes.T).view("<i8").reshape(count)
+    def __init__(self, path: Path) -> None:
+        self._touched = 0
+        self._lock = threading.Lock()
+        with path.open("rb") as file:  # an empty file cannot be mapped
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
-    for count in tiles:
-        jumps = int(take(1)[0])
-        counts, where, gaps = take(count), take(jumps), take(jumps)
-        steps = np.concatenate([[0], counts[:-1]])[:count]
-        steps[where] += gaps
-        found.append((np.cumsum(steps), counts))
-    return found
-
-
-def _planes(values: np.ndarray) -> np.ndarray:
-    """Bytes of equal weight together: they compress better."""
-    return np.ascontiguousarray(np.ascontiguousarray(values.astype("<i8")).view(np.uint8).reshape(-1, 8).T)
+    def read(self, start: int, stop: int) -> bytes:
+        found = self._map[start:stop]
+        with self._lock:
+            self._touched += _PAGES + len(found)
+            if self._touched > _MAPPED_BYTES and isinstance(self._map, mmap.mmap):
+                self._touched = 0
+                self._map.madvise(mmap.MADV_DONTNEED)
+        return found
 
 
-def _row(entry: Entry, table_bytes: int, mask_bytes: int) -> dict[str, Any]:
-    slide, layout = entry.slide, entry.layout
-    row = {field.name: getattr(slide, field.name) for field in fields(Slide)}
-    row["labels"] = json.dumps(slide.labels, sort_keys=True)
-    return {
-        **row, "manifest_mpp": entry.manifest_mpp, "header_mpp": layout.mpp, "header_objective": layout.objective,
-        "header_scanner": layout.scanner, "kind": layout.kind, "size": entry.fingerprint.size, "tag": entry.fingerprint.tag,
-        "levels": len(layout.levels), "tables": table_bytes, "mask": mask_bytes, "mask_height": entry.mask.shape[0],
-        "mask_width": entry.mask.shape[1], "mask_mpp": entry.mask_mpp,
-    }  # fmt: skip
+_PAGES = 64 << 10  # a fault maps the pages around it too
 
 
-def _identity(entry: Entry, mask: np.ndarray) -> bytes:
-    """What of a slide enters the hash."""
-    known = {k: v for k, v in asdict(entry.slide).items() if k != "uri"}
-    known |= {"kind": entry.layout.kind, "size": entry.fingerprint.size, "mask": [*entry.mask.shape, entry.mask_mpp]}
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for level in entry.layout.levels:
-        digest.update(json.dumps([getattr(level, name) for name in _LEVEL if name != "tables"]).encode())
-        for data in (level.tables, level.offsets.astype("<i8").tobytes(), level.counts.astype("<i8").tobytes()):
-            digest.update(hashlib.sha256(data).digest())
-    digest.update(mask.tobytes())
-    return digest.digest()
+def _slide(row: Row) -> Slide:
+    return Slide(**{**row, "labels": json.loads(row["labels"])})
 
 
-def _partial(out: Path, name: str) -> Path:
-    return out / f"{name}.partial"
+def _numbers(column: pyarrow.ChunkedArray) -> np.ndarray:
+    return column.chunk(0).to_numpy() if column.num_chunks else np.zeros(0)
 
 
-def _schema(**columns: pyarrow.DataType) -> pyarrow.Schema:
-    return pyarrow.schema(list(columns.items()))
-
-
-_TEXT, _WHOLE, _REAL = pyarrow.string(), pyarrow.int64(), pyarrow.float64()
-_SLIDE_SCHEMA = _schema(
-    slide_id=_TEXT, uri=_TEXT, patient_id=_TEXT, site=_TEXT, cohort=_TEXT, organ=_TEXT, stain=_TEXT, mpp=_REAL, scanner=_TEXT,
-    preparation=_TEXT, objective=_REAL, labels=_TEXT, manifest_mpp=_REAL, header_mpp=_REAL, header_objective=_REAL,
-    header_scanner=_TEXT, kind=_TEXT, size=_WHOLE, tag=_TEXT, levels=_WHOLE, tables=_WHOLE, mask=_WHOLE, mask_height=_WHOLE,
-    mask_width=_WHOLE, mask_mpp=_REAL,
-)  # fmt: skip
-_LEVEL_SCHEMA = _schema(
-    width=_WHOLE, height=_WHOLE, tile_width=_WHOLE, tile_height=_WHOLE, downsample=_REAL, compression=_TEXT, colour=_TEXT,
-    predictor=_WHOLE, tables=pyarrow.binary(), tiles=_WHOLE,
-)  # fmt: skip
-_REJECTED_SCHEMA = _schema(slide_id=_TEXT, uri=_TEXT, reason=_TEXT)
+def _starts(sizes: pyarrow.ChunkedArray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(_numbers(sizes))]).astype(np.int64)

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 
+from histoscale.data.bitmap import Bitmap
 from histoscale.data.keys import key_array
 
+_SELDOM = 4  # times that places of a slide are sought before its whole integral image is worth making
 _EDGE = 1e-6  # level px and shares: rounding of coordinates that are not whole numbers
 _TRIES = (16, 128, 1024, 4096)  # places tried at random before the slide is searched for blocks that can hold a cell
 
@@ -14,29 +16,61 @@ class NoPlace(ValueError):
     """Not one cell fits."""
 
 
-class Tissue:
-    """The integral image of a slide's mask bool [h, w], cut to the tissue's bounding box. mpp: um per mask pixel."""
+class Integral:
+    """The integral image of a part of a mask, bool [h, w] whose corner is at (left, top) of the mask."""
 
-    def __init__(self, mask: np.ndarray, mpp: float) -> None:
-        self.mpp = mpp
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if not len(columns):
-            columns = rows = np.zeros(1, int)
-        self.left, self.top = int(columns[0]), int(rows[0])
-        crop = mask[self.top : rows[-1] + 1, self.left : columns[-1] + 1]
-        self.integral = np.zeros((crop.shape[0] + 1, crop.shape[1] + 1), np.int32)
-        np.cumsum(np.cumsum(crop, axis=0, dtype=np.int32), axis=1, out=self.integral[1:, 1:])
+    def __init__(self, part: np.ndarray, left: int, top: int) -> None:
+        self.left, self.top = left, top
+        self.sums = np.zeros((part.shape[0] + 1, part.shape[1] + 1), np.int32)
+        np.cumsum(np.cumsum(part, axis=0, dtype=np.int32), axis=1, out=self.sums[1:, 1:])
 
     def area(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """Mask px of tissue above and left of the points u, v (mask px, broadcast together): interpolated between its points."""
-        rows, columns = self.integral.shape
+        rows, columns = self.sums.shape
         u, v = np.minimum(np.maximum(u - self.left, 0), columns - 1), np.minimum(np.maximum(v - self.top, 0), rows - 1)
         i, j = np.minimum(u.astype(np.int64), columns - 2), np.minimum(v.astype(np.int64), rows - 2)
-        du, dv, flat, at = u - i, v - j, self.integral.reshape(-1), j * columns + i
+        du, dv, flat, at = u - i, v - j, self.sums.reshape(-1), j * columns + i
         upper_left, lower_left = flat.take(at), flat.take(at + columns)
         upper = upper_left + (flat.take(at + 1) - upper_left) * du
         lower = lower_left + (flat.take(at + (columns + 1)) - lower_left) * du
         return upper + (lower - upper) * dv
+
+
+class Tissue:
+    """A slide's mask, bool [h, w] or packed. left, top, columns, rows: the box around the tissue. mpp: um per mask px."""
+
+    def __init__(self, mask: np.ndarray | Bitmap, mpp: float) -> None:
+        self.mpp = mpp
+        self.bitmap = mask if isinstance(mask, Bitmap) else Bitmap.of(mask)
+        self.left, self.top = self.bitmap.left, self.bitmap.top
+        self.columns, self.rows = max(1, self.bitmap.columns), max(1, self.bitmap.rows)
+        self._whole: Integral | None = None
+        self._asked = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.bitmap.bits.nbytes + (self._whole.sums.nbytes if self._whole is not None else 0)
+
+    def whole(self) -> Integral:
+        """Of the box: milliseconds on a large slide, so it is made when it is first asked for."""
+        if self._whole is None:
+            box = self.bitmap.window(0, 0, self.columns, self.rows) if self.bitmap.rows else np.zeros((1, 1), bool)
+            self._whole = Integral(box, self.left, self.top)
+        return self._whole
+
+    def seldom(self) -> bool:
+        """Whether places were asked for only a few times: then parts of the mask are cheaper than its integral image."""
+        self._asked += 1
+        return self._whole is None and self._asked <= _SELDOM
+
+    def within(self, left: float, top: float, right: float, bottom: float) -> Integral | None:
+        """Of the part of the box between two corners (mask px); None where that holds no tissue."""
+        first, last = max(math.floor(left) - self.left, 0), min(math.ceil(right) - self.left, self.bitmap.columns)
+        upper, lower = max(math.floor(top) - self.top, 0), min(math.ceil(bottom) - self.top, self.bitmap.rows)
+        if first >= last or upper >= lower:
+            return None
+        part = self.bitmap.window(first, upper, last, lower)
+        return Integral(part, self.left + first, self.top + upper) if part.any() else None
 
 
 class Cells:
@@ -64,11 +98,11 @@ class Cells:
         across, down = (self._breakpoints(axis) for axis in (0, 1))
         return any((self._held(across, np.full(len(across), y), self.size) >= self.needed).any() for y in down)
 
-    def fits(self, x: np.ndarray, y: np.ndarray, grid: int) -> np.ndarray:
-        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit."""
+    def fits(self, x: np.ndarray, y: np.ndarray, grid: int, part: Integral | None = None) -> np.ndarray:
+        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit. part: holds their tissue."""
         steps = np.arange(grid + 1) * self.size
         xs, ys = x[:, None] + steps, y[:, None] + steps
-        area = self.tissue.area(xs[:, None, :] * self.pitch, ys[:, :, None] * self.pitch)
+        area = (part or self.tissue.whole()).area(xs[:, None, :] * self.pitch, ys[:, :, None] * self.pitch)
         held = area[:, 1:, 1:] - area[:, :-1, 1:] - area[:, 1:, :-1] + area[:, :-1, :-1]
         inside_x = (xs[:, :-1] >= -_EDGE) & (xs[:, 1:] <= self.width + _EDGE)
         inside_y = (ys[:, :-1] >= -_EDGE) & (ys[:, 1:] <= self.height + _EDGE)
@@ -87,7 +121,8 @@ class Cells:
         for tries in _TRIES:
             drawn = key_array(k, "corner", 0, np.arange(3 * start, 3 * (start + tries))).reshape(3, tries)
             x, y = (low[a] + (drawn[a] % np.uint64(span[a])).astype(np.int64) for a in (0, 1))
-            found = self._first(x, y, grid, count, drawn[2])
+            look = self._nearby if start == 0 and self.tissue.seldom() else self._first
+            found = look(x, y, grid, count, drawn[2])
             if found is not None:
                 return found
             start += tries
@@ -104,11 +139,26 @@ class Cells:
                 return found
         raise NoPlace(f"no place found in {1 << 24} tries for {self.what}")
 
-    def _first(
+    def _nearby(
         self, x: np.ndarray, y: np.ndarray, grid: int, count: int, chances: np.ndarray
     ) -> tuple[int, int, np.ndarray] | None:
-        """The first corner that is accepted; chances: a key for each."""
-        fits = self.fits(x, y, grid)
+        """As `_first`, one after another, each with the mask around it: most slides need no more than two, and not their whole
+        mask."""
+        reach = grid * self.size
+        for i in range(len(x)):
+            corners = (float(edge) * self.pitch for edge in (x[i], y[i], x[i] + reach, y[i] + reach))
+            part = self.tissue.within(*corners)
+            if part is not None or self.needed == 0:
+                found = self._first(x[i : i + 1], y[i : i + 1], grid, count, chances[i : i + 1], part)
+                if found is not None:
+                    return found
+        return None
+
+    def _first(
+        self, x: np.ndarray, y: np.ndarray, grid: int, count: int, chances: np.ndarray, part: Integral | None = None
+    ) -> tuple[int, int, np.ndarray] | None:
+        """The first corner that is accepted. chances: a key for each; part: as in `fits`."""
+        fits = self.fits(x, y, grid, part)
         held = fits.sum(axis=(1, 2))
         most = grid**2 / min(grid**2, count)
         weight = held / np.maximum(np.minimum(held, count), 1) / most
@@ -118,13 +168,13 @@ class Cells:
     def _held(self, x: np.ndarray, y: np.ndarray, size: float) -> np.ndarray:
         """Mask px of tissue in the squares of `size` level px with corners x, y."""
         left, right, top, below = x * self.pitch, (x + size) * self.pitch, y * self.pitch, (y + size) * self.pitch
-        area = self.tissue.area
+        area = self.tissue.whole().area
         return area(right, below) - area(left, below) - area(right, top) + area(left, top)
 
     def _breakpoints(self, axis: int) -> np.ndarray:
         """Whole corners around the places where an edge of a cell crosses a line of the mask: tissue peaks at one of them."""
         side, first = ((self.width, self.tissue.left), (self.height, self.tissue.top))[axis]
-        lines = (first + np.arange(self.tissue.integral.shape[1 - axis])) / self.pitch
+        lines = (first + np.arange((self.tissue.columns, self.tissue.rows)[axis] + 1)) / self.pitch
         edges = np.concatenate([lines, lines - self.size])
         return np.unique(np.clip(np.concatenate([np.floor(edges), np.ceil(edges)]), 0, math.floor(side - self.size)))
 
@@ -133,8 +183,9 @@ class Cells:
         if grid in self._reached:
             return self._reached[grid]
         low, span = [], []
-        for axis, (side, first) in enumerate(((self.width, self.tissue.left), (self.height, self.tissue.top))):
-            start, stop = first / self.pitch, (first + self.tissue.integral.shape[1 - axis] - 1) / self.pitch
+        box = (self.width, self.tissue.left, self.tissue.columns), (self.height, self.tissue.top, self.tissue.rows)
+        for side, first, count in box:
+            start, stop = first / self.pitch, (first + count) / self.pitch
             lowest = max(math.ceil(-(grid - 1) * self.size - _EDGE), math.floor(start - grid * self.size))
             highest = min(math.floor(side - self.size + _EDGE), math.ceil(stop))
             low.append(lowest)

@@ -1,17 +1,25 @@
 """From a manifest to a catalog: look at every slide once, accept it or say why not."""
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import io
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from histoscale.data.catalog import Catalog, Entry, Rejected, complete, write_catalog
+from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import Slide, mpp_problem
+from histoscale.data.masks import MaskError, drawn_mask
+from histoscale.data.merge import write_catalog
+from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, row_of, slide_columns, write_part
+from histoscale.data.processes import worker_context
+from histoscale.data.ranks import Ranks
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Reader, level_mpps
 from histoscale.data.readers.region import open_reader
@@ -20,6 +28,9 @@ from histoscale.data.tissue import NoTissue, TissueConfig, tissue_mask
 
 _STRIP_PX = 1 << 22  # pixels decoded at once while a level is shrunk
 _WORST_DAMAGE = 0.5  # a slide with more of its thumbnail undecodable is refused; single bad tiles are the visits' business
+_PART_SLIDES = 16  # examined together and written as one part: what a kill costs each process
+_AHEAD = 4  # parts a process has in its queue
+_THUMBNAIL_PX = 256  # longest side
 
 
 def build_catalog(
@@ -30,71 +41,187 @@ def build_catalog(
     workers: int,
     previous: Catalog | None,
     journal: Journal,
+    threads: int = 1,
+    ranks: Ranks | None = None,
 ) -> Catalog:
-    """Examine the slides in `workers` processes (0: in this one) and write the catalog into `out`.
+    """Examine the slides in `workers` processes (0: in this one) of `threads` threads each and write the catalog into `out`.
 
-    Unchanged slides of `previous` (same id, URI, fingerprint, manifest mpp, tissue settings) are taken over unread. Raises
-    StorageError when the store fails: an outage must not look like bad slides.
+    Slides that were examined before, for `previous` or by a run of this that was stopped, are not read again where neither their
+    file nor the manifest's mpp nor the tissue settings have changed. Of several ranks each takes a share, the first one merges.
+    Raises StorageError when the store fails: an outage must not look like bad slides. What was examined until then is kept.
     """
-    accepted: list[Entry] = []
-    rejected: list[Rejected] = []
-    with journal.progress(len(slides), "index", "slides") as progress:
-        for found in _examined(slides, store, tissue, workers, previous):
-            if isinstance(found, Entry):
-                accepted.append(found)
-            else:
-                rejected.append(found)
-            progress.advance(1, rejected=str(len(rejected)))
-    return write_catalog(out, accepted, rejected, tissue, store)
+    ordered = sorted(slides, key=lambda slide: slide.slide_id)
+    before = previous if previous is not None and previous.same_tissue(tissue) else None
+    folder, main = out / "parts", ranks is None or ranks.main
+    run = next_run(folder) if ranks is None else ranks.first(lambda: next_run(folder))
+    known = {**(before.known() if before is not None else {}), **Parts(folder, tissue).known}
+    if ranks is not None:
+        ranks.barrier()  # all have seen the same parts
+    share = _share(ordered, known, ranks)
+    look = _Look(store, tissue, folder, run, threads)
+    with journal.progress(sum(len(chunk.slides) for chunk in share), "index", "slides") as progress:
+        unchanged = rejected = 0
+        for done in _examined(look, share, workers):
+            unchanged, rejected = unchanged + done.unchanged, rejected + done.rejected
+            progress.advance(done.slides, unchanged=str(unchanged), rejected=str(rejected))
+    if ranks is not None:
+        ranks.barrier()
+    if main:
+        write_catalog(out, _rows(ordered, Parts(folder, tissue), before), tissue)
+        shutil.rmtree(folder)
+    if ranks is not None:
+        ranks.barrier()
+    return open_catalog(str(out), store)
 
 
-def _examined(
-    slides: Sequence[Slide], store: Store, tissue: TissueConfig, workers: int, previous: Catalog | None
-) -> Iterator[Entry | Rejected]:
+@dataclass(frozen=True)
+class _Chunk:
+    """Slides that are examined together, and what is known of each from before."""
+
+    number: int
+    slides: list[Slide]
+    known: list[Known | None]
+
+
+@dataclass(frozen=True)
+class _Done:
+    slides: int
+    unchanged: int
+    rejected: int
+
+
+def _share(slides: Sequence[Slide], known: Mapping[str, Known], ranks: Ranks | None) -> list[_Chunk]:
+    """The chunks of this rank. Slides that nothing is known of stand apart, so that the work is spread evenly."""
+    apart = sorted(slides, key=lambda slide: (slide.slide_id in known, slide.slide_id))
+    chunks = []
+    for number, start in enumerate(range(0, len(apart), _PART_SLIDES)):
+        if ranks is None or number % ranks.world == ranks.rank:
+            some = apart[start : start + _PART_SLIDES]
+            chunks.append(_Chunk(number, some, [known.get(slide.slide_id) for slide in some]))
+    return chunks
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a process needs to examine slides; called with a chunk, it leaves a part."""
+
+    store: Store
+    tissue: TissueConfig
+    folder: Path
+    run: int
+    threads: int
+
+    def __call__(self, chunk: _Chunk) -> _Done:
+        def one(slide: Slide, known: Known | None) -> Row | None:
+            found = examine(slide, self.store, self.tissue, known)
+            return None if isinstance(found, Known) else row_of(found)
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            rows = list(pool.map(one, chunk.slides, chunk.known))
+        new = [row for row in rows if row is not None]
+        if new:
+            write_part(self.folder, self.run, chunk.number, new, self.tissue)
+        rejected = sum(row.get("reason") is not None for row in new)
+        return _Done(len(rows), len(rows) - len(new), rejected)
+
+
+def _examined(look: _Look, chunks: Sequence[_Chunk], workers: int) -> Iterator[_Done]:
     if workers == 0:
-        for slide in slides:
-            yield examine(slide, store, tissue, previous)
+        yield from map(look, chunks)
         return
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(examine, slide, store, tissue, previous): slide for slide in slides}
+    waiting = iter(chunks)
+    with ProcessPoolExecutor(workers, mp_context=worker_context()) as pool:
+        under_way: dict[Future[_Done], _Chunk] = {}
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while True:
+                while len(under_way) < workers * _AHEAD and (chunk := next(waiting, None)) is not None:
+                    under_way[pool.submit(look, chunk)] = chunk
+                if not under_way:
+                    return
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    yield future.result()
+                    del under_way[future]
         except BrokenProcessPool as error:
-            left = ", ".join(slide.slide_id for future, slide in futures.items() if not future.done())[:300]
-            raise OSError(f"a worker died (out of memory, or a slide crashed its decoder); not examined: {left}") from error
+            left = ", ".join(slide.slide_id for chunk in under_way.values() for slide in chunk.slides)[:300]
+            raise OSError(f"a worker died (out of memory, or a slide crashed its decoder); among these: {left}") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def examine(slide: Slide, store: Store, tissue: TissueConfig, previous: Catalog | None = None) -> Entry | Rejected:
-    """Header, tile tables and tissue of one slide; Rejected if it cannot be used. A store that fails raises StorageError."""
+def _rows(slides: Sequence[Slide], parts: Parts, before: Catalog | None) -> Iterator[Row]:
+    """Every slide as it was examined last, with the manifest's words of today."""
+    refused = {found.slide_id: found for found in before.rejected} if before is not None else {}
+    for slide in slides:
+        if slide.slide_id in parts.known:
+            row = parts.row(slide.slide_id)
+        elif slide.slide_id in refused:
+            row = row_of(refused[slide.slide_id])
+        else:
+            assert before is not None, f"{slide.slide_id} was not examined"
+            row = before.packed(before.row(slide.slide_id))
+        if row.get("reason") is None:
+            header = {name: row[f"header_{name}"] for name in ("mpp", "scanner", "objective")}
+            row = {**row, **slide_columns(complete(slide, header))}
+        yield row
+
+
+def complete(slide: Slide, header: Mapping[str, Any]) -> Slide:
+    """The manifest's values, completed from the header's: mpp, scanner, objective."""
+    return replace(slide, **{name: value for name, value in header.items() if getattr(slide, name) is None})
+
+
+def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | None = None) -> Entry | Rejected | Known:
+    """Header, tile tables and tissue of one slide; Rejected if it cannot be used; `known` itself if nothing has changed since.
+
+    A store that fails raises StorageError.
+    """
+    source = Known(slide.uri, slide.mpp, None, slide.mask_uri)
     try:
-        fingerprint = store.fingerprint(slide.uri)
-        old = previous.unchanged(slide, fingerprint, tissue) if previous is not None else None
-        if old is not None:
-            return old
+        source = source._replace(fingerprint=store.fingerprint(slide.uri))
+        if slide.mask_uri is not None:
+            source = source._replace(mask=_marked(slide.mask_uri, store))
+        if known == source:
+            return source
         problem = mpp_problem(slide.mpp) if slide.mpp is not None else None
         if problem:
-            return Rejected(slide.slide_id, slide.uri, problem)
+            return Rejected(slide.slide_id, problem, source)
         layout = read_layout(slide.uri, store)
-        full = complete(slide, layout)
+        full = complete(slide, {"mpp": layout.mpp, "scanner": layout.scanner, "objective": layout.objective})
         problem = mpp_problem(full.mpp)
         if problem or full.mpp is None:
-            return Rejected(slide.slide_id, slide.uri, str(problem))
+            return Rejected(slide.slide_id, str(problem), source)
         level, factor = mask_level(layout, full.mpp, tissue.mpp)
         mask_mpp = full.mpp * layout.levels[level].downsample * factor
-        mask = tissue_mask(thumbnail(open_reader(slide.uri, layout, store), level, factor), mask_mpp, tissue)
+        picture = thumbnail(open_reader(slide.uri, layout, store), level, factor)
+        if slide.mask_uri is None:
+            mask = tissue_mask(picture, mask_mpp, tissue)
+        else:
+            whole = layout.levels[0].width, layout.levels[0].height
+            mask = drawn_mask(slide.mask_uri, store, whole, picture.shape[:2], mask_mpp / full.mpp)
     except Missing as error:
-        return Rejected(slide.slide_id, slide.uri, f"missing: {error}")
+        return Rejected(slide.slide_id, f"missing: {error}", source)
     except LayoutError as error:
-        return Rejected(slide.slide_id, slide.uri, f"unreadable: {error}")
+        return Rejected(slide.slide_id, f"unreadable: {error}", source)
     except DecodeError as error:
-        return Rejected(slide.slide_id, slide.uri, f"undecodable: {error}")
+        return Rejected(slide.slide_id, f"undecodable: {error}", source)
     except NoTissue as error:
-        return Rejected(slide.slide_id, slide.uri, str(error))
-    return Entry(full, slide.mpp, layout, mask, mask_mpp, fingerprint)
+        return Rejected(slide.slide_id, str(error), source)
+    except MaskError as error:
+        return Rejected(slide.slide_id, f"unusable mask: {slide.mask_uri}: {error}", source)
+    return Entry(full, source, layout, mask, mask_mpp, _jpeg(picture))
+
+
+def _marked(uri: str, store: Store) -> str:
+    """A drawn mask as it is now: another file or other bytes are another mask."""
+    mark = store.fingerprint(uri)
+    return f"{uri} {mark.size} {mark.tag}"
+
+
+def _jpeg(picture: np.ndarray) -> bytes:
+    image, file = Image.fromarray(picture), io.BytesIO()
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.BOX)
+    image.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def mask_level(layout: Layout, mpp: float, mask_mpp: float) -> tuple[int, int]:

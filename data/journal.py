@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 # Tokens in URLs, key=value secrets, and the account keys of the object stores.
 _SECRETS = re.compile(
-    r"(?i)(?P<name>\b(?:sig|se|sp|sv|key|token|secret|password|passwd|api[-_]?key|access[-_]?key(?:[-_]?id)?|account[-_]?key|sas[-_]?(?:token|key)|"
-    r"(?:client|aws|storage)[-_]?[a-z_-]*(?:secret|token|key)|[a-z]+_token|credential|shared[-_]?access[-_]?signature|"
+    r"(?i)(?P<name>\b(?:sig|se|sp|sv|token|secret|password|passwd|api[-_]?key|access[-_]?key(?:[-_]?id)?|account[-_]?key|sas[-_]?(?:token|key)|"
+    r"(?:client|aws|storage)[-_]?[a-z_-]*(?:secret|token|key)|(?:session|access|refresh|id|bearer)_token|credential|shared[-_]?access[-_]?signature|"
     r"signature|x-amz-[a-z-]+|connection[-_]?string|(?:aws_)?secret_access_key|authorization)\b[\"']?\s*[=:]\s*)"
     r"(?P<value>\"[^\"]*\"|'[^']*'|(?:bearer|sharedkey|basic)\s+[^\s,;&\"']+|[^\s,;&\"'}\])]+)"
 )
@@ -37,8 +37,24 @@ def scrub(text: str) -> str:
     """The text with secrets replaced by ***: those that hide_options was told, query tokens, keys, passwords, user:password@."""
     for secret in sorted(_hidden, key=len, reverse=True):
         text = text.replace(secret, "***")
-    text = _SECRETS.sub(lambda m: m["name"] + "***", text)
+    text = _SECRETS.sub(lambda m: m["name"] + _quoted(m["value"]), text)
     return _USERINFO.sub(lambda m: m["scheme"] + "***@", _BEARER.sub(lambda m: m["name"] + "***", text))
+
+
+def scrubbed(values: Any, name: str = "") -> Any:
+    """Nested values with their secrets, by name or by content, replaced: for files that are read again."""
+    if isinstance(values, Mapping):
+        return {key: scrubbed(below, str(key)) for key, below in values.items()}
+    if isinstance(values, list | tuple):
+        return [scrubbed(below, name) for below in values]
+    if not isinstance(values, str):
+        return values
+    return "***" if values and scrub(f"{name}={values}") == f"{name}=***" else scrub(values)
+
+
+def _quoted(value: str) -> str:
+    """*** in the quotes of the value that it stands for: JSON and YAML stay readable."""
+    return f"{value[0]}***{value[0]}" if value[0] in "\"'" else "***"
 
 
 def hide_options(options: Mapping[str, Any]) -> None:

@@ -23,7 +23,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Slide:
-    """One row. mpp: µm per pixel at level 0 (overrides the header). labels: every other column that is not empty."""
+    """One row. mpp: µm per pixel at level 0 (overrides the header). labels: every other column that is not empty.
+
+    mask_uri: the column `mask`, a drawn tissue mask (masks.py) in place of the automatic one.
+    """
 
     slide_id: str
     uri: str
@@ -37,9 +40,10 @@ class Slide:
     preparation: str | None
     objective: float | None
     labels: dict[str, str]
+    mask_uri: str | None = None
 
 
-_COLUMNS = tuple(field.name for field in fields(Slide) if field.name != "labels")
+_COLUMNS = tuple(field.name for field in fields(Slide) if field.name not in ("labels", "mask_uri"))
 _NUMBERS = ("mpp", "objective")
 
 
@@ -125,8 +129,12 @@ def _slide(row: dict[str, str], manifest: str) -> Slide:
     known: dict[str, Any] = {name: row.get(name) or None for name in _COLUMNS}
     for name in _NUMBERS:
         known[name] = _number(name, known[name])
-    labels = {name: value for name, value in row.items() if name not in _COLUMNS and value}
-    return Slide(**{**known, "uri": resolve(manifest, uri)}, labels=labels)
+    labels = {name: value for name, value in row.items() if name not in (*_COLUMNS, "mask") and value}
+    mask = row.get("mask") or None
+    if mask is not None:
+        check_uri(mask)
+        mask = resolve(manifest, mask)
+    return Slide(**{**known, "uri": resolve(manifest, uri)}, labels=labels, mask_uri=mask)
 
 
 def _number(name: str, text: str | None) -> float | None:
@@ -155,4 +163,3 @@ def mpp_problem(mpp: float | None) -> str | None:
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:
         return f"absurd mpp: {mpp:g} µm/px is outside {MPP_RANGE[0]}-{MPP_RANGE[1]:g}; set it in the manifest's column mpp"
     return None
-

@@ -142,7 +142,7 @@ def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
     A smaller budget is a subset of a larger one. Slides that can serve no target are not counted.
     Raises ValueError when the budget is not within 1 and the slides that there are.
     """
-    kept = table.eligible.any(axis=1)
+    kept = np.asarray(table.eligible.any(axis=1))
     if budget is None:
         return kept
     usable = np.flatnonzero(kept)

@@ -20,8 +20,8 @@ class Serving:
 
 
 def tissue_of(catalog: Catalog, slide: int) -> Tissue:
-    """The integral image of a slide's mask."""
-    return Tissue(catalog.mask(slide), catalog.mask_mpp(slide))
+    """Where a slide has tissue."""
+    return Tissue(catalog.bitmap(slide), catalog.mask_mpp(slide))
 
 
 def serve(

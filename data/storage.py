@@ -6,6 +6,7 @@ import logging
 import os
 import posixpath
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from histoscale.data.cache import FileCache
 from histoscale.data.clients import Client, Info
 from histoscale.data.clients.azure import Azure
 from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told
-from histoscale.data.clients.filesystem import S3, Filesystem, Http
+from histoscale.data.clients.filesystem import S3, Filesystem, Google, Http
 from histoscale.data.journal import hide_options, scrub
 
 Result = TypeVar("Result")
@@ -27,13 +28,13 @@ Result = TypeVar("Result")
 BLOCK = 16 << 20  # whole files are copied in ranges of so many bytes, each with its own repeats
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _TELL_S = 30.0  # a store that does not answer is told so often
-_AZURE, _HTTP = ("az", "abfs", "abfss"), ("http", "https")
-_OBSTORE = (*_AZURE, *_HTTP, "s3", "gs", "gcs")
+_AZURE, _GOOGLE, _HTTP = ("az", "abfs", "abfss"), ("gs", "gcs"), ("http", "https")
+_OBSTORE = (*_AZURE, *_GOOGLE, *_HTTP, "s3")
 _TOKENS = {
     **dict.fromkeys(_AZURE, "sas_token"), **dict.fromkeys(_HTTP, "client_kwargs.headers"),
     "s3": "key and storage.options.s3.secret", "gs": "token", "gcs": "token",
 }  # fmt: skip
-_PACKAGES = {"s3": "histoscale[s3]", "gs": "histoscale[gcs]", "gcs": "histoscale[gcs]"}
+_PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _log = logging.getLogger("histoscale.storage")
 
 
@@ -73,7 +74,9 @@ def check_uri(uri: str) -> None:
             f"drop it and set storage.options.{scheme}.{_TOKENS.get(scheme, 'token')} instead"
         )
     if scheme not in fsspec.available_protocols():
-        raise ValueError(f"the URI {scrub(uri)} has the unknown scheme {scheme!r}: expected a path, az://, s3://, gs:// or http(s)://")
+        raise ValueError(
+            f"the URI {scrub(uri)} has the unknown scheme {scheme!r}: expected a path, az://, s3://, gs:// or http(s)://"
+        )
 
 
 def resolve(base: str, uri: str) -> str:
@@ -90,6 +93,13 @@ def resolve(base: str, uri: str) -> str:
 def join(folder: str, name: str) -> str:
     """The URI of a file in a folder."""
     return f"{folder.rstrip('/')}/{name}"
+
+
+def _named(index: bytes) -> list[str]:
+    """The files beside it that a Hamamatsu VMS or VMU file names; a name that leads elsewhere is none of them."""
+    names = re.findall(rb"^(?:ImageFile|MapFile|OptimisationFile|MacroImage)[^=\n]*=([^\r\n]+)", index, re.MULTILINE)
+    found = [name.decode("utf-8", "replace").strip() for name in names]
+    return [name for name in dict.fromkeys(found) if name and not name.startswith(".") and not set(name) & set("/\\")]
 
 
 def _scheme(uri: str) -> str:
@@ -124,12 +134,13 @@ class Store:
         if not _scheme(uri):
             return self._local_ranges(uri, spans)
         found: list[bytes | None] = [None if stop > start else b"" for start, stop in spans]
-        shorts = 0
+        tries = shorts = 0
 
         def attempt(timeout_s: float) -> None:
-            nonlocal shorts
+            nonlocal tries, shorts
             todo = [i for i, data in enumerate(found) if data is None]
-            replies = self._client(uri).ranges(uri, [spans[i] for i in todo], timeout_s) if todo else []
+            replies = self._client(uri).ranges(uri, [spans[i] for i in todo], timeout_s, tries > 0) if todo else []
+            tries += 1
             failures: list[BaseException] = []
             for i, reply in zip(todo, replies, strict=True):
                 if isinstance(reply, BaseException):
@@ -138,13 +149,15 @@ class Store:
                     failures.append(Short(f"{len(reply)} bytes came for the range {spans[i]}"))
                 else:
                     found[i] = reply
-            self._count(len(todo), sum(len(reply) for reply in replies if isinstance(reply, bytes)), max(0, len(failures) - 1))
+            stop = next((failure for failure in failures if final(uri, "", failure) is not None), None)
+            again = max(0, len(failures) - 1) if stop is None else 0  # _patiently counts one
+            self._count(len(todo), sum(len(reply) for reply in replies if isinstance(reply, bytes)), again)
             short = next((failure for failure in failures if isinstance(failure, Short)), None)
             shorts += short is not None
             if shorts > 1 and short is not None:  # cut twice: is the file shorter than it was?
                 self._check_length(uri, spans, timeout_s)
             if failures:
-                raise next((f for f in failures if final(uri, "", f) is not None), max(failures, key=retry_after_s))
+                raise stop or max(failures, key=retry_after_s)
 
         self._patiently(uri, attempt)
         return [data for data in found if data is not None]
@@ -216,7 +229,7 @@ class Store:
 
     def local(self, uri: str) -> Path:
         """The file or folder on a local disk. A remote one is copied whole into the cache, with the files that belong to it: the
-        folder of an MRXS slide, the instances beside a DICOM file."""
+        folder of an MRXS slide, the instances beside a DICOM file, the files that a VMS file names."""
         if not _scheme(uri):
             if not _path(uri).exists():
                 raise Missing(f"{uri}: no such file")
@@ -238,6 +251,11 @@ class Store:
             beside = uri[: -len(".mrxs")]
             wanted = [(uri, folder / name)]
             wanted += [(join(beside, child), folder / name[: -len(".mrxs")] / child) for child in self.children(beside)]
+        elif name.lower().endswith((".vms", ".vmu")):
+            wanted = [(join(parent, child), folder / child) for child in [name, *_named(self.read(uri))]]
+            wanted = [
+                (source, path) for source, path in wanted if self.exists(source)
+            ]  # some are optional: OpenSlide knows which
         else:
             wanted = [(uri, folder / name)]
         total = sum(self.size(source) for source, _ in wanted)
@@ -294,9 +312,12 @@ class Store:
                 return Azure(scheme, {"account_name": account.split(".")[0], **options} if account else options)
             if scheme in _HTTP:
                 return Http(scheme, options)
+            if scheme in _GOOGLE:
+                return Google(options)
             return S3(options) if scheme == "s3" else Filesystem(scheme, options)
         except ImportError as error:
-            package = "histoscale[obstore]" if error.name == "obstore" else _PACKAGES.get(scheme, "the package it names")
+            package = "obstore" if self.config.backend == "obstore" else _PACKAGES.get(scheme, "")
+            package = f"histoscale[{package}]" if package else "the package it names"
             raise StorageError(f"{scheme}:// needs a client: pip install {package} ({error})") from None
         except Exception as error:  # whatever a client makes of its options
             raise StorageError(f"{scheme}:// does not open with storage.options.{scheme}: {told(error)}") from None

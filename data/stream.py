@@ -1,7 +1,6 @@
 """The stream: owners read the visits of their slots ahead; whole uint8 batches are put together by slot, never by arrival."""
 
 import json
-import multiprocessing
 import os
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from histoscale.data.journal import scrub
 from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
+from histoscale.data.processes import worker_context
 from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
 from histoscale.data.visit import Patches, Source, VisitFailed
@@ -264,8 +264,7 @@ class Stream:
         owners = min(self.config.workers, len(self.slots))
         dataset = _Owners(self.plan, self.source, self.slots, self.config, self.start)
         if owners:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["histoscale.data.stream"])  # imported once, not once a worker
+            context = worker_context()
             ahead = self.config.prefetch
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="This DataLoader will create")  # than there are cores

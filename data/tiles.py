@@ -1,4 +1,4 @@
-"""Ready tiles as a source of visits: a folder of images, or Parquet. One visit is grid^2 tiles of one slide id."""
+"""Ready tiles as a source of visits: a folder of images, Parquet, WebDataset shards. A visit is grid^2 tiles of one slide id."""
 
 import io
 import re
@@ -16,25 +16,25 @@ from histoscale.data.keys import key, permute
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Target, Visit, targets
 from histoscale.data.readers.vendor import FREE, Gate
-from histoscale.data.storage import Store
+from histoscale.data.shards import ABOUT, IMAGES, Shards, TilesError, shards_of
+from histoscale.data.storage import Fingerprint, StorageError, Store
 from histoscale.data.visit import Patches, VisitFailed
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_SUFFIXES = (*IMAGES, ".tif", ".tiff", ".bmp")
 _ROW_GROUPS_KEPT = 4
-_ABOUT = ("patient_id", "site", "organ", "cohort", "scanner")
-
-
-class TilesError(ValueError):
-    """The folder or file does not hold tiles; the message says what is missing."""
 
 
 class Tiles(Protocol):
-    """A list of encoded images. columns: slide_id and, where known, mpp and what is known of the slide; one value a tile."""
+    """A list of encoded images. columns: slide_id and, where known, mpp and what is known of the slide; one value a tile.
+
+    identity: plain values that change when the tiles do, wherever they lie.
+    """
 
     columns: dict[str, list[Any]]
+    identity: Sequence[Any]
 
-    def image(self, i: int) -> bytes:
-        """The encoded image of tile i. Raises OSError."""
+    def images(self, numbers: Sequence[int]) -> list[bytes | None]:
+        """The encoded images of some tiles, None for what is not there. Raises StorageError for what time might heal."""
 
 
 class Folder:
@@ -50,23 +50,32 @@ class Folder:
         if nameless:
             others = f" and {len(nameless) - 1} more" if len(nameless) > 1 else ""
             raise TilesError(f"the pattern {pattern!r} finds no slide id (its first group) in {nameless[0]!r}{others}")
+        self.identity = self.files
         self.columns = {"slide_id": [match.group(1) for match in found if match is not None]}
 
-    def image(self, i: int) -> bytes:
-        return (self.path / self.files[i]).read_bytes()
+    def images(self, numbers: Sequence[int]) -> list[bytes | None]:
+        return [self._image(self.path / self.files[i]) for i in numbers]
+
+    def _image(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StorageError(f"{path}: {error}") from error
 
 
 class Table:
     """A Parquet file with the columns slide_id and image (bytes, or a struct that holds `bytes`), and mpp and others if known."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mark: Fingerprint) -> None:
+        self.path, self.identity = path, [mark.size, mark.tag]
         self._open()
         names = self.file.schema_arrow.names
         missing = [name for name in ("slide_id", "image") if name not in names]
         if missing:
             raise TilesError(f"{path} has no column {' and no column '.join(missing)}: it has {', '.join(names)}")
-        self.columns = self.file.read([name for name in ("slide_id", "mpp", *_ABOUT) if name in names]).to_pydict()
+        self.columns = self.file.read([name for name in ("slide_id", "mpp", *ABOUT) if name in names]).to_pydict()
 
     def _open(self) -> None:
         self.file = pyarrow.parquet.ParquetFile(self.path, memory_map=True)
@@ -76,13 +85,16 @@ class Table:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "columns": self.columns}
+        return {"path": self.path, "columns": self.columns, "identity": self.identity}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
-    def image(self, i: int) -> bytes:
+    def images(self, numbers: Sequence[int]) -> list[bytes | None]:
+        return [self._image(i) for i in numbers]
+
+    def _image(self, i: int) -> bytes | None:
         group = int(np.searchsorted(self.starts, i, side="right")) - 1
         with self._lock:  # a Parquet file has one position
             if group not in self._groups:
@@ -134,33 +146,42 @@ class TileSource:
         )
 
     def read(self, visit: Visit) -> Patches:
-        """Tiles in keyed order until grid^2 have passed the pixel filter, then repeats. Raises VisitFailed, and ValueError for a
-        tile that is smaller than a patch."""
+        """Tiles in keyed order until grid^2 have passed the pixel filter, then repeats. Raises VisitFailed, StorageError, and
+        ValueError for a tile that is smaller than a patch."""
         tiles = self._serving(visit.slide, targets(self.sampler)[visit.target])
         wanted, tested = self.sampler.grid**2, 0
         pixels: list[np.ndarray] = []
         numbers: list[int] = []
-        for i in range(len(tiles)):
-            if len(pixels) == wanted:
-                break
-            number = int(tiles[permute(visit.key, len(tiles), i)])
-            try:
-                data = self.tiles.image(number)
-                with self._decoding:
-                    image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            except OSError:  # gone, or no image: Pillow's errors are OSErrors
-                continue
-            patch = self._crop(image, key(visit.key, "crop", number), visit.slide)
-            tested += 1
-            if passes([patch], self.sampler.pixel_filter)[0]:
-                pixels.append(patch)
-                numbers.append(number)
+        taken = 0
+        while len(pixels) < wanted and taken < len(tiles):
+            some = range(taken, min(taken + wanted - len(pixels), len(tiles)))  # no more than may be needed, fetched together
+            taken = some.stop
+            chosen = [int(tiles[permute(visit.key, len(tiles), i)]) for i in some]
+            for number, data in zip(chosen, self.tiles.images(chosen), strict=True):
+                image = self._decoded(data)
+                if image is None:
+                    continue
+                patch = self._crop(image, key(visit.key, "crop", number), visit.slide)
+                tested += 1
+                if passes([patch], self.sampler.pixel_filter)[0]:
+                    pixels.append(patch)
+                    numbers.append(number)
         if not pixels:
             raise VisitFailed(f"none of {len(tiles)} tiles could be read and passed the pixel filter", tested)
         again = np.arange(wanted) % len(pixels)
         x = np.array(numbers, np.int64)[again]
         mpp = float(self.mpp[numbers[0]])
         return Patches([pixels[i] for i in again], x, np.zeros_like(x), 0, mpp, tested, len(pixels), wanted - len(pixels))
+
+    def _decoded(self, data: bytes | None) -> np.ndarray | None:
+        """uint8 [h, w, 3]; None for what is no image, or a damaged one."""
+        if data is None:
+            return None
+        try:
+            with self._decoding:
+                return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # Pillow's, by format and kind of damage
+            return None
 
     def _crop(self, image: np.ndarray, k: int, slide: int) -> np.ndarray:
         side, (height, width) = self.sampler.patch_px, image.shape[:2]
@@ -181,10 +202,14 @@ class TileSource:
 
 
 def open_tiles(uri: str, pattern: str, sampler: SamplerConfig, store: Store) -> TileSource:
-    """The tiles of a folder on this machine, or of a Parquet file anywhere (a remote one is copied into the cache).
+    """The tiles of WebDataset shards anywhere (a .tar file, a folder of them, `train-{000..041}.tar`), of a folder of images on
+    this machine, or of a Parquet file anywhere (a remote one is copied into the cache).
 
-    pattern: for folders, a regular expression on the relative path whose first group is the slide id; `^(.+)/` takes the folder.
-    Raises TilesError, StorageError.
+    pattern: for folders and shards, a regular expression on the relative path or the key whose first group is the slide id;
+    `^(.+)/` takes the folder. Raises TilesError, StorageError.
     """
+    shards = shards_of(uri, store)
+    if shards:
+        return TileSource(Shards(shards, pattern, store), sampler)
     path = store.local(uri)
-    return TileSource(Folder(path, pattern) if path.is_dir() else Table(path), sampler)
+    return TileSource(Folder(path, pattern) if path.is_dir() else Table(path, store.fingerprint(uri)), sampler)

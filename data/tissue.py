@@ -1,10 +1,12 @@
-"""Where tissue is: saturation against Otsu's threshold between two absolute bounds, at low resolution."""
+"""Where tissue is, at low resolution: saturation against Otsu's threshold between absolute bounds, or fixed bounds of colour."""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+
+from histoscale.data.pixelfilter import hsv
 
 _BINS = 256
 
@@ -15,15 +17,21 @@ class NoTissue(ValueError):
 
 @dataclass(frozen=True)
 class TissueConfig:
-    """mpp: µm per mask pixel that is wanted. min_saturation, max_saturation: bounds of the threshold (HSV, 0-1).
+    """mpp: µm per mask pixel that is wanted. kind: otsu: saturation above Otsu's threshold of the slide itself, kept between
+    min_saturation and max_saturation (HSV, 0-1); hsv: pixels within the bounds hue, saturation and value (lowest and highest, in
+    OpenCV's 8-bit units), the same for every slide, which leaves out pen and dark edges (and what is red as blood).
 
     black: HSV value (0-1) below which there is no light. min_light: darkest channel (0-1) that the brightest tenth must reach.
     close_um: gaps that are bridged; min_area_um2, max_hole_um2: smaller islands and holes vanish; min_tissue_um2: less is none.
     """
 
     mpp: float
+    kind: str
     min_saturation: float
     max_saturation: float
+    hue: list[int]
+    saturation: list[int]
+    value: list[int]
     black: float
     min_light: float
     close_um: float
@@ -35,17 +43,26 @@ class TissueConfig:
 def tissue_mask(thumbnail: np.ndarray, mpp: float, config: TissueConfig) -> np.ndarray:
     """bool [h, w] of a uint8 [h, w, 3] thumbnail at `mpp` µm per pixel.
 
-    Raises NoTissue for blank glass and for dark-background images (fluorescence).
+    Raises NoTissue for blank glass and for dark-background images (fluorescence), ValueError on an unknown kind.
     """
+    if config.kind not in ("otsu", "hsv"):
+        raise ValueError(f"tissue.kind is {config.kind!r}: expected otsu or hsv")
     # One pixel of smoothing: noise of dark or compressed glass has saturation of its own.
     smooth = np.stack([ndimage.gaussian_filter(thumbnail[..., i].astype(np.float32), 1.0) for i in range(3)], -1) / 255
     high, low = smooth.max(-1), smooth.min(-1)
     lit = high >= config.black
     if not lit.any() or np.quantile(low[lit], 0.9) < config.min_light:
         raise NoTissue("no bright-field tissue: the image is dark where transmitted light should be white (fluorescence?)")
-    saturation = np.where(lit, (high - low) / np.maximum(high, 1e-6), 0)
-    threshold = min(max(otsu(saturation[lit]), config.min_saturation), config.max_saturation)
-    mask = _clean(saturation > threshold, mpp, config)
+    if config.kind == "otsu":
+        saturation = np.where(lit, (high - low) / np.maximum(high, 1e-6), 0)
+        found = saturation > min(max(otsu(saturation[lit]), config.min_saturation), config.max_saturation)
+    else:
+        found = lit.copy()
+        for channel, (least, most) in zip(
+            hsv(np.rint(smooth * 255).astype(np.uint8)), (config.hue, config.saturation, config.value), strict=True
+        ):
+            found &= (least <= channel) & (channel <= most)
+    mask = _clean(found, mpp, config)
     area = float(mask.sum()) * mpp**2
     if area < config.min_tissue_um2:
         raise NoTissue(f"no tissue: {area / 1e6:.3f} mm² found, at least {config.min_tissue_um2 / 1e6:g} mm² expected")

@@ -71,23 +71,21 @@ def make_views(pixels: Tensor, seed: int, step: int, slots: Tensor, config: View
         if len(listed) != config.global_count:
             raise ValueError(f"views.{name}={listed} needs views.global_count={config.global_count} entries")
     parents = draw.keys(seed, "views", step, slots.to(pixels.device))
-    source, side = augment.lines(pixels), pixels.shape[-1]
+    source, none = augment.lines(pixels), [0.0] * config.local_count
     kinds = (
-        Kind("global", config.global_px, *crop_area("global", side, config), config.blur.global_p, config.global_solarize_p),
-        Kind("local", config.local_px, *crop_area("local", side, config),
-             [config.blur.local_p] * config.local_count, [0.0] * config.local_count),
-    )  # fmt: skip
+        Kind("global", config.global_px, config.global_scale, config.blur.global_p, config.global_solarize_p),
+        Kind("local", config.local_px, config.local_scale, [config.blur.local_p] * config.local_count, none),
+    )
     with torch.autocast(pixels.device.type, enabled=False):
         return Views(*(_views(source, parents, seed, step, kind, config) for kind in kinds))
 
 
 class Kind(NamedTuple):
-    """Global or local views. area: of their boxes, px; longest: side of any box, px. blur_p, solarize_p: one a view."""
+    """Global or local views. blur_p, solarize_p: one a view."""
 
     name: str
     px: int
-    area: tuple[float, float]
-    longest: float
+    scale: Sequence[float]
     blur_p: Sequence[float]
     solarize_p: Sequence[float]
 
@@ -97,8 +95,9 @@ def _views(source: Tensor, parents: Tensor, seed: int, step: int, kind: Kind, co
     count, batch, side = len(kind.blur_p), source.shape[1], source.shape[2]
     if count == 0:
         return source.new_zeros(0, 3, kind.px, kind.px)
+    area, longest = crop_area(kind.name, kind.px, kind.scale, side, config)
     keys = torch.cat([draw.fork(parents, f"{kind.name}/{i}") for i in range(count)])
-    boxes, symmetry = crop_boxes(keys, side, kind.area, config.ratio), symmetries(keys, config)
+    boxes, symmetry = crop_boxes(keys, side, area, config.ratio), symmetries(keys, config)
     hed, hed_on = hed_draws(keys, config.hed_sigma_od), chosen(keys, "hed_on", [config.hed_p])
     jitter, jitter_on = jitter_draws(keys, config), chosen(keys, "jitter_on", [config.jitter_p])
     grey_on, no_colour = chosen(keys, "grey", [config.grey_p]), source.new_zeros(len(keys))
@@ -109,7 +108,7 @@ def _views(source: Tensor, parents: Tensor, seed: int, step: int, kind: Kind, co
 
     def run(views: range) -> Tensor:
         at = slice(views.start * batch, views.stop * batch)
-        x = augment.crop(source, boxes[at], symmetry[at], kind.px, kind.longest)
+        x = augment.crop(source, boxes[at], symmetry[at], kind.px, longest)
         if config.hed_p > 0:
             x = _where(hed_on[at], x, hed[at], lambda x, d: hed_jitter(x, d[:, 0], d[:, 1]))
         if config.jitter_p > 0:
@@ -145,13 +144,12 @@ def _where(on: Tensor, x: Tensor, draws: Tensor, change: Callable[[Tensor, Tenso
 # ------------------------------------------------------------------------------------------------------------- draws
 
 
-def crop_area(name: str, side: int, config: ViewsConfig) -> tuple[tuple[float, float], float]:
-    """Area of the boxes of `global` or `local` views in patches of `side` px, low and high (px), and the longest side of a box.
+def crop_area(name: str, px: int, scale: Sequence[float], side: int, config: ViewsConfig) -> tuple[tuple[float, float], float]:
+    """Area of the boxes of global or local views of `px` in patches of `side` px, low and high (px), and a box's longest side.
 
     Extended-context translation (arXiv 2408.00738) cuts a view from a larger patch near its own size, so that cells keep theirs.
     Raises ValueError for a patch that has no room for it.
     """
-    px, scale = getattr(config, f"{name}_px"), getattr(config, f"{name}_scale")
     whole = side**2 if config.scale_of == "patch" else px**2
     longest = math.sqrt(scale[1] * whole * max(config.ratio[1], 1 / config.ratio[0]))
     if config.scale_of == "view" and longest > side:

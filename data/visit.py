@@ -21,9 +21,10 @@ from histoscale.data.readers.scale import read_scaled
 from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.serving import Serving, serve, tissue_of
 from histoscale.data.storage import Changed, Missing, Store
+from histoscale.data.tables import Levels
 
 REGIONS = 8  # after so many regions the patches that passed are repeated
-_KEPT_BYTES = 64 << 20  # tile tables and integral images of open slides that a process keeps
+_KEPT_BYTES = 16 << 20  # tile tables and integral images of open slides that a process keeps
 
 
 class VisitFailed(Exception):
@@ -111,15 +112,15 @@ class SlideSource:
 
     @cached_property
     def slide_ids(self) -> Sequence[str]:
-        return [slide.slide_id for slide in self.catalog.slides]
+        return self.catalog.slide_ids
 
     def decode_threads(self, count: int) -> None:
         """At most `count` threads of this process decode at a time; the others may wait for bytes."""
         self._decoding = threading.BoundedSemaphore(count)
 
     def describe(self, slide: int) -> tuple[str, str, str]:
-        row = self.catalog.slides[slide]
-        return row.site or "", row.scanner or "", row.organ or ""
+        site, scanner, organ = (self.catalog.text(name, slide) or "" for name in ("site", "scanner", "organ"))
+        return site, scanner, organ
 
     def table(self) -> SlideTable:
         """Slides, tissue areas, and which slide can serve which mpp: a level is near or fine enough, and one cell fits."""
@@ -225,5 +226,5 @@ def first_cells(fits: np.ndarray, count: int, k: int) -> tuple[np.ndarray, np.nd
 
 
 def _held_bytes(opened: Opened) -> int:
-    tables = sum(level.offsets.nbytes + level.counts.nbytes for level in opened.reader.layout.levels)
-    return opened.tissue.integral.nbytes + tables
+    levels = opened.reader.layout.levels
+    return opened.tissue.nbytes + (levels.nbytes if isinstance(levels, Levels) else 0)

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import Cells, Tissue
 from histoscale.data.journal import Journal, scrub
+from histoscale.data.normalise.slide import NormaliseConfig, SlideNormaliser, slide_normaliser
 from histoscale.data.readers.pyramid import Damage, DecodeError, Reader
 from histoscale.data.readers.scale import Scale, choose_scale, read_scaled
 from histoscale.data.storage import Changed, Missing, StorageError, Store
@@ -138,7 +139,7 @@ def tile_slide(catalog: Catalog, slide: int, mpp: float, patch_px: int, grid: Gr
         return None
     level = catalog.layout(slide).levels[scale.level]
     size = patch_px * scale.factor
-    tissue = Tissue(catalog.mask(slide), catalog.mask_mpp(slide))
+    tissue = Tissue(catalog.bitmap(slide), catalog.mask_mpp(slide))
     cells = Cells(tissue, level.width, level.height, mpps[scale.level], size, grid.tissue_fraction)
     side = max(1, int(read_px // size))  # cells along a region
     regions, coords = [], []
@@ -164,6 +165,7 @@ def embed_slides(
     slides: Sequence[int],
     pool: str,
     grid: GridConfig,
+    normalise: NormaliseConfig,
     pipe: PipeConfig,
     store: Store,
     out: Path,
@@ -172,7 +174,8 @@ def embed_slides(
     """One `<slide_id>.h5` in `out` for each of the slides (rows of the catalog); stores that are there and fit are kept.
 
     A slide that its own bytes make unusable is a row in `failures.jsonl`. One that the store would not give is too, and after the
-    others are done the run ends in StorageError, so that the same command tries it again.
+    others are done the run ends in StorageError, so that the same command tries it again. One whose stains cannot be fitted is
+    embedded as it was scanned; `unnormalised` names it and why, as its store does.
     Raises EmbedError: no mpp or patch size is known; every slide failed.
     """
     check_pool(pool)
@@ -182,16 +185,20 @@ def embed_slides(
         raise EmbedError(f"the encoder {encoder.name} {trained}: choose one with grid.mpp=")
     if patch_px is None:
         raise EmbedError(f"the encoder {encoder.name} takes patches of any size: choose one with grid.patch_px=")
-    kept, patches, failed, refused = 0, 0, {}, {}
+    normaliser = slide_normaliser(catalog, store, normalise)
+    kept, patches, failed, refused, unnormalised = 0, 0, {}, {}, {}
     with journal.progress(len(slides), "slides", "slides") as progress:
         for slide in slides:
             slide_id = catalog.slides[slide].slide_id
             path, attrs = _inside(out, slide_id), _attributes(encoder, catalog, slide, mpp, patch_px, pool, grid)
+            attrs |= {"normalise": json.dumps(asdict(normalise), sort_keys=True)}
             if _finished(path, attrs):
                 kept += 1
             else:
                 try:
-                    features, coords, more = _embed_slide(encoder, catalog, slide, mpp, patch_px, pool, grid, pipe, store)
+                    features, coords, more = _embed_slide(
+                        encoder, catalog, slide, mpp, patch_px, pool, grid, normaliser, pipe, store
+                    )
                     _write_store(path, features, coords, {**attrs, **more})
                     patches += len(features)
                 except (_Unusable, DecodeError, Missing, Changed) as error:
@@ -200,6 +207,9 @@ def embed_slides(
                 except StorageError as error:
                     refused[slide_id] = scrub(str(error))
                     _note_failure(out, slide_id, refused[slide_id])
+            reason = _unnormalised(path) if normaliser is not None and slide_id not in {**failed, **refused} else ""
+            if reason:
+                unnormalised[slide_id] = reason
             progress.advance(1, patches=patches, failed=len(failed) + len(refused))
     if refused:
         slide_id, cause = next(iter(refused.items()))
@@ -207,8 +217,9 @@ def embed_slides(
     if failed and len(failed) == len(slides):
         slide_id, cause = next(iter(failed.items()))
         raise EmbedError(f"none of {len(slides)} slides could be embedded ({slide_id}: {cause})")
-    return {"slides": len(slides) - len(failed), "kept": kept, "patches": patches, "failed": failed, "mpp": mpp,
-            "patch_px": patch_px, "effective_mpp": encoder.effective_mpp(mpp, patch_px)}  # fmt: skip
+    return {"slides": len(slides) - len(failed), "kept": kept, "patches": patches, "failed": failed,
+            "unnormalised": unnormalised, "mpp": mpp, "patch_px": patch_px,
+            "effective_mpp": encoder.effective_mpp(mpp, patch_px)}  # fmt: skip
 
 
 def _embed_slide(
@@ -219,6 +230,7 @@ def _embed_slide(
     patch_px: int,
     pool: str,
     grid: GridConfig,
+    normaliser: SlideNormaliser | None,
     pipe: PipeConfig,
     store: Store,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -228,7 +240,7 @@ def _embed_slide(
         served = ", ".join(f"{value:.3g}" for value in catalog.level_mpps(slide))
         raise _Unusable(f"ineligible: no patch of {patch_px} px at {mpp:g} µm/px with enough tissue (its levels: {served} µm/px)")
     features, good, waiting = [], [], []
-    for pixels, readable in _read_tiles(tiles, catalog, slide, patch_px, pipe.threads, store):
+    for pixels, readable in _read_tiles(tiles, catalog, slide, patch_px, normaliser, pipe.threads, store):
         good.append(readable)
         waiting.append(pixels)
         while sum(map(len, waiting)) >= pipe.batch:
@@ -242,7 +254,8 @@ def _embed_slide(
         raise _Unusable("not one of its patches can be decoded")
     width = float(catalog.level_mpps(slide)[0])
     more = {"encoder": encoder.name, "mpp": tiles.scale.mpp, "patch_size_level0": round(patch_px * tiles.scale.mpp / width),
-            "lost_patches": int((~readable).sum())}  # fmt: skip
+            "lost_patches": int((~readable).sum()),
+            "unnormalised": normaliser.reason(slide) or "" if normaliser is not None else ""}  # fmt: skip
     return np.concatenate(features), tiles.coords[readable], more
 
 
@@ -252,26 +265,34 @@ def _encode(encoder: Encoder, pixels: np.ndarray, pool: str) -> np.ndarray:
 
 
 def _read_tiles(
-    tiles: Tiles, catalog: Catalog, slide: int, patch_px: int, threads: int, store: Store
+    tiles: Tiles, catalog: Catalog, slide: int, patch_px: int, normaliser: SlideNormaliser | None, threads: int, store: Store
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per region, in order: pixels uint8 [m, 3, S, S] of its readable patches, and bool [cells wanted]: which are readable."""
     reader = catalog.reader(slide, store)
+
+    def read(region: tuple[int, int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        pixels, readable = _read_region(reader, tiles, region, patch_px)
+        if normaliser is not None and len(pixels):
+            pixels = normaliser.apply(pixels, slide, reader)
+        return pixels.transpose(0, 3, 1, 2), readable
+
     with ThreadPoolExecutor(threads) as pool:
         left = iter(tiles.regions)
-        running = [pool.submit(_read_region, reader, tiles, region, patch_px) for region in islice(left, 2 * threads)]
+        running = [pool.submit(read, region) for region in islice(left, 2 * threads)]
         while running:
             done = running.pop(0).result()
-            running += [pool.submit(_read_region, reader, tiles, region, patch_px) for region in islice(left, 1)]
+            running += [pool.submit(read, region) for region in islice(left, 1)]
             yield done
 
 
 def _read_region(
     reader: Reader, tiles: Tiles, region: tuple[int, int, np.ndarray], patch_px: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Patches uint8 [m, S, S, 3] and bool [cells wanted], as `_read_tiles`."""
     x, y, wanted = region
     damage: list[Damage] = []
     whole = read_scaled(reader, tiles.scale, x, y, wanted.shape[1] * patch_px, wanted.shape[0] * patch_px, damage, wanted)
-    patches = whole.reshape(wanted.shape[0], patch_px, wanted.shape[1], patch_px, 3).transpose(0, 2, 4, 1, 3)
+    patches = whole.reshape(wanted.shape[0], patch_px, wanted.shape[1], patch_px, 3).transpose(0, 2, 1, 3, 4)
     readable = wanted.copy()
     for part in damage:
         rows = slice(part.top // patch_px, (part.bottom - 1) // patch_px + 1)
@@ -313,6 +334,12 @@ def _finished(path: Path, attrs: dict[str, Any]) -> bool:
             return all(name in file.attrs and file.attrs[name] == value for name, value in attrs.items())
     except OSError:  # not HDF5: something else wrote here, and it is made again
         return False
+
+
+def _unnormalised(path: Path) -> str:
+    """Why the slide of a store was left as it was scanned; empty where it was normalised."""
+    with h5py.File(path) as file:
+        return str(file.attrs["unnormalised"])
 
 
 def _write_store(path: Path, features: np.ndarray, coords: np.ndarray, attrs: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 Examples:
     histoscale bench what=read out=bench                     (draws a synthetic slide first)
     histoscale bench what=read catalog=catalog rounds=9 out=bench
+    histoscale bench what=catalog out=bench_catalog          (simulates 100,000 slides: 3 GB in out)
+    histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
     histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
 
 Trust the ratios: each is taken within a round and its median over rounds is printed. Rates move with the machine's load.
@@ -18,10 +20,12 @@ from histoscale.data.plan import SamplerConfig
 from histoscale.data.storage import StorageConfig
 from histoscale.data.stream import StreamConfig
 from histoscale.data.tissue import TissueConfig
+from histoscale.launch.bench_catalog import ScaleConfig, catalog
 from histoscale.launch.bench_read import read
+from histoscale.launch.bench_remote import RemoteConfig, remote
 
-RESULT = ("what", "catalog", "seed", "rounds", "visits", "sampler", "cohort", "tissue")
-SUBJECTS = {"read": read}
+RESULT = ("what", "catalog", "seed", "rounds", "visits", "sampler", "cohort", "tissue", "catalog_scale", "remote")
+SUBJECTS = {"read": read, "catalog": catalog, "remote": remote}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Config:
     storage: StorageConfig
     tissue: TissueConfig
     cohort: CohortConfig
+    catalog_scale: ScaleConfig
+    remote: RemoteConfig
     out: str
     logging: JournalConfig
 

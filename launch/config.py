@@ -16,6 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from histoscale.data.journal import hide_options
+
 COMMANDS = ("demo", "cohort", "index", "pretrain", "release", "probe", "embed", "mil", "bench", "doctor")
 
 
@@ -55,13 +57,14 @@ def load(command: str, overrides: list[str]) -> Composed:
         with initialize_config_module("histoscale.configs", version_base="1.3"):
             composed = compose(config_name=command, overrides=overrides)
         values = _resolved(command, composed)
+        hide_options((values.get("storage") or {}).get("options") or {})  # before anything is written or printed
         config = TypeAdapter(module.Config).validate_python(values)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{command}: {_first_lines(error)}") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e.get('input')!r}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"{command}: {problems}") from error
-    unknown = sorted(set(flatten(values)) - set(_leaves(module.Config, values)))
+    unknown = sorted(set(flatten(values)) - set(flatten(dataclasses.asdict(config))))
     if unknown:
         raise ConfigError(f"{command}: the configuration holds {', '.join(unknown)}, which nothing reads")
     return Composed(module, config, values)
@@ -89,26 +92,16 @@ def schema_keys(schema: type, prefix: str = "") -> dict[str, bool]:
     hints = get_type_hints(schema)
     for field in dataclasses.fields(schema):
         kind, name = hints[field.name], prefix + field.name
-        nested = _nested(kind)
         found[name] = getattr(kind, "__origin__", None) is dict
-        if nested is not None:
-            found.update(schema_keys(nested, name + "."))
+        for option in nested(kind):
+            found.update(schema_keys(option, name + "."))
     return found
 
 
-def _nested(kind: Any) -> type | None:
-    for option in (kind, *getattr(kind, "__args__", ())):
-        if dataclasses.is_dataclass(option) and isinstance(option, type):
-            return option
-    return None
-
-
-def _leaves(schema: type, values: dict[str, Any]) -> Iterator[str]:
-    known = schema_keys(schema)
-    for name in flatten(values):
-        parts = name.split(".")
-        if name in known or any(known.get(".".join(parts[:i]), False) for i in range(1, len(parts))):
-            yield name
+def nested(kind: Any) -> list[type]:
+    """The dataclasses that a field may hold: one, or those of a union."""
+    options = (kind, *getattr(kind, "__args__", ()))
+    return [option for option in options if dataclasses.is_dataclass(option) and isinstance(option, type)]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,10 +5,11 @@ Examples:
     torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
     histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
     histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
+    histoscale pretrain "tiles='az://c/train-{000..041}.tar'" out=run    (WebDataset shards; the inner quotes are for the braces)
 
-A recipe sets every group; keys after it change single values. `out` holds patches.png (the first batch), checkpoints/step-N,
-metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed) and summary.json. On SIGTERM or SIGUSR1 the
-run saves itself and ends with code 75.
+A recipe sets every group; keys after it change single values. `out` holds patches.png and views.png (of the first batch),
+checkpoints/step-N, metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM
+or SIGUSR1 the run saves itself and ends with code 75.
 """
 
 import sys
@@ -28,10 +29,11 @@ from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.data.stream import Batch, Stream, StreamConfig
-from histoscale.data.tiles import Folder, TileSource, open_tiles
+from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
 from histoscale.eval.report import patch_sheet
+from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
@@ -44,12 +46,13 @@ from histoscale.pretrain.schedule import ScheduleConfig
 
 RESULT = ("seed", "roles", "sampler", "views", "model", "method", "optim", "schedule")
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
+VIEWED_PATCHES = 8  # of views.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
 
 
 @dataclass(frozen=True)
 class Config:
-    """One of: catalog, from `histoscale index`; tiles, a folder of images or a Parquet file (see data/tiles.py).
+    """One of: catalog, from `histoscale index`; tiles, a folder of images, Parquet or WebDataset shards (see data/tiles.py).
 
     tiles_pattern: finds a slide id in the path of an image. seed: of every random choice. roles: values of the manifest's column
     `role` to train on.
@@ -93,8 +96,7 @@ def identity(config: Config) -> dict[str, Any]:
     if config.catalog is not None:
         return {"catalog": open_catalog(config.catalog, store).hash, "plan": PLAN_VERSION}
     listed = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store).tiles
-    names = listed.files if isinstance(listed, Folder) else asdict(store.fingerprint(str(config.tiles)))
-    return {"tiles": launched.digest([names, listed.columns]), "plan": PLAN_VERSION}
+    return {"tiles": launched.digest([listed.identity, listed.columns]), "plan": PLAN_VERSION}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
     def batches(start: int) -> Iterator[Batch]:
         streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, journal.path("lost.jsonl")))
-        return pictured(streams[-1], journal) if start == 0 else streams[-1]
+        return pictured(streams[-1], config, journal) if start == 0 else streams[-1]
 
     def reading(backbone: nn.Module, step: int) -> dict[str, float]:
         streams[-1].check_lost(ranks.sum)
@@ -164,7 +166,8 @@ def open_source(config: Config, journal: Journal) -> Opened:
         journal.say(f"ineligible: {slide_id}: {why}")
     kept = of_roles(catalog, config.roles, journal)
     table = replace(table, eligible=table.eligible & kept[:, None])
-    roles = {catalog.slides[row].labels.get("role") for row in np.flatnonzero(table.eligible.any(axis=1))}
+    labels = catalog.labels("role")
+    roles = {labels[row] for row in np.flatnonzero(table.eligible.any(axis=1))}
     transductive = None if roles <= {None} else bool(roles & set(HELD_OUT))
     if transductive:
         journal.say(f"transductive: slides of the roles {', '.join(HELD_OUT)} are trained on; label every number of this run so")
@@ -173,7 +176,7 @@ def open_source(config: Config, journal: Journal) -> Opened:
 
 def of_roles(catalog: Catalog, roles: list[str], journal: Journal) -> np.ndarray:
     """bool [slides]: those whose label `role` is in `roles`; all, and a line that says so, without such a column."""
-    found = [slide.labels.get("role") for slide in catalog.slides]
+    found = catalog.labels("role")
     if not any(found):
         journal.say("the manifest has no column `role`: every slide is trained on")
         return np.ones(len(found), bool)
@@ -198,11 +201,13 @@ def describe(source: SlideSource | TileSource, table: SlideTable) -> dict[str, A
     }
 
 
-def pictured(batches: Iterator[Batch], journal: Journal) -> Iterator[Batch]:
-    """The same batches; patches of the first one are also a picture, because people should look before they train."""
+def pictured(batches: Iterator[Batch], config: Config, journal: Journal) -> Iterator[Batch]:
+    """The same batches; the first one's patches and views are also pictures, because people should look before they train."""
     first = next(batches)
     if journal.main:
         Image.fromarray(patch_sheet(first.pixels[:SHEET_PATCHES].numpy(), SHEET_COLUMNS)).save(journal.path("patches.png"))
+        seen = view_sheet(first.pixels[:VIEWED_PATCHES], config.seed, first.slots[:VIEWED_PATCHES], config.views)
+        Image.fromarray(seen).save(journal.path("views.png"))
     yield first
     yield from batches
 

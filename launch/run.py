@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from histoscale.data.journal import Journal, plain, scrub, write_atomic
+from histoscale.data.journal import Journal, plain, scrub, scrubbed, write_atomic
 from histoscale.launch.config import COMMANDS, Composed, ConfigError, flatten, load, under_torchrun
 from histoscale.launch.doctor import quick_check
 from histoscale.launch.explain import help_text
@@ -35,7 +35,8 @@ def execute(command: str, argv: list[str]) -> int:
             print(help_text(command), flush=True)
             return 0
         if "--cfg" in argv:
-            print(yaml.safe_dump(load(command, [a for a in argv if a != "--cfg"]).values, sort_keys=False), end="", flush=True)
+            values = load(command, [a for a in argv if a != "--cfg"]).values
+            print(yaml.safe_dump(scrubbed(values), sort_keys=False), end="", flush=True)
             return 0
         if under_torchrun():
             from torch.distributed.elastic.multiprocessing.errors import record
@@ -56,7 +57,7 @@ def execute(command: str, argv: list[str]) -> int:
         if under_torchrun():
             raise
         if os.environ.get("HISTOSCALE_TRACEBACK"):
-            traceback.print_exc()
+            print(scrub(traceback.format_exc()), file=sys.stderr)
         name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
         print(scrub(f"histoscale {command}: {name}{error}"), file=sys.stderr)
         return EXIT_USER_ERROR
@@ -66,7 +67,8 @@ def execute(command: str, argv: list[str]) -> int:
 def invoke(command: str, overrides: list[str]) -> dict[str, Any]:
     """Run a command in this process and return its summary; raises what the command raises.
 
-    With the same result identity in `out` it continues, or returns the finished summary; with another it raises Refused.
+    With the same result identity in `out` it continues, or returns the finished summary (a command that says REPEATS looks again
+    at what it was made from); with another it raises Refused.
     """
     composed = load(command, overrides)
     out = Path(composed.config.out)
@@ -80,12 +82,12 @@ def invoke(command: str, overrides: list[str]) -> dict[str, Any]:
         state = _read_state(out)
         if state is not None and state["identity"] != identity:
             raise Refused(_difference(command, out, state, result, facts))
-        if state is not None and state["status"] == "done":
+        if state is not None and state["status"] == "done" and not getattr(composed.module, "REPEATS", False):
             journal.say(f"{command}: {out} already holds this result; nothing to do")
             return json.loads((out / "summary.json").read_text())
         if main:
             _note_changes(out, composed, journal)
-            write_atomic(out / "config.yaml", yaml.safe_dump(composed.values, sort_keys=False))
+            write_atomic(out / "config.yaml", yaml.safe_dump(scrubbed(composed.values), sort_keys=False))
             _write_state(out, command, identity, result, facts, "running")
         start = time.monotonic()
         try:
@@ -146,7 +148,7 @@ def _note_changes(out: Path, composed: Composed, journal: Journal) -> None:
     path = out / "config.yaml"
     if not path.exists():
         return
-    old, new = flatten(yaml.safe_load(path.read_text())), flatten(composed.values)
+    old, new = flatten(yaml.safe_load(path.read_text())), flatten(scrubbed(composed.values))
     changed = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     if changed:
         journal.row(changed=changed)

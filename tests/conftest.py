@@ -8,7 +8,7 @@ import torch
 
 from histoscale.data.journal import Journal, JournalConfig
 
-pytest_plugins = ["slide_fixtures"]
+pytest_plugins = ["slide_fixtures", "loopback_fixtures"]
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # tests compare bits: one thread, whatever the machine
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histoscale.data.catalog import Catalog, CatalogError, open_catalog, pack_tables, unpack_tables
+from histoscale.data.catalog import Catalog, CatalogError, open_catalog
 from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import Slide
-from histoscale.data.readers.pyramid import Level
 from histoscale.data.storage import Changed, Store
+from histoscale.data.tables import pack_table, unpack_table
 from histoscale.data.tissue import TissueConfig
 
 MakeSlide = Callable[..., Path]
@@ -124,10 +124,19 @@ def test_what_is_no_catalog_is_said(catalog: Catalog, store: Store, tmp_path: Pa
     with pytest.raises(CatalogError, match="histoscale index"):
         open_catalog(str(tmp_path / "none"), store)
     folder = Path(catalog.uri)
-    (folder / "tables.bin").write_bytes((folder / "tables.bin").read_bytes()[:-1])
+    info = json.loads((folder / "catalog.json").read_text())
+    blocks, table = folder / info["folder"] / "tables.bin", folder / info["folder"] / "slides.arrow"
+    whole = blocks.read_bytes()
+    blocks.write_bytes(whole[:-1])
     with pytest.raises(CatalogError, match="tables.bin has"):
         open_catalog(catalog.uri, store)
-    info = json.loads((folder / "catalog.json").read_text())
+    blocks.write_bytes(whole)
+    table.write_bytes(bytes(table.stat().st_size))
+    with pytest.raises(CatalogError, match="slides.arrow is damaged"):
+        open_catalog(catalog.uri, store)
+    (folder / "catalog.json").write_text(json.dumps({**info, "version": 1}))
+    with pytest.raises(CatalogError, match="index the manifest again"):
+        open_catalog(catalog.uri, store)
     (folder / "catalog.json").write_text(json.dumps({**info, "version": 99}))
     with pytest.raises(CatalogError, match="99"):
         open_catalog(catalog.uri, store)
@@ -150,15 +159,19 @@ def test_tile_tables_pack_without_loss(tiles: list[tuple[int, int]], packed: boo
     counts = np.array([count for count, _ in tiles], np.int64)
     offsets = np.array([offset for _, offset in tiles], np.int64)
     if packed:
-        offsets = np.cumsum(np.concatenate([[16], counts[:-1]]))[: len(tiles)]
-    level = Level(1, 1, 1, 1, 1.0, "jpeg", "rgb", 1, b"", offsets.astype(np.int64), counts)
-    for found, (a, b) in zip(unpack_tables(pack_tables([level, level]), [len(tiles)] * 2), [(offsets, counts)] * 2, strict=True):
-        np.testing.assert_array_equal(found[0], a)
-        np.testing.assert_array_equal(found[1], b)
+        offsets = np.cumsum(np.concatenate([[16], counts[:-1]]))[: len(tiles)].astype(np.int64)
+    found = unpack_table(pack_table(offsets, counts), len(tiles))
+    np.testing.assert_array_equal(found[0], offsets)
+    np.testing.assert_array_equal(found[1], counts)
+    assert found[0].dtype == found[1].dtype == np.int64
 
 
 def test_tile_tables_are_small() -> None:
     rng = np.random.default_rng(0)
     counts = rng.normal(15000, 4000, 20000).clip(500).astype(np.int64)
-    level = Level(1, 1, 1, 1, 1.0, "jpeg", "rgb", 1, b"", np.cumsum(np.concatenate([[16], counts[:-1]])), counts)
-    assert len(pack_tables([level])) < 2.2 * 20000  # noise of 14 bits; offsets cost nothing
+    offsets = np.cumsum(np.concatenate([[16], counts[:-1]]))
+    packed = len(pack_table(offsets, counts))
+    assert packed < 2 * 20000  # noise of 14 bits
+    moved = offsets.copy()
+    moved[5000:] += 1 << 33  # one gap, beyond 4 GiB
+    assert len(pack_table(moved, counts)) < packed + 64  # offsets cost nothing but the gap

@@ -8,37 +8,16 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-import torch
+from corners import GRID, NONE, PIPE, catalog_of, corners, encoder
 from torch import Tensor
 
 from histoscale.data.catalog import Catalog
-from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
-from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.embed import EmbedError, GridConfig, PipeConfig, embed_patches, embed_slides, tile_slide
 from histoscale.eval.encoder import Encoder
-
-GRID = GridConfig(mpp=0.5, patch_px=64, tissue_fraction=0.4, mpp_tolerance=0.05, max_upsample=1.0)
-PIPE = PipeConfig(batch=7, threads=2, read_px=300)
-
-
-def corners(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """An encoder that can be checked: the first pixel's colour, and as patch tokens the last pixel's."""
-    return pixels[:, :, 0, 0].double(), pixels[:, None, :, -1, -1].double()
-
-
-def encoder(digest: str = "e1", tokens: Any = corners) -> Encoder:
-    nothing = (0.0, 0.0, 0.0)
-    return Encoder("corners", 3, None, (), None, None, nothing, nothing, "fp32", digest, torch.device("cpu"), None, tokens)
-
-
-def catalog_of(folder: Path, store: Store, tissue: TissueConfig, journal: Journal) -> Catalog:
-    slides = sorted(folder.glob("*.tif"))
-    (folder / "manifest.csv").write_text("slide_id,uri\n" + "".join(f"{path.stem},{path.name}\n" for path in slides))
-    return build_catalog(read_manifest(str(folder / "manifest.csv"), store), store, tissue, folder / "catalog", 0, None, journal)
 
 
 @pytest.fixture
@@ -59,7 +38,7 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 def test_features_and_coordinates_belong_together(
     catalog: Catalog, store: Store, journal: Journal, draw_tissue: Callable[..., np.ndarray]
 ) -> None:
-    summary = embed_slides(encoder(), catalog, [0, 1], "cls+mean", GRID, PIPE, store, journal.out, journal)
+    summary = embed_slides(encoder(), catalog, [0, 1], "cls+mean", GRID, NONE, PIPE, store, journal.out, journal)
     assert summary["slides"] == 2 and summary["kept"] == 0 and not summary["failed"]
     total = 0
     for seed, name in enumerate("ab"):
@@ -100,7 +79,7 @@ def test_the_grid_is_the_cells_with_enough_tissue(catalog: Catalog, mpp: float, 
 
 def test_finished_stores_are_kept_and_others_are_made_again(catalog: Catalog, store: Store, journal: Journal) -> None:
     def again(who: Encoder, grid: GridConfig = GRID) -> int:
-        return embed_slides(who, catalog, [0, 1], "cls", grid, PIPE, store, journal.out, journal)["kept"]
+        return embed_slides(who, catalog, [0, 1], "cls", grid, NONE, PIPE, store, journal.out, journal)["kept"]
 
     calls = []
 
@@ -122,7 +101,7 @@ def test_the_sizes_of_batches_and_regions_change_nothing(catalog: Catalog, store
     for number, pipe in enumerate((PIPE, PipeConfig(1000, 1, 2048))):
         out = journal.out / str(number)
         out.mkdir()
-        embed_slides(encoder(), catalog, [0], "cls", GRID, pipe, store, out, journal)
+        embed_slides(encoder(), catalog, [0], "cls", GRID, NONE, pipe, store, out, journal)
     first, second = (read(journal.out / f"{number}/a.h5") for number in range(2))
     order = [np.lexsort(found[1].T) for found in (first, second)]
     for part in range(2):
@@ -132,7 +111,7 @@ def test_the_sizes_of_batches_and_regions_change_nothing(catalog: Catalog, store
 def test_a_bad_tile_costs_its_patches_and_a_missing_slide_is_named(
     tmp_path: Path, catalog: Catalog, store: Store, journal: Journal
 ) -> None:
-    embed_slides(encoder(), catalog, [0], "cls", GRID, PIPE, store, journal.out, journal)
+    embed_slides(encoder(), catalog, [0], "cls", GRID, NONE, PIPE, store, journal.out, journal)
     whole = read(journal.out / "a.h5")
     level = catalog.layout(0).levels[0]
     tile = int(2 * level.columns + 2)  # row 2, column 2 of 256 px
@@ -140,7 +119,7 @@ def test_a_bad_tile_costs_its_patches_and_a_missing_slide_is_named(
         file.seek(int(level.offsets[tile]))
         file.write(b"\xff" * int(level.counts[tile]))
     (tmp_path / "b.tif").unlink()
-    summary = embed_slides(encoder("e2"), catalog, [0, 1], "cls", GRID, PIPE, store, journal.out, journal)
+    summary = embed_slides(encoder("e2"), catalog, [0, 1], "cls", GRID, NONE, PIPE, store, journal.out, journal)
     features, coords, attrs = read(journal.out / "a.h5")
     inside = (whole[1] // 256 == 2).all(axis=1)
     assert attrs["lost_patches"] == inside.sum() > 0
@@ -150,16 +129,16 @@ def test_a_bad_tile_costs_its_patches_and_a_missing_slide_is_named(
     noted = [json.loads(line) for line in (journal.out / "failures.jsonl").read_text().splitlines()]
     assert noted[0]["slide_id"] == "b" and "no such file" in noted[0]["reason"]
     with pytest.raises(EmbedError, match="none of 1 slides"):
-        embed_slides(encoder("e2"), catalog, [1], "cls", GRID, PIPE, store, journal.out, journal)
+        embed_slides(encoder("e2"), catalog, [1], "cls", GRID, NONE, PIPE, store, journal.out, journal)
 
 
 def test_what_the_encoder_does_not_say_must_be_given(catalog: Catalog, store: Store, journal: Journal) -> None:
     for mpp, patch_px, words in ((None, 64, "grid.mpp="), (0.5, None, "grid.patch_px=")):
         grid = GridConfig(mpp, patch_px, 0.4, 0.05, 1.0)
         with pytest.raises(EmbedError, match=words):
-            embed_slides(encoder(), catalog, [0], "cls", grid, PIPE, store, journal.out, journal)
+            embed_slides(encoder(), catalog, [0], "cls", grid, NONE, PIPE, store, journal.out, journal)
     with pytest.raises(EmbedError, match="ineligible: no patch of 64 px at 0.1"):
-        embed_slides(encoder(), catalog, [0], "cls", GridConfig(0.1, 64, 0.4, 0.05, 1.0), PIPE, store, journal.out, journal)
+        embed_slides(encoder(), catalog, [0], "cls", GridConfig(0.1, 64, 0.4, 0.05, 1.0), NONE, PIPE, store, journal.out, journal)
 
 
 def test_patch_features_are_cached_by_encoder_and_data(tmp_path: Path, journal: Journal) -> None:

@@ -74,6 +74,8 @@ def test_from_catalog_to_a_directory_that_timm_opens(tmp_path: Path, catalog: Pa
     assert summary["data"] == {"slides": 1, "patients": 1, "sites": ["a"], "organs": [], "scanners": summary["data"]["scanners"]}
     assert "s2" in summary["ineligible"] and "ineligible: s2" in said
     assert "learning rate 0.001" in said and "for a batch of 8" in said and "what was streamed" in said
+    with Image.open(tmp_path / "run/patches.png") as patches, Image.open(tmp_path / "run/views.png") as views:
+        assert patches.width > 8 * 32 and views.width > 8 * 112  # what people look at before they train
     invoke("release", [f"checkpoint={tmp_path / 'run'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
     model = timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True)
     teacher = read_tensors(read_checkpoint(tmp_path / "run"), "teacher.backbone.")

@@ -124,9 +124,8 @@ def test_no_default_hides_in_the_code() -> None:
         for field in dataclasses.fields(schema):
             assert field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING, f"{schema}.{field.name}"
         for kind in config_module.get_type_hints(schema).values():
-            nested = config_module._nested(kind)
-            if nested is not None:
-                fields(nested)
+            for option in config_module.nested(kind):
+                fields(option)
 
     for command in COMMANDS:
         fields(__import__(f"histoscale.launch.{command}", fromlist=["Config"]).Config)

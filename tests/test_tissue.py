@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from histoscale.data.index import examine, thumbnail
 from histoscale.data.manifest import Slide
@@ -15,6 +16,7 @@ from histoscale.data.storage import Store
 from histoscale.data.tissue import NoTissue, TissueConfig, otsu, tissue_mask
 
 Draw = Callable[..., np.ndarray]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def glass(height: int = 300, width: int = 300, noise: float = 2.0) -> np.ndarray:
@@ -75,6 +77,43 @@ def test_dust_and_pinholes_vanish(tissue_config: TissueConfig) -> None:
         tissue_mask(image, 8.0, replace(tissue_config, min_tissue_um2=1e7))
 
 
+# Fixed bounds of colour
+
+
+@pytest.fixture
+def fixed(tissue_config: TissueConfig) -> TissueConfig:
+    """The committed `tissue=hsv`."""
+    changed = yaml.safe_load((ROOT / "configs/tissue/hsv.yaml").read_text())
+    return replace(tissue_config, **{name: value for name, value in changed.items() if name != "defaults"})
+
+
+def test_fixed_bounds_find_a_blob_and_leave_out_pen(draw_tissue: Draw, tissue_config: TissueConfig, fixed: TissueConfig) -> None:
+    image = draw_tissue(400, 300)
+    rows, columns = np.mgrid[0:300, 0:400]
+    truth = ((rows / 300 - 0.5) ** 2 + (columns / 400 - 0.5) ** 2) < 0.12
+    assert (iou := _iou(tissue_mask(image, 8.0, fixed), truth)) > 0.97, iou
+    image[5:35, 20:380] = (30, 130, 70)  # green pen
+    image[270:295, 20:380] = (20, 20, 25)  # black pen
+    assert _iou(tissue_mask(image, 8.0, fixed), truth) > 0.97
+    assert tissue_mask(image, 8.0, tissue_config)[20, 50:350].all()  # saturation alone takes the green line for tissue
+    assert tissue_mask(draw_tissue(200, 200, whole=True), 8.0, fixed).mean() > 0.98
+    with pytest.raises(NoTissue, match="no tissue"):
+        tissue_mask(glass(), 8.0, fixed)
+    with pytest.raises(ValueError, match="tissue.kind is 'hvs': expected otsu or hsv"):
+        tissue_mask(image, 8.0, replace(fixed, kind="hvs"))
+
+
+def test_fixed_bounds_do_not_depend_on_the_rest_of_the_slide(draw_tissue: Draw, fixed: TissueConfig) -> None:
+    """Beside strongly stained tissue Otsu's threshold moves; fixed bounds do not."""
+    alone = draw_tissue(300, 300)
+    both = np.concatenate([alone, np.broadcast_to(np.array([90, 20, 120], np.uint8), (300, 300, 3))], axis=1)
+    assert (tissue_mask(both, 8.0, fixed)[:, :280] == tissue_mask(alone, 8.0, fixed)[:, :280]).all()
+
+
+def _iou(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
 def test_otsu_splits_two_humps() -> None:
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(0.1, 0.02, 3000), rng.normal(0.6, 0.05, 1000)])
@@ -92,8 +131,8 @@ def test_thumbnail_is_the_mean_of_whole_blocks(
     assert np.abs(found[:43, :62] - expected).max() <= 0.51
 
 
-def test_real_slides(shared_data: Path, store: Store, tissue_config: TissueConfig) -> None:
-    """Shares of tissue as people see them on the thumbnails."""
+def test_real_slides(shared_data: Path, store: Store, tissue_config: TissueConfig, fixed: TissueConfig) -> None:
+    """Shares of tissue as people see them on the thumbnails, by either method."""
     expected = {
         "svs/CMU-1-Small-Region.svs": (0.3, 0.45),
         "tiff/CMU-0-small.tiff": (0.15, 0.25),
@@ -103,5 +142,7 @@ def test_real_slides(shared_data: Path, store: Store, tissue_config: TissueConfi
     for name, (least, most) in expected.items():
         uri = str(shared_data / "slides" / name)
         mpp = 0.25 if "tcga" in name else None
-        found = examine(Slide("s", uri, None, None, None, None, None, mpp, None, None, None, {}), store, tissue_config)
-        assert least <= found.mask.mean() <= most, name  # type: ignore[union-attr]
+        slide = Slide("s", uri, None, None, None, None, None, mpp, None, None, None, {})
+        own, same = (examine(slide, store, tissue).mask for tissue in (tissue_config, fixed))  # type: ignore[union-attr]
+        assert least <= own.mean() <= most and least <= same.mean() <= most, name
+        assert _iou(own, same) > 0.9, name

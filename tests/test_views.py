@@ -81,11 +81,12 @@ def test_boxes_are_never_longer_than_the_taps_were_counted_for() -> None:
     """One tap too few would cut the kernel off in silence."""
     for name, side in (("default", 256), ("demo", 64), ("ect", 392), ("default", 224)):
         settings = config(name)
-        for kind in ("global", "local"):
-            area, longest = views.crop_area(kind, side, settings)
+        kinds = ((settings.global_px, settings.global_scale), (settings.local_px, settings.local_scale))
+        for px, scale in kinds:
+            area, longest = views.crop_area("", px, scale, side, settings)
             boxes = views.crop_boxes(MANY, side, area, settings.ratio)
             assert boxes[:, 2:].max() <= longest <= side
-            px, flat = getattr(settings, f"{kind}_px"), torch.zeros(len(MANY), dtype=torch.bool)
+            flat = torch.zeros(len(MANY), dtype=torch.bool)
             reach = boxes[:500, 2] / px
             wide = augment.resize_taps(boxes[:500, 0], boxes[:500, 2], flat[:500], px, augment.needed_taps(longest, px) + 2)[1]
             assert (wide[..., -2:] == 0).all() and reach.max() > 0.5
@@ -181,8 +182,9 @@ def test_box_law_equals_torchvisions(scale: tuple[float, float]) -> None:
 def test_extended_context_translation_keeps_cells_at_their_size() -> None:
     """arXiv 2408.00738: views of 224 and 98 px from 392 px, areas 0.9-1.1 of the view's own, aspect 0.95-1.05, anywhere."""
     settings = config("ect")
-    for kind, px in (("global", 224), ("local", 98)):
-        area, _ = views.crop_area(kind, 392, settings)
+    assert (settings.global_px, settings.local_px) == (224, 98) and settings.global_scale == settings.local_scale == [0.9, 1.1]
+    for px in (224, 98):
+        area, _ = views.crop_area("", px, [0.9, 1.1], 392, settings)
         boxes = views.crop_boxes(MANY, 392, area, settings.ratio).numpy()
         height, width = boxes[:, 2], boxes[:, 3]
         assert np.abs(height * width / px**2 - 1).max() < 0.1 + 1.2 / px and np.abs(width / height - 1).max() < 0.05 + 1.2 / px

@@ -17,8 +17,8 @@ class Info:
 class Client(Protocol):
     """One open connection to a store; used by many threads at once, never after a fork. It asks once and repeats nothing."""
 
-    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
-        """One reply a span [start, stop): its bytes, or what went wrong with this span alone."""
+    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float, alone: bool) -> list[bytes | BaseException]:
+        """One reply a span [start, stop): its bytes, or what went wrong. alone: one span must not fail for another's reason."""
 
     def info(self, uri: str, timeout_s: float) -> Info:
         """What the store says of a file or folder. Raises FileNotFoundError or the client's own error."""

@@ -8,11 +8,13 @@ import base64
 import hashlib
 import hmac
 import time
+import weakref
 from collections.abc import Sequence
 from email.utils import formatdate
 from typing import Any
 
 import aiohttp
+from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
 from histoscale.data.clients.filesystem import Filesystem, get_range, session
@@ -34,6 +36,7 @@ class Azure(Filesystem):
     async def _all(self, path: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
         if self._session is None:
             self._session = await session()
+            weakref.finalize(self, HTTPFileSystem.close_session, self.fs.loop, self._session)
         pool, (container, _, blob) = self._session, path.partition("/")
         service = self.fs.service_client
         url = URL(service.get_blob_client(container, blob).url, encoded=True)  # a SAS token stands in its query

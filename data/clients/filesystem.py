@@ -1,6 +1,7 @@
 """Any store that fsspec knows: s3 (s3fs), gs (gcsfs), http(s), memory; az and abfs build on it in azure.py."""
 
 import asyncio
+import logging
 import posixpath
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -21,11 +22,11 @@ _TAGS = ("ETag", "etag", "e_tag", "md5Hash", "Last-Modified", "last_modified", "
 class Filesystem:
     """A filesystem of fsspec on fsspec's one loop of this process."""
 
-    def __init__(self, scheme: str, options: dict[str, Any]) -> None:
+    def __init__(self, scheme: str, options: dict[str, Any], kind: Any = None) -> None:
         # Instances that fsspec keeps may belong to a loop that is gone, and then every reply is an exception.
-        self.fs: Any = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        self.fs: Any = (kind or fsspec.get_filesystem_class(scheme))(skip_instance_cache=True, **options)
 
-    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
+    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float, alone: bool) -> list[bytes | BaseException]:
         path = self.fs._strip_protocol(uri)
         if not self.fs.async_impl:
             starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
@@ -75,6 +76,16 @@ class S3(Filesystem):
         config = {"max_pool_connections": CONNECTIONS, "retries": {"total_max_attempts": 1, "mode": "standard"}}
         super().__init__("s3", {**options, "config_kwargs": {**config, **options.get("config_kwargs", {})}})
         self.fs.retries = 1
+
+
+class Google(Filesystem):
+    """gcsfs by its JSON interface alone: by default it asks by gRPC, past `endpoint_url`, for the bucket's kind."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from gcsfs.core import GCSFileSystem  # an extra
+
+        super().__init__("gs", options, GCSFileSystem)
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs every failure with a traceback; the caller tells it
 
 
 class Http(Filesystem):

@@ -10,7 +10,7 @@ import obstore
 from obstore import store as stores
 
 from histoscale.data.clients import Info
-from histoscale.data.clients.faults import Short, final
+from histoscale.data.clients.faults import Short
 from histoscale.data.clients.filesystem import bare
 from histoscale.data.clients.translate import translated
 
@@ -47,18 +47,19 @@ class Objects:
         if self.scheme in ("gs", "gcs"):
             return stores.GCSStore(place, config=self.config, **common)
         container, _, host = place.partition("@")  # abfs://container@account.dfs.core.windows.net
-        account = {"account_name": host.split(".")[0]} if host else {}
-        return stores.AzureStore(container, config={**self.config, **account}, **common)
+        if host:
+            return stores.AzureStore(container, config=self.config | {"account_name": host.split(".")[0]}, **common)
+        return stores.AzureStore(container, config=self.config, **common)
 
-    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float) -> list[bytes | BaseException]:
+    def ranges(self, uri: str, spans: Sequence[tuple[int, int]], timeout_s: float, alone: bool) -> list[bytes | BaseException]:
         store, path = self._at(uri)
-        try:  # coalesce=0: never the bytes between two spans
+        if alone and len(spans) > 1:
+            return asyncio.run(_each(store, path, spans))
+        try:  # one call costs less; coalesce=0: never the bytes between two spans
             starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
             return [data.to_bytes() for data in obstore.get_ranges(store, path, starts=starts, ends=stops, coalesce=0)]
         except Exception as error:  # one span fails the call, and which one it does not say
-            if len(spans) == 1 or final(uri, "", error) is not None:
-                return [_short(error)] * len(spans)
-        return asyncio.run(_each(store, path, spans))
+            return [_short(error)] * len(spans)
 
     def info(self, uri: str, timeout_s: float) -> Info:
         store, path = self._at(uri)

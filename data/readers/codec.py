@@ -1,6 +1,7 @@
 """Bytes of one tile to pixels; damaged bytes raise, they never become grey pixels."""
 
 import zlib
+from typing import NamedTuple
 
 import imagecodecs
 import numpy as np
@@ -11,13 +12,25 @@ from histoscale.data.readers.pyramid import DecodeError, Level
 
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _PLAIN = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers
+_CODESTREAM = b"\xff\x4f\xff\x51"  # SOC and SIZ of JPEG 2000
 _END_OF_CODESTREAM = b"\xff\xd9"
 _HEADS_KEPT = 256
-_heads: dict[tuple[bytes, str], tuple[bytes, bytes]] = {}  # tables, colour: the last tile's beginning, and ours for it
 _ADOBE = {"rgb": 0, "ycbcr": 1}  # the transform byte of the Adobe marker
 # T.871 (JFIF) in libjpeg's 16-bit fixed point
 _HALF = 1 << 15
 _RED_CR, _GREEN_CB, _GREEN_CR, _BLUE_CB = 91881, -22554, -46802, 116130
+
+
+class _Head(NamedTuple):
+    """What stands before the scan: of a tile as it is stored, and of the JPEG that it becomes; width and height of the image."""
+
+    theirs: bytes
+    ours: bytes
+    size: tuple[int, int]
+
+
+_heads: dict[tuple[bytes, str], _Head] = {}  # by tables and colour: the last one
 
 
 def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1) -> np.ndarray:
@@ -47,7 +60,9 @@ def _check(tile: np.ndarray, level: Level, reduce: int) -> None:
 
 
 def _jpeg(data: bytes | memoryview, level: Level, reduce: int) -> np.ndarray:
-    whole = with_tables(data, level.tables, level.colour)
+    whole, size = _joined(data, level.tables, level.colour)
+    if size != (level.tile_width, level.tile_height):  # the decoder would allocate it before it looks at the pixels
+        raise ValueError(f"its image is {size[0]}x{size[1]}, expected {level.tile_width}x{level.tile_height}")
     if reduce == 1:
         return simplejpeg.decode_jpeg(whole, "RGB", strict=True)
     height, width = level.tile_height // reduce, level.tile_width // reduce
@@ -58,21 +73,36 @@ def with_tables(data: bytes | memoryview, tables: bytes, colour: str) -> bytes:
     """A whole JPEG of a tile and the shared tables, with an Adobe marker that says what the samples are.
 
     The layout decides the colour space, so the tile's own JFIF and Adobe markers are dropped: libjpeg would believe JFIF first.
+    """
+    return _joined(data, tables, colour)[0]
+
+
+def _joined(data: bytes | memoryview, tables: bytes, colour: str) -> tuple[bytes, tuple[int, int]]:
+    """`with_tables`, and the width and height of the frame header.
+
     Tiles of a level mostly begin alike up to their scan, so the last beginning is remembered with what it became.
     """
-    head, whole = _heads.get((tables, colour), (b"", b""))
-    if head and data[: len(head)] == head:
-        return b"".join((whole, data[len(head) :]))
+    known = _heads.get((tables, colour))
+    if known is not None and data[: len(known.theirs)] == known.theirs:
+        return b"".join((known.ours, data[len(known.theirs) :])), known.size
     data = bytes(data)
     own, scan = _segments(data)
-    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([_ADOBE[colour]])
     if scan < 0:
         raise ValueError("the JPEG ends before its pixels")
-    whole = b"\xff\xd8" + _segments(tables)[0] + marker + own
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([_ADOBE[colour]])
+    ours = b"\xff\xd8" + _segments(tables)[0] + marker + own
     if len(_heads) > _HEADS_KEPT:
         _heads.clear()
-    _heads[tables, colour] = data[: scan + 2], whole + data[scan : scan + 2]
-    return whole + data[scan:]
+    _heads[tables, colour] = _Head(data[:scan], ours, _frame_size(ours))
+    return ours + data[scan:], _heads[tables, colour].size
+
+
+def _frame_size(head: bytes) -> tuple[int, int]:
+    place = 2
+    while place + 9 <= len(head) and head[place] == 0xFF and head[place + 1] not in _FRAMES:
+        place += 2 + int.from_bytes(head[place + 2 : place + 4], "big")
+    height, width = (int.from_bytes(head[i : i + 2], "big") for i in (place + 5, place + 7))
+    return width, height
 
 
 def _segments(data: bytes) -> tuple[bytes, int]:
@@ -103,14 +133,19 @@ def _segments(data: bytes) -> tuple[bytes, int]:
 
 
 def _jpeg2000(data: bytes, level: Level) -> np.ndarray:
-    if data[:4] == b"\xff\x4f\xff\x51":  # a codestream tells its size before anything is allocated for it
-        right, bottom, left, top = (int.from_bytes(data[i : i + 4], "big") for i in (8, 12, 16, 20))
-        if (right - left, bottom - top) != (level.tile_width, level.tile_height):
-            raise ValueError(f"its image is {right - left}x{bottom - top}")
-        if _END_OF_CODESTREAM not in data[-16:]:  # OpenJPEG may decode a cut one in silence
-            raise ValueError("the codestream has no end")
+    start = data.find(_CODESTREAM)  # 0, or behind the boxes of a JP2 file
+    if start < 0:
+        raise ValueError("no JPEG 2000 codestream")
+    size = data[start : start + 51]  # it tells its size before anything is allocated for it
+    right, bottom, left, top = (int.from_bytes(size[i : i + 4], "big") for i in (8, 12, 16, 20))
+    if (right - left, bottom - top) != (level.tile_width, level.tile_height):
+        raise ValueError(f"its image is {right - left}x{bottom - top}")
+    if _END_OF_CODESTREAM not in data[-16:]:  # OpenJPEG may decode a cut one in silence
+        raise ValueError("the codestream has no end")
     tile = imagecodecs.jpeg2k_decode(data)
-    return rgb_of_ycbcr(tile) if level.colour == "ycbcr" else tile
+    # Aperio's 33003 stores chroma at half the width: the decoder takes such a codestream for YCbCr and gives RGB.
+    subsampled = len(set(size[43::3])) > 1 or len(set(size[44::3])) > 1
+    return rgb_of_ycbcr(tile) if level.colour == "ycbcr" and not subsampled else tile
 
 
 def rgb_of_ycbcr(tile: np.ndarray) -> np.ndarray:

@@ -1,21 +1,20 @@
 """Headers to tile tables: what a slide file holds, so that later reads touch pixels only."""
 
-import io
 import logging
 import re
 import xml.sax.saxutils
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
+from typing import IO, Any, cast
 
 import numpy as np
 import tifffile
 
 from histoscale.data.readers import vendor
 from histoscale.data.readers.pyramid import Layout, LayoutError, Level, downsample
+from histoscale.data.readers.rangefile import RangeFile
 from histoscale.data.storage import StorageError, Store
 
 BLOCK = 256 << 10  # header bytes a request: five requests opened a 100 MB slide
-_BLOCKS_KEPT = 16
 _MOST_HEADER = 256 << 20  # bytes of headers in all: a million tiles take 16 MB; more is no slide, or a hostile one
 _MOST_PAGES = 1000  # directories in a file
 _MOST_TILE_PX = 1 << 26  # pixels of a tile: they are held in memory at once
@@ -37,15 +36,16 @@ def read_layout(uri: str, store: Store) -> Layout:
     head = store.ranges(uri, [(0, min(size, 8))])[0]
     if head[:2] not in (b"II", b"MM"):
         return _by_openslide(uri, store, "it is no TIFF")
-    raw = _RangeFile(uri, size, store)
+    headers = RangeFile(uri, size, store, BLOCK, _MOST_HEADER)
     try:
-        with tifffile.TiffFile(io.BufferedReader(raw, 4096)) as file:
+        with tifffile.TiffFile(cast("IO[bytes]", headers)) as file:
             found = _tiff(file)
     except (StorageError, LayoutError):
         raise
     except Exception as error:  # tifffile meets damaged headers with many types
         found = f"its TIFF header is damaged or a vendor's own ({type(error).__name__}: {error})"
-    raw.check()
+    if headers.exceeded:
+        raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged")
     if isinstance(found, str):
         return _by_openslide(uri, store, found)
     for number, level in enumerate(found.levels):
@@ -239,54 +239,3 @@ def _mean(across: float | None, down: float | None) -> float | None:
     if abs(across - down) > 0.02 * max(across, down):
         raise LayoutError(f"pixels are not square: {across:g} x {down:g} µm")
     return (across + down) / 2
-
-
-class _RangeFile(io.RawIOBase):
-    """A seekable file over ranges, in blocks; for headers only."""
-
-    def __init__(self, uri: str, size: int, store: Store) -> None:
-        self.uri, self.size, self.store = uri, size, store
-        self.place = self.asked = 0
-        self.blocks: dict[int, bytes] = {}
-
-    def check(self) -> None:
-        """Raises LayoutError once the headers ask for more bytes than a slide has; tifffile may swallow it."""
-        if self.asked > _MOST_HEADER:
-            raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged")
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.place, io.SEEK_END: self.size}[whence]
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def read(self, count: int = -1) -> bytes:
-        stop = self.size if count < 0 else min(self.place + count, self.size)
-        if self.place >= stop:
-            return b""
-        self.asked += stop - self.place
-        self.check()
-        data = b"".join(self._parts(self.place, stop))
-        self.place = stop
-        return data
-
-    def _parts(self, start: int, stop: int) -> Iterator[bytes]:
-        for number in range(start // BLOCK, (stop - 1) // BLOCK + 1):
-            first = number * BLOCK
-            if number not in self.blocks:
-                while len(self.blocks) >= _BLOCKS_KEPT:
-                    del self.blocks[next(iter(self.blocks))]
-                self.blocks[number] = self.store.ranges(self.uri, [(first, min(first + BLOCK, self.size))])[0]
-            yield self.blocks[number][max(start - first, 0) : stop - first]

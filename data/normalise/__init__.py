@@ -1,0 +1,1 @@
+"""Stain normalisation of slides: one file a method; fitted on a sample of a slide's tissue, never on a patch."""

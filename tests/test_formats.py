@@ -1,0 +1,483 @@
+"""Every tiled TIFF that slides come in, pixel for pixel against tifffile and OpenSlide; hostile headers are refused."""
+
+import base64
+import io
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from histoscale.data.readers.codec import decode_tile
+from histoscale.data.readers.layout import read_layout
+from histoscale.data.readers.pyramid import DecodeError, LayoutError, Level, Reader
+from histoscale.data.readers.region import open_reader
+from histoscale.data.storage import Missing, Store
+
+MakeSlide = Callable[..., Path]
+Draw = Callable[..., np.ndarray]
+MARGIN = 7  # px of the outside that are read as well
+
+
+def opened(path: Path, store: Store) -> Reader:
+    return open_reader(str(path), read_layout(str(path), store), store)
+
+
+def framed(reader: Reader, number: int) -> np.ndarray:
+    """A whole level as the reader gives it in four uneven parts; checks that the outside is white."""
+    level = reader.layout.levels[number]
+    xs, ys = ([-MARGIN, side // 3, side + MARGIN] for side in (level.width, level.height))
+    rows = []
+    for top, below in zip(ys, ys[1:], strict=False):
+        parts = [reader.region(number, x, top, right - x, below - top) for x, right in zip(xs, xs[1:], strict=False)]
+        rows.append(np.concatenate(parts, axis=1))
+    whole = np.concatenate(rows)
+    assert (whole[:MARGIN] == 255).all() and (whole[-MARGIN:] == 255).all()
+    assert (whole[:, :MARGIN] == 255).all() and (whole[:, -MARGIN:] == 255).all()
+    return whole[MARGIN:-MARGIN, MARGIN:-MARGIN]
+
+
+def same_as_tifffile(reader: Reader, path: Path) -> None:
+    with tifffile.TiffFile(path) as file:
+        every = [page for top in file.pages for page in (top, *(top.pages or ()))]
+        for number, level in enumerate(reader.layout.levels):
+            page = next(page for page in every if page.shape[:2] == (level.height, level.width))
+            ours, theirs = framed(reader, number), page.asarray()
+            absent = np.repeat(np.repeat((level.counts == 0).reshape(level.rows, -1), level.tile_height, 0), level.tile_width, 1)
+            absent = absent[: level.height, : level.width]
+            assert (ours[absent] == 255).all()
+            np.testing.assert_array_equal(ours[~absent], theirs[~absent])
+
+
+def same_as_openslide(reader: Reader, path: Path, tolerance: int = 0) -> None:
+    with openslide.OpenSlide(path) as slide:
+        assert slide.level_dimensions == tuple((level.width, level.height) for level in reader.layout.levels)
+        for number, step in enumerate(slide.level_downsamples):
+            if step == int(step):
+                theirs = np.asarray(slide.read_region((0, 0), number, slide.level_dimensions[number]))
+                ours, solid = framed(reader, number), theirs[..., 3] == 255
+                assert np.abs(ours[solid].astype(int) - theirs[solid][:, :3]).max(initial=0) <= tolerance
+                assert (ours[~solid] == 255).all()
+
+
+def opens_in_openslide(path: Path) -> bool:
+    try:
+        openslide.OpenSlide(path).close()
+    except openslide.OpenSlideError:
+        return False
+    return True
+
+
+STORED: list[dict[str, Any]] = [
+    {"compression": "jpeg", "colour": "rgb"},
+    *({"compression": "jpeg", "colour": "ycbcr", "subsampling": by} for by in ((1, 1), (2, 1), (2, 2), (4, 1))),
+    {"compression": "j2k_rgb"},
+    {"compression": "j2k"},
+    {"compression": "raw"},
+    *({"compression": name, "predictor": difference} for name in ("deflate", "lzw") for difference in (False, True)),
+]
+
+
+@pytest.mark.parametrize("stored", STORED, ids=lambda stored: "-".join(map(str, stored.values())))
+@pytest.mark.parametrize(("byteorder", "bigtiff"), list(product("<>", (False, True))))
+def test_every_tiff(
+    tmp_path: Path, store: Store, make_slide: MakeSlide, stored: dict[str, Any], byteorder: str, bigtiff: bool
+) -> None:
+    """Borders padded, a tile missing in each row, two levels: as a generic TIFF, and as OME-TIFF with its levels in SubIFDs."""
+    shape = {"width": 290, "height": 210, "tile": 64, "downsamples": (1, 2), "byteorder": byteorder, "bigtiff": bigtiff}
+    for kind in ("generic", "ome"):
+        path = make_slide(tmp_path / f"{kind}.tif", kind=kind, subifds=kind == "ome", missing=(1, 9, 10, 19), **shape, **stored)
+        reader = opened(path, store)
+        assert reader.layout.kind == "tiff" and reader.layout.mpp == pytest.approx(0.5)
+        assert [level.downsample for level in reader.layout.levels] == [1.0, 2.0]
+        same_as_tifffile(reader, path)
+        if kind == "generic" and opens_in_openslide(path):
+            same_as_openslide(reader, path)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        *({"colour": "ycbcr", "subsampling": by} for by in ((1, 1), (2, 1), (2, 2), (4, 1))),
+        {"colour": "rgb"},
+        {"compression": "j2k_ycc"},
+        {"compression": "j2k_rgb"},
+    ],
+    ids=lambda stored: "-".join(map(str, stored.values())),
+)
+def test_aperio_equals_openslide(tmp_path: Path, store: Store, make_slide: MakeSlide, stored: dict[str, Any]) -> None:
+    """Without missing tiles: above one, OpenSlide draws its own reduction in place of the tile that is stored."""
+    for bigtiff in (False, True):
+        path = make_slide(tmp_path / f"{bigtiff}.svs", 500, 330, 96, (1, 2, 4), bigtiff=bigtiff, **stored)
+        reader = opened(path, store)
+        assert reader.layout.kind == "tiff" and reader.layout.objective == 20.0
+        same_as_openslide(reader, path)
+
+
+def write_tiles(path: Path, tiles: Sequence[bytes], side: int, across: int, **tags: Any) -> Path:
+    """One level of given encoded tiles, `across` in a row."""
+    shape = (len(tiles) // across * side, across * side, 3)
+    with tifffile.TiffWriter(path) as file:
+        file.write(iter(tiles), shape=shape, dtype=np.uint8, tile=(side, side), metadata=None, **tags)
+    return path
+
+
+def abbreviated(whole: bytes) -> tuple[bytes, bytes]:
+    """A JPEG split into its tables and the rest."""
+    tables, rest, place = b"\xff\xd8", b"\xff\xd8", 2
+    while whole[place + 1] != 0xDA:
+        stop = place + 2 + int.from_bytes(whole[place + 2 : place + 4], "big")
+        if whole[place + 1] in (0xDB, 0xC4):
+            tables += whole[place:stop]
+        else:
+            rest += whole[place:stop]
+        place = stop
+    return tables + b"\xff\xd9", rest + whole[place:]
+
+
+@pytest.mark.parametrize("restart", [0, 1, 3])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_shared_tables_and_restart_markers(
+    tmp_path: Path, store: Store, draw_tissue: Draw, restart: int, subsampling: str
+) -> None:
+    pixels, tiles = draw_tissue(192, 128, whole=True), []
+    for y, x in product(range(0, 128, 64), range(0, 192, 64)):
+        file = io.BytesIO()
+        part = Image.fromarray(pixels[y : y + 64, x : x + 64])
+        part.save(file, "JPEG", quality=80, subsampling=subsampling, restart_marker_blocks=restart)
+        tables, rest = abbreviated(file.getvalue())
+        assert (b"\xff\xd0" in rest) == bool(restart)
+        tiles.append(rest)
+    sampled = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}[subsampling]
+    tags = {"compression": 7, "photometric": "ycbcr", "subsampling": sampled, "resolution": (2e4, 2e4)}
+    path = write_tiles(
+        tmp_path / "a.tif", tiles, 64, 3, extratags=[(347, 7, len(tables), tables, True)], resolutionunit=3, **tags
+    )
+    reader = opened(path, store)
+    assert reader.layout.levels[0].tables == tables
+    same_as_tifffile(reader, path)
+    same_as_openslide(reader, path)
+
+
+# 32 x 32 px, YCbCr with chroma at half the width and at half of both, as OpenJPEG's opj_compress wrote them
+SUBSAMPLED = {
+    "4:2:2": "|4;u>051Rl0000W0000W00000000000000W0000W000000000000RdB0S5vB2Lb{AQUDA9000310t5sA0smY83P3<eNKi;fQ2%5AB>(|Ka%Ew3Wn>^?"
+    "c_2@4Wo}APMMofZWpZ<AZ*CwmE;TMN|BwI*000000LuUY|C7hekUaQ{;*MuJ8j1i7EQ&ooaz5VTh5*TCpk1Itv2%b~m3n<`M90Qd2*6#R=S9$v_DI@JQ0@(6"
+    "Yw_)G$;Zr86ae)qWUmX}A72*$j|F*+VTjrAlz_qT9|wqm!+;RXHyrv1!u{E>@VQhv=?ogFi9cs1z6=?gkD@V<z~O))OC_>_EP%n)AmiXFfEs>r%5<p(gw;-s"
+    "<wQ5ug%obazZ!mVv=#J6lsgh+$=~IK8h&xd5UGlCmk5CW*#",
+    "4:2:0": "|4;u>051Rl0000W0000W00000000000000W0000W000000000000RdB0S5vC2Lb~BQUDA9000310t5sA0smY83P3<eNKi;fQ2%5AB>(|Ka%Ew3Wn>^?"
+    "c_2@4Wo}APMMofZWpZ<AZ*CwmE;TMN|BwI*000000L}mb|C7hekUaQ{;*MuJ8j1i7EQ&ooaz5VTh5*TCpk1Itv2%b~m3n<`M90!N5BD#>CH^T4QCZb-aIeSA"
+    "G!xFD|8UpYnGxGX#V^2Bz*Ybk1sS=8he_AWQiu#1X*!i;2??mX>;=K_6$iv32MiLA3WUd<_6MfB5O~I0Asjux5N=koA-BNjuo3_vxm)CM6JgA4fWgN>$3Sr)"
+    "71)=bjymq(z#%%e$D#trNtD|`APGMleipJ-71*ggROGgIs(}C5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUBSAMPLED)
+def test_subsampled_jpeg2000_is_within_rounding_of_openslide(tmp_path: Path, store: Store, name: str) -> None:
+    """Aperio's own 33003: OpenJPEG's library converts such tiles itself and cuts fractions off where OpenSlide rounds."""
+    text = "Aperio Image Library v11.2.1 \r\n96x64 (32x32) J2K/YUV16 Q=70|AppMag = 40|MPP = 0.25"
+    path = write_tiles(
+        tmp_path / "a.svs",
+        [base64.b85decode(SUBSAMPLED[name])] * 6,
+        32,
+        3,
+        compression=33003,
+        photometric="rgb",
+        description=text,
+    )
+    reader = opened(path, store)
+    assert reader.layout.kind == "tiff"
+    same_as_openslide(reader, path, tolerance=1)
+    assert np.ptp(framed(reader, 0)[..., 0].astype(int)) > 90  # not grey
+
+
+# Philips
+
+
+def philips_xml(mpps: Sequence[float]) -> str:
+    def attribute(name: str, value: str) -> str:
+        return f'<Attribute Name="{name}" Group="0x0028" Element="0x0030" PMSVR="IString">{value}</Attribute>'
+
+    def spacing(mpp: float) -> str:
+        return attribute("DICOM_PIXEL_SPACING", f"&quot;{mpp / 1e3:.9f}&quot; &quot;{mpp / 1e3:.9f}&quot;")
+
+    def several(name: str, kind: str, parts: Sequence[str]) -> str:
+        held = "".join(f'<DataObject ObjectType="{kind}">{part}</DataObject>' for part in parts)
+        return (
+            f'<Attribute Name="{name}" Group="0x301D" Element="0x1003" PMSVR="IDataObjectArray"><Array>{held}</Array></Attribute>'
+        )
+
+    numbered = [spacing(mpp) + attribute("PIIM_PIXEL_DATA_REPRESENTATION_NUMBER", str(i)) for i, mpp in enumerate(mpps)]
+    stored = several("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", "PixelDataRepresentation", numbered)
+    scanned = attribute("PIM_DP_IMAGE_TYPE", "WSI") + spacing(mpps[0]) + stored
+    known = attribute("DICOM_MANUFACTURER", "PHILIPS") + attribute("DICOM_MANUFACTURERS_MODEL_NAME", "UFS Scanner")
+    images = several("PIM_DP_SCANNED_IMAGES", "DPScannedImage", [scanned])
+    return f'<?xml version="1.0" encoding="UTF-8" ?>\n<DataObject ObjectType="DPUfsImport">{known}{images}</DataObject>'
+
+
+def write_philips(path: Path, pixels: np.ndarray, tile: int, mpps: Sequence[float], missing: Sequence[int]) -> Path:
+    """Every level padded to whole tiles and said to be so large; `missing` tiles of each level are not stored."""
+
+    def encoded(padded: np.ndarray) -> Iterator[bytes]:
+        places = product(range(0, padded.shape[0], tile), range(0, padded.shape[1], tile))
+        for number, (y, x) in enumerate(places):
+            file = io.BytesIO()
+            Image.fromarray(padded[y : y + tile, x : x + tile]).save(file, "JPEG", quality=85, subsampling="4:2:0")
+            yield b"" if number in missing else file.getvalue()
+
+    with tifffile.TiffWriter(path, bigtiff=True) as out:
+        for i in range(len(mpps)):
+            image = np.asarray(Image.fromarray(pixels).reduce(2**i))
+            high, wide = (-(-side // tile) * tile for side in image.shape[:2])
+            padded = np.full((high, wide, 3), 90, np.uint8)
+            padded[: image.shape[0], : image.shape[1]] = image
+            out.write(
+                encoded(padded), shape=padded.shape, dtype=np.uint8, tile=(tile, tile), compression=7, photometric="ycbcr",
+                subsampling=(2, 2), metadata=None, software="Philips DP v1.0", subfiletype=1 if i else 0,
+                description=philips_xml(mpps) if i == 0 else "",
+            )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("mpps", [(0.25, 0.5, 1.0, 2.0), (0.227273, 0.454545, 0.909091)], ids=len)
+@pytest.mark.parametrize("missing", [(), (1, 2, 7)], ids=len)
+def test_philips_levels_lose_their_padding(
+    tmp_path: Path, store: Store, draw_tissue: Draw, mpps: tuple[float, ...], missing: tuple[int, ...]
+) -> None:
+    path = write_philips(tmp_path / "a.tiff", draw_tissue(640, 384, whole=True), 128, mpps, missing)
+    with tifffile.TiffFile(path) as file:
+        assert file.pages[2].shape == (128, 256, 3)  # the true size is 160 x 96
+    reader = opened(path, store)
+    layout = reader.layout
+    assert (layout.kind, layout.scanner) == ("tiff", "UFS Scanner") and layout.mpp == pytest.approx(mpps[0])
+    assert [level.downsample for level in layout.levels] == [2.0**i for i in range(len(mpps))]
+    same_as_openslide(reader, path)
+
+
+def test_philips_without_its_spacings_goes_to_openslide_or_is_refused(tmp_path: Path, store: Store, draw_tissue: Draw) -> None:
+    path = write_philips(tmp_path / "a.tiff", draw_tissue(640, 384), 128, (0.25, 0.5), ())
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'PixelDataRepresentation"', b'PixelDataRepresentatiom"'))
+    try:
+        layout = read_layout(str(path), store)
+    except LayoutError as error:
+        assert "pixel spacings for 0 levels" in str(error)
+    else:
+        assert layout.kind == "openslide"
+
+
+def test_levels_stored_smallest_first(tmp_path: Path, store: Store, draw_tissue: Draw) -> None:
+    image = Image.fromarray(draw_tissue(256, 192, whole=True))
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for shrunk in (4, 2, 1):
+            file.write(
+                np.asarray(image.reduce(shrunk)), tile=(32, 32), photometric="rgb", metadata=None, resolution=(2e4, 2e4),
+                resolutionunit=3, subfiletype=1 if shrunk > 1 else 0,
+            )  # fmt: skip
+    reader = opened(tmp_path / "a.tif", store)
+    assert [level.width for level in reader.layout.levels] == [256, 128, 64]
+    same_as_tifffile(reader, tmp_path / "a.tif")
+
+
+# A slide of several files
+
+
+def write_vms(folder: Path, pixels: np.ndarray) -> None:
+    """A Hamamatsu VMS slide of one JPEG, whose restart markers are the tiles, a map, a macro; a foreign file beside it."""
+    folder.mkdir()
+    image = Image.fromarray(pixels)
+    for name, shrunk in (("slide.jpg", 1), ("slide_map2.jpg", 8), ("slide_macro.jpg", 8)):
+        image.reduce(shrunk).save(folder / name, "JPEG", quality=90, subsampling="4:4:4", restart_marker_blocks=8)
+    (folder / "other.jpg").write_bytes(b"not of this slide")
+    fields = {"NoLayers": 1, "NoJpegColumns": 1, "NoJpegRows": 1, "ImageFile": "slide.jpg", "MapFile": "slide_map2.jpg"}
+    fields |= {"MacroImage": "slide_macro.jpg", "OptimisationFile": "gone.opt", "ImageFile(9)": "../../secret", "LayerSpacing": 0}
+    fields |= {"PhysicalWidth": pixels.shape[1] * 500, "PhysicalHeight": pixels.shape[0] * 500, "MacroHorizontalOffset": 0}
+    lines = [f"{name}={value}" for name, value in fields.items()]
+    (folder / "slide.vms").write_text("[Virtual Microscope Specimen]\r\n" + "\r\n".join(lines) + "\r\n")
+
+
+def remote(folder: Path) -> str:
+    """The same folder in a store that OpenSlide cannot see."""
+    memory, name = fsspec.filesystem("memory"), f"/formats/{folder.name}"
+    for file in folder.rglob("*"):
+        if file.is_file():
+            memory.pipe(f"{name}/{file.relative_to(folder)}", file.read_bytes())
+    return f"memory:/{name}"
+
+
+def test_a_vms_slide_brings_the_files_that_it_names(tmp_path: Path, store: Store, draw_tissue: Draw) -> None:
+    write_vms(tmp_path / "vms", draw_tissue(512, 256, whole=True))
+    here = tmp_path / "vms/slide.vms"
+    (tmp_path / "secret").write_bytes(b"no part of it")
+    there = remote(tmp_path / "vms") + "/slide.vms"
+    copied = store.local(there)
+    assert {file.name for file in copied.parent.iterdir()} == {"slide.vms", "slide.jpg", "slide_map2.jpg", "slide_macro.jpg"}
+    assert [path.name for path in (tmp_path / "cache").rglob("secret")] == []
+    layout = read_layout(there, store)
+    assert layout.kind == "openslide" and layout.mpp == pytest.approx(0.5)
+    reader = open_reader(there, layout, store)
+    with openslide.OpenSlide(here) as slide:
+        for number, size in enumerate(slide.level_dimensions):
+            theirs = np.asarray(slide.read_region((0, 0), number, size))[..., :3]
+            np.testing.assert_array_equal(reader.region(number, 0, 0, *size), theirs)
+
+
+def test_a_dicom_series_is_read_from_a_store(shared_data: Path, store: Store) -> None:
+    here = shared_data / "slides/dicom/CMU-1-Small-Region-wsidicomizer"
+    there = remote(here)
+    expected = opened(here, store).region(0, 700, 900, 300, 200)
+    for uri in (there, f"{there}/{sorted(file.name for file in here.iterdir())[2]}"):
+        np.testing.assert_array_equal(open_reader(uri, read_layout(uri, store), store).region(0, 700, 900, 300, 200), expected)
+
+
+# Hostile headers
+
+
+def directory(entries: dict[int, tuple[int, int, bytes]], following: int) -> bytes:
+    """A classic little-endian IFD: tag -> (type, count, value of 4 bytes)."""
+    rows = b"".join(struct.pack("<HHI4s", tag, *entry) for tag, entry in sorted(entries.items()))
+    return struct.pack("<H", len(entries)) + rows + struct.pack("<I", following)
+
+
+def long(value: int) -> tuple[int, int, bytes]:
+    return 4, 1, struct.pack("<I", value)
+
+
+def tiled(**changed: tuple[int, int, bytes]) -> dict[int, tuple[int, int, bytes]]:
+    """A 64 x 64 px level of one uncompressed tile at byte 8."""
+    tags = {
+        "width": 256, "height": 257, "bits": 258, "compression": 259, "photometric": 262, "samples": 277, "planar": 284,
+        "tile_width": 322, "tile_height": 323, "offsets": 324, "counts": 325, "subifds": 330,
+    }  # fmt: skip
+    values = {name: long(64) for name in ("width", "height", "tile_width", "tile_height")}
+    values |= {"bits": long(8), "compression": long(1), "photometric": long(2), "samples": long(3), "planar": long(1)}
+    values |= {"offsets": long(8), "counts": long(64 * 64 * 3)}
+    return {tags[name]: value for name, value in {**values, **changed}.items()}
+
+
+PIXELS = 64 * 64 * 3
+AT = 8 + PIXELS  # where the first directory stands
+
+
+def written(path: Path, *directories: bytes, size: int | None = None) -> Path:
+    path.write_bytes(b"II*\0" + struct.pack("<I", AT) + bytes(PIXELS) + b"".join(directories))
+    if size is not None:
+        with path.open("r+b") as file:
+            file.truncate(size)
+    return path
+
+
+def many(count: int) -> list[bytes]:
+    """A chain of so many equal directories, each at its own place."""
+    one = len(directory(tiled(), 0))
+    return [directory(tiled(), AT + (i + 1) * one if i + 1 < count else 0) for i in range(count)]
+
+
+HUGE = struct.pack("<I", 1 << 31)
+HOSTILE: dict[str, list[bytes]] = {
+    "an empty level": [directory(tiled(width=long(0)), 0)],
+    "an absurd width": [directory(tiled(width=(4, 1, HUGE)), 0)],
+    "absurd sides": [directory(tiled(width=(4, 1, HUGE), height=(4, 1, HUGE)), 0)],
+    "absurd tiles": [directory(tiled(tile_width=(4, 1, HUGE), tile_height=(4, 1, HUGE)), 0)],
+    "no tile size": [directory(tiled(tile_width=long(0)), 0)],
+    "two counts for one tile": [directory(tiled(counts=(4, 2, struct.pack("<I", 8))), 0)],
+    "2^31 offsets": [directory(tiled(offsets=(4, 1 << 31, struct.pack("<I", 8))), 0)],
+    "an absurd width and as many offsets": [
+        directory(tiled(width=(4, 1, HUGE), **dict.fromkeys(("offsets", "counts"), (4, 1 << 25, b"\x08\x00\x00\x00"))), 0)
+    ],
+    "an offset outside": [directory(tiled(offsets=long(1 << 30)), 0)],
+    "a count outside": [directory(tiled(counts=long((1 << 32) - 1)), 0)],
+    "2000 images": many(2000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_headers_are_refused_in_bounded_memory(tmp_path: Path, store: Store, name: str) -> None:
+    path = written(tmp_path / "a.tif", *HOSTILE[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(LayoutError):
+            read_layout(str(path), store)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_drawn_header_is_a_slide_when_nothing_is_wrong_with_it(tmp_path: Path, store: Store) -> None:
+    layout = read_layout(str(written(tmp_path / "a.tif", directory(tiled(), 0))), store)
+    assert layout.kind == "tiff" and layout.levels[0].counts.tolist() == [PIXELS]
+
+
+@pytest.mark.parametrize("cycle", ["next", "subifds", "subifd of itself"])
+def test_cyclic_directories_end(tmp_path: Path, store: Store, cycle: str) -> None:
+    """The first directory is whole: it is read, or the file refused, but nothing goes round for ever."""
+    first = tiled() if cycle == "next" else tiled(subifds=long(AT if cycle == "subifd of itself" else AT + 200))
+    body = directory(first, AT if cycle == "next" else 0)
+    second = directory(tiled(subifds=long(AT)), AT)
+    path = written(tmp_path / "a.tif", body.ljust(200, b"\0"), second)
+    try:
+        assert len(read_layout(str(path), store).levels) == 1
+    except LayoutError as error:
+        assert str(error)
+
+
+def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, store: Store) -> None:
+    """Half a billion tiles in a sparse file that really is so long."""
+    entries = tiled(
+        width=(4, 1, HUGE), height=long(1 << 20), offsets=(4, 1 << 29, b"\x08\0\0\0"), counts=(4, 1 << 29, b"\x08\0\0\0")
+    )
+    path = written(tmp_path / "a.tif", directory(entries, 0), size=3 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LayoutError, match="headers take more than 256 MB"):
+            read_layout(str(path), store)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_jpeg_that_claims_to_be_huge_allocates_nothing(draw_tissue: Draw) -> None:
+    file = io.BytesIO()
+    Image.fromarray(draw_tissue(64, 64)).save(file, "JPEG")
+    data, nothing = bytearray(file.getvalue()), np.zeros(0, np.int64)
+    frame = data.index(b"\xff\xc0")
+    level = Level(64, 64, 64, 64, 1.0, "jpeg", "ycbcr", 1, b"", nothing, nothing)
+    assert decode_tile(bytes(data), level).shape == (64, 64, 3)
+    data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"
+    with pytest.raises(DecodeError, match="its image is 65500x65500"):
+        decode_tile(bytes(data), level)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["aperio", "generic", "ome"]), data=st.data())
+def test_whatever_a_header_says_it_is_a_layout_or_an_error(
+    tmp_path: Path, store: Store, make_slide: MakeSlide, kind: str, data: st.DataObject
+) -> None:
+    """Bytes of the directories flipped at random; what still opens gives pixels or says what is wrong."""
+    path = tmp_path / f"{kind}.tif"
+    if not path.exists():
+        make_slide(path, 100, 80, 64, (1, 2), kind=kind, compression="deflate")
+    whole = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        stored = [(a, a + n) for page in file.pages for a, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    headers = [i for i in range(len(whole)) if not any(start <= i < stop for start, stop in stored)]
+    for place in data.draw(st.lists(st.sampled_from(headers), min_size=1, max_size=4)):
+        whole[place] = data.draw(st.integers(0, 255))
+    damaged = tmp_path / "damaged.tif"
+    damaged.write_bytes(whole)
+    try:
+        reader = opened(damaged, store)
+        for number in range(len(reader.layout.levels)):
+            assert reader.region(number, -5, -5, 90, 70).shape == (70, 90, 3)
+    except (LayoutError, DecodeError, Missing):
+        pass
