@@ -180,7 +180,7 @@ def _planning(plan: Plan, source: SlideSource, count: int, journal: Journal) -> 
             serving = opened.at(visit.mpp)
             _ = opened.reader.layout.levels[serving.scale.level].counts
             ticks.append(time.process_time())
-            serving.cells.region(key(visit.key, "region", 0), plan.sampler.grid)
+            serving.cells.region(key(visit.key, "region", 0), plan.sampler.grid, plan.sampler.grid**2)
             ticks.append(time.process_time())
             source.read(visit)
             ticks.append(time.process_time())
@@ -230,7 +230,7 @@ def _place(plan: Plan, source: SlideSource, number: int, share: int, pipe: Conne
                 opened = source.open_slide(visit.slide)
                 serving = opened.at(visit.mpp)
                 _ = opened.reader.layout.levels[serving.scale.level].counts
-                serving.cells.region(key(visit.key, "region", 0), plan.sampler.grid)
+                serving.cells.region(key(visit.key, "region", 0), plan.sampler.grid, plan.sampler.grid**2)
         pipe.send(None)
         pipe.recv()
 

@@ -101,7 +101,7 @@ def test_every_position_of_a_cell_is_equally_likely(
         monkeypatch.setattr(cells_module, "_TRIES", (64,))
         monkeypatch.setattr(Cells, "_first", _after(Cells._first, 1))
     mask = np.zeros((6, 9), bool)
-    mask[1:2, 1:4], mask[4, 7] = True, True
+    mask[1:3, 1:6], mask[4, 7] = True, True
     cells = Cells(Tissue(mask, 2.0), 36, 24, 0.5, size, 0.4)
     x, y = (c.ravel() for c in np.meshgrid(np.arange(-20, 36), np.arange(-20, 24)))
     fits = cells.fits(x, y, 2)
