@@ -37,7 +37,7 @@ def read_sample(catalog: Catalog, slide: int, reader: Reader, config: SampleConf
         raise NotFitted(f"no square of {config.patch_px} px at {scale.mpp:.3g} um/px holds {config.tissue_fraction:.0%} tissue")
     found = []
     for i in range(config.patches):
-        x, y, _ = cells.region(key(0, "normalise", i), 1, 1)
+        x, y, _ = cells.region(key(0, "normalise", i), 1)
         damage: list[Damage] = []
         pixels = read_scaled(reader, scale, x, y, config.patch_px, config.patch_px, damage)
         if not damage:
