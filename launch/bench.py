@@ -4,6 +4,7 @@ Examples:
     histoscale bench what=read out=bench                     (draws a synthetic slide first)
     histoscale bench what=read catalog=catalog rounds=9 out=bench
     histoscale bench what=catalog out=bench_catalog          (simulates 100,000 slides: 3 GB in out)
+    histoscale bench what=views out=bench_views              (augmentation and stain normalisation, ms a patch)
     histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
     histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
 
@@ -16,16 +17,24 @@ from typing import Any
 
 from histoscale.data.cohort.write import CohortConfig
 from histoscale.data.journal import Journal, JournalConfig
+from histoscale.data.normalise.macenko import MacenkoConfig
+from histoscale.data.normalise.reinhard import ReinhardConfig
+from histoscale.data.normalise.vahadane import VahadaneConfig
 from histoscale.data.plan import SamplerConfig
 from histoscale.data.storage import StorageConfig
 from histoscale.data.stream import StreamConfig
 from histoscale.data.tissue import TissueConfig
+from histoscale.data.views import ViewsConfig
 from histoscale.launch.bench_catalog import ScaleConfig, catalog
 from histoscale.launch.bench_read import read
 from histoscale.launch.bench_remote import RemoteConfig, remote
+from histoscale.launch.bench_views import views
 
-RESULT = ("what", "catalog", "seed", "rounds", "visits", "sampler", "cohort", "tissue", "catalog_scale", "remote")
-SUBJECTS = {"read": read, "catalog": catalog, "remote": remote}
+RESULT = (
+    "what", "catalog", "seed", "rounds", "visits", "sampler", "cohort", "tissue", "catalog_scale", "remote",
+    "views", "macenko", "vahadane", "reinhard",
+)  # fmt: skip
+SUBJECTS = {"read": read, "catalog": catalog, "remote": remote, "views": views}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class Config:
     rounds: int
     visits: int
     sampler: SamplerConfig
+    views: ViewsConfig
+    macenko: MacenkoConfig
+    vahadane: VahadaneConfig
+    reinhard: ReinhardConfig
     stream: StreamConfig
     storage: StorageConfig
     tissue: TissueConfig

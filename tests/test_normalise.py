@@ -283,13 +283,15 @@ def catalog(
 
 def test_a_sample_depends_on_the_slide_alone(catalog: Catalog, store: Store) -> None:
     """Whatever was read before and whoever asks; its pixels are tissue of that slide at the asked magnification."""
-    settings = config("macenko").sample
+    settings = replace(config("macenko").sample, pixels=1 << 30)
     samples = [read_sample(catalog, 0, catalog.reader(0, store), settings) for _ in range(2)]
     np.testing.assert_array_equal(*samples)
     other = read_sample(catalog, 1, catalog.reader(1, store), settings)
     assert samples[0].shape == other.shape == (8 * 256 * 256, 3) and (samples[0] != other).any()
     coarse = read_sample(catalog, 0, catalog.reader(0, store), replace(settings, mpp=2.0, patch_px=64, patches=3))
     assert len(coarse) == 3 * 64 * 64
+    few = read_sample(catalog, 0, catalog.reader(0, store), replace(settings, pixels=1000))
+    assert 900 < len(few) <= 1000 and set(map(tuple, few)) <= set(map(tuple, samples[0]))
     finer = read_sample(catalog, 0, catalog.reader(0, store), replace(settings, mpp=0.1))  # its finest level, 0.5, serves
     np.testing.assert_array_equal(finer, samples[0])
     with pytest.raises(NotFitted, match="no square of 5000 px"):

@@ -15,13 +15,14 @@ from histoscale.data.readers.scale import choose_scale, read_scaled
 @dataclass(frozen=True)
 class SampleConfig:
     """patches: so many squares of patch_px at mpp (um/px), each with a share of tissue_fraction; a slide whose finest level is
-    coarser than mpp gives that one. A level within mpp_tolerance is taken unscaled."""
+    coarser than mpp gives that one. A level within mpp_tolerance is taken unscaled. pixels: at most so many, evenly taken."""
 
     mpp: float
     mpp_tolerance: float
     patches: int
     patch_px: int
     tissue_fraction: float
+    pixels: int
 
 
 def read_sample(catalog: Catalog, slide: int, reader: Reader, config: SampleConfig) -> np.ndarray:
@@ -37,11 +38,12 @@ def read_sample(catalog: Catalog, slide: int, reader: Reader, config: SampleConf
         raise NotFitted(f"no square of {config.patch_px} px at {scale.mpp:.3g} um/px holds {config.tissue_fraction:.0%} tissue")
     found = []
     for i in range(config.patches):
-        x, y, _ = cells.region(key(0, "normalise", i), 1)
+        x, y, _ = cells.region(key(0, "normalise", i), 1, 1)
         damage: list[Damage] = []
         pixels = read_scaled(reader, scale, x, y, config.patch_px, config.patch_px, damage)
         if not damage:
             found.append(pixels.reshape(-1, 3))
     if not found:
         raise NotFitted(f"not one of {config.patches} squares of tissue could be decoded")
-    return np.concatenate(found)
+    pixels = np.concatenate(found)
+    return pixels[:: -(-len(pixels) // config.pixels)]
