@@ -70,7 +70,7 @@ class _Entry:
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file():
-                yield path.stat()
+    for parent, _, names in os.walk(folder):  # it passes over folders that another process removes or renames meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield os.stat(os.path.join(parent, name))

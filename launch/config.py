@@ -52,7 +52,7 @@ def load(command: str, overrides: list[str]) -> Composed:
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))} Commands: {', '.join(COMMANDS)}")
     module = import_module(f"histoscale.launch.{command}")
-    _check_overrides(command, module.Config, overrides)
+    overrides = _checked(command, module.Config, overrides)
     try:
         with initialize_config_module("histoscale.configs", version_base="1.3"):
             composed = compose(config_name=command, overrides=overrides)
@@ -127,8 +127,12 @@ def choices(group: str) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
-def _check_overrides(command: str, schema: type, overrides: list[str]) -> None:
-    """Refuse what Hydra would accept in silence: `+unknown=1` composes and then vanishes."""
+def _checked(command: str, schema: type, overrides: list[str]) -> list[str]:
+    """The overrides as Hydra takes them: what stands below a free mapping is added, without a `+` from the user.
+
+    Refuses what Hydra would accept in silence: `+unknown=1` composes and then vanishes.
+    """
+    taken = []
     for text in overrides:
         if text.startswith("-"):
             raise ConfigError(f"{command}: {text!r} is a flag; this command takes key=value (and --help, --cfg)")
@@ -144,13 +148,15 @@ def _check_overrides(command: str, schema: type, overrides: list[str]) -> None:
     for override in parsed:
         name = override.key_or_group.split("@")[0].replace("/", ".")
         parts = name.split(".")
-        free = any(known.get(".".join(parts[:i]), False) for i in range(1, len(parts)))
+        free = any(known.get(".".join(parts[:i]), False) for i in range(1, len(parts) + 1))
+        taken.append("++" + (override.input_line or "").lstrip("+") if free else override.input_line or "")
         if name not in names and not free:
             raise ConfigError(f"{command}: unknown key {name!r}{nearest(name, names)}")
         if override.is_delete():
             raise ConfigError(f"{command}: {override.input_line!r} deletes a key; set it to a value (null where it may be empty)")
         if override.is_sweep_override():
             raise ConfigError(f"{command}: {override.input_line!r} is a sweep; one command runs one configuration")
+    return taken
 
 
 def under_torchrun() -> bool:

@@ -4,13 +4,16 @@ import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 
 import fsspec
 import pytest
+from store_children import die_while_copying, fill_many
 
 from histoscale.data.cache import FileCache
 from histoscale.data.storage import Changed, Fingerprint, Missing, StorageConfig, StorageError, Store, check_uri, resolve
@@ -277,6 +280,30 @@ def test_a_copy_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> No
         os.utime(path, (1, 1))
     assert (cache.folder("a", lambda folder: (folder / "x").write_bytes(b"whole") and None) / "x").read_bytes() == b"whole"
     assert not orphan.exists()
+
+
+def test_a_process_killed_while_copying_harms_no_other(tmp_path: Path) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool, pytest.raises(BrokenProcessPool):
+        pool.submit(die_while_copying, str(tmp_path), "a").result(60)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and left[0].name.endswith(".partial") and (left[0] / "x").read_bytes() == b"half"
+    cache = FileCache(tmp_path, 1 << 20)
+    assert (cache.folder("a", lambda folder: (folder / "x").write_bytes(b"whole") and None) / "x").read_bytes() == b"whole"
+    assert left[0].exists(), "it may still be written to, until it is old"
+    for path in (left[0] / "x", left[0]):
+        os.utime(path, (1, 1))
+    cache.folder("b", lambda folder: (folder / "x").write_bytes(b"") and None)
+    assert not left[0].exists()
+
+
+def test_processes_that_crowd_a_small_cache_read_whole_entries(tmp_path: Path) -> None:
+    """Room for 40 entries, three processes that want 90 of them: evicted and filled again all the time, never half."""
+    with ProcessPoolExecutor(3, mp_context=get_context("forkserver")) as pool:
+        wanted = [[(17 * i + 29 * p) % 90 for i in range(150)] for p in range(3)]
+        found = [future.result(120) for future in [pool.submit(fill_many, str(tmp_path), 4000, numbers) for numbers in wanted]]
+    assert all(all(whole) for whole in found)
+    FileCache(tmp_path, 4000).folder("last", lambda folder: (folder / "x").write_bytes(bytes(100)) and None)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("x")) <= 4000
 
 
 def test_many_fill_one_entry_at_once(tmp_path: Path) -> None:
