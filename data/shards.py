@@ -22,6 +22,7 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 ABOUT = ("patient_id", "site", "organ", "cohort", "scanner")
 _BLOCK = 1 << 20  # bytes a request while the headers of a shard are walked
 _MOST_JSON = 1 << 20
+_MOST_PADDING = 1 << 20  # zeros after the last member: tar fills its last record, of 10 KB unless told otherwise
 _MOST_SHARDS = 100_000
 _AT_ONCE = 8  # shards that are indexed at a time
 _SCHEMA = pyarrow.schema(
@@ -147,6 +148,11 @@ def index(uri: str, size: int, store: Store) -> pyarrow.Table:
                     sample |= {"offset": member.offset_data, "size": member.size}
                 elif kind == ".json":
                     sample |= _about(uri, member, file)
+            end = archive.offset
+        file.seek(end)
+        rest = file.read(_MOST_PADDING)
+        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or end + len(rest) < size:
+            raise tarfile.ReadError(f"at byte {end} of {size} it should end in zeros: it was cut, or others were appended")
     except tarfile.TarError as error:
         raise TilesError(f"{uri} is damaged, or no tar file ({error})") from error
     rows = [{"key": key, **sample} for key, sample in samples.items() if "offset" in sample]
