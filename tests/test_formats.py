@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import imagecodecs
 import numpy as np
 import openslide
 import pytest
@@ -199,6 +200,24 @@ def test_subsampled_jpeg2000_is_within_rounding_of_openslide(tmp_path: Path, sto
     assert reader.layout.kind == "tiff"
     same_as_openslide(reader, path, tolerance=1)
     assert np.ptp(framed(reader, 0)[..., 0].astype(int)) > 90  # not grey
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["codestream", "JP2 file"])
+def test_jpeg2000_with_and_without_its_boxes(tmp_path: Path, store: Store, draw_tissue: Draw, boxed: bool) -> None:
+    """A forged size in the codestream is refused before anything is allocated, in boxes as well."""
+    pixels = draw_tissue(128, 64, whole=True)
+    tiles = [
+        imagecodecs.jpeg2k_encode(np.ascontiguousarray(part), level=0, codecformat="jp2" if boxed else "j2k", reversible=True)
+        for part in (pixels[:, :64], pixels[:, 64:])
+    ]
+    assert tiles[0].startswith(b"\xff\x4f") != boxed
+    path = write_tiles(tmp_path / "a.tif", tiles, 64, 2, compression=34712, photometric="rgb")
+    reader = opened(path, store)
+    np.testing.assert_array_equal(framed(reader, 0), pixels)
+    size = tiles[0].index(b"\xff\x4f\xff\x51") + 8
+    forged = tiles[0][:size] + b"\x7f\xff\xff\xff" * 2 + tiles[0][size + 8 :]
+    with pytest.raises(DecodeError, match="its image is 2147483647x2147483647"):
+        decode_tile(forged, reader.layout.levels[0])
 
 
 # Philips
