@@ -53,6 +53,7 @@ class _Round:
     wall_s: float
     requests: int
     bytes: int
+    retried: int
     touched: int
 
 
@@ -147,6 +148,7 @@ def _measure(
                 "bytes_to_touched": total[name].bytes / total[name].touched if name != "local" else 1.0,
                 "bytes_a_patch": total[name].touched / total[name].patches,
                 "patches": total[name].patches,
+                "retried": total[name].retried,
                 "peak_bytes": memory[name],
             }
             for name in names
@@ -173,7 +175,7 @@ def _reader(
         if between is not None:
             between.set(delay_s=delay_s)
         source.done.clear()
-        before = store.requests, store.bytes
+        before = store.requests, store.bytes, store.retried
         cpu, wall = time.process_time(), time.perf_counter()
         with Stream(plan, source, stream, start=(number + 1) * rule.steps) as batches:
             for _ in range(rule.steps):
@@ -181,7 +183,7 @@ def _reader(
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         patches = len(source.done) * sampler.grid**2
         touched = sum(_touched(source, visit, found) for visit, found in source.done)
-        return _Round(patches, cpu, wall, store.requests - before[0], store.bytes - before[1], touched)
+        return _Round(patches, cpu, wall, store.requests - before[0], store.bytes - before[1], store.retried - before[2], touched)
 
     return read
 

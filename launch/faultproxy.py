@@ -40,28 +40,18 @@ class FaultProxy:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open.add(writer)
-        upstream: asyncio.StreamWriter | None = None
+        upstream = _Upstream(self.port)
         try:
-            if self.faults["out"]:
-                return
-            replies, upstream = await asyncio.open_connection("127.0.0.1", self.port, limit=_LIMIT)
-            while await self._request(reader, writer, replies, upstream):
+            while not self.faults["out"] and await self._request(reader, writer, upstream):
                 pass
         except (OSError, asyncio.IncompleteReadError):
             pass  # either side went away
         finally:
             self.open.discard(writer)
-            for side in (writer, upstream):
-                if side is not None:
-                    side.close()
+            writer.close()
+            upstream.close()
 
-    async def _request(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        replies: asyncio.StreamReader,
-        upstream: asyncio.StreamWriter,
-    ) -> bool:
+    async def _request(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, upstream: "_Upstream") -> bool:
         """One request and its reply; False when the connection is to end."""
         head = await reader.readuntil(b"\r\n\r\n")
         body = await reader.readexactly(int(_header(head, b"content-length") or 0))
@@ -69,7 +59,7 @@ class FaultProxy:
         self.waiting += 1
         self.counts["most_at_once"] = max(self.counts["most_at_once"], self.waiting)
         try:
-            return await self._reply(head, body, reader, writer, replies, upstream)
+            return await self._reply(head, body, reader, writer, upstream)
         finally:
             self.waiting -= 1
 
@@ -79,8 +69,7 @@ class FaultProxy:
         body: bytes,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        replies: asyncio.StreamReader,
-        upstream: asyncio.StreamWriter,
+        upstream: "_Upstream",
     ) -> bool:
         method = head.split(b" ", 1)[0]
         kind = self._fault(self.counts["requests"]) if method in (b"GET", b"HEAD") else None
@@ -97,12 +86,8 @@ class FaultProxy:
             writer.write(lines.encode() + b"\r\n")
             await writer.drain()
             return True
-        upstream.write(head + body)
-        answer = await replies.readuntil(b"\r\n\r\n")
-        while answer.startswith(b"HTTP/1.1 100"):
-            writer.write(answer)
-            answer = await replies.readuntil(b"\r\n\r\n")
-        data = b"" if method == b"HEAD" else await _body(answer, replies)
+        answer = await upstream.ask(head + body)
+        data = b"" if method == b"HEAD" else await _body(answer, upstream.replies)
         self.counts["bytes"] += len(data)
         if kind == "cut":
             writer.write(answer + data[: len(data) // 2])
@@ -133,6 +118,38 @@ class FaultProxy:
                 for writer in self.open:
                     writer.transport.abort()
         return {**dict.fromkeys(("requests", "bytes", "most_at_once", *_KINDS), 0), **self.counts}
+
+
+class _Upstream:
+    """The connection to the server. One that the server closed while it was idle is opened again, unseen by the client."""
+
+    replies: asyncio.StreamReader
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def ask(self, request: bytes) -> bytes:
+        """The head of the reply; its body is next in `replies`."""
+        while True:
+            fresh = self.writer is None
+            if self.writer is None:
+                self.replies, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=_LIMIT)
+            try:
+                self.writer.write(request)
+                head = await self.replies.readuntil(b"\r\n\r\n")
+                while head.startswith(b"HTTP/1.1 100"):
+                    head = await self.replies.readuntil(b"\r\n\r\n")
+                return head
+            except (OSError, asyncio.IncompleteReadError):
+                self.close()
+                if fresh:
+                    raise
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
 
 def _header(head: bytes, name: bytes) -> bytes | None:
