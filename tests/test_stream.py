@@ -30,7 +30,7 @@ from histoscale.data.tissue import TissueConfig
 from histoscale.data.visit import SlideSource
 
 ROOT = Path(__file__).resolve().parents[1]
-READING = StreamConfig(workers=0, prefetch=1, threads=2, max_lost=0.05)
+READING = StreamConfig(workers=0, prefetch=1, in_flight=2, threads=2, memory_gb=1, max_lost=0.05)
 G = 96
 
 
@@ -261,7 +261,7 @@ def test_nothing_is_left_behind_after_an_interrupt(catalog: Catalog, sampler: Sa
         "    store = Store(StorageConfig({}, 'fsspec', 'cache', 1 << 30, 5.0, 5.0))\n"
         f"    source = SlideSource(open_catalog({catalog.uri!r}, store), store, {sampler!r})\n"
         "    plan = Plan(1, 8, source.sampler, source.table())\n"
-        "    with Stream(plan, source, StreamConfig(workers=2, prefetch=1, threads=2, max_lost=1.0)) as stream:\n"
+        "    with Stream(plan, source, StreamConfig(workers=2, prefetch=1, in_flight=2, threads=2, memory_gb=1, max_lost=1.0)) as stream:\n"
         "        for batch in stream:\n"
         "            print('step', batch.step, *stream.worker_pids(), flush=True)\n"
     )
