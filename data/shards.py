@@ -75,7 +75,9 @@ class Shards:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             marks = list(pool.map(store.fingerprint, self.uris))
             tables = list(pool.map(self._indexed, self.uris, marks))
-        self.identity = [(posixpath.basename(uri), mark.size, mark.tag) for uri, mark in zip(self.uris, marks, strict=True)]
+        self.identity: Sequence[Any] = [
+            (posixpath.basename(uri), mark.size, mark.tag) for uri, mark in zip(self.uris, marks, strict=True)
+        ]
         whole = pyarrow.concat_tables(tables)
         if not len(whole):
             others = f" and {len(tables) - 1} more shards hold" if len(tables) > 1 else " holds"

@@ -50,7 +50,7 @@ class Folder:
         if nameless:
             others = f" and {len(nameless) - 1} more" if len(nameless) > 1 else ""
             raise TilesError(f"the pattern {pattern!r} finds no slide id (its first group) in {nameless[0]!r}{others}")
-        self.identity = self.files
+        self.identity: Sequence[Any] = self.files
         self.columns = {"slide_id": [match.group(1) for match in found if match is not None]}
 
     def images(self, numbers: Sequence[int]) -> list[bytes | None]:
@@ -69,7 +69,8 @@ class Table:
     """A Parquet file with the columns slide_id and image (bytes, or a struct that holds `bytes`), and mpp and others if known."""
 
     def __init__(self, path: Path, mark: Fingerprint) -> None:
-        self.path, self.identity = path, [mark.size, mark.tag]
+        self.path = path
+        self.identity: Sequence[Any] = [mark.size, mark.tag]
         self._open()
         names = self.file.schema_arrow.names
         missing = [name for name in ("slide_id", "image") if name not in names]

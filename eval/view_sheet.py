@@ -42,7 +42,7 @@ def _rows(pixels: Tensor, seed: int, slots: Tensor, config: ViewsConfig) -> Iter
 
 
 def _shown(tiles: Tensor, config: ViewsConfig) -> np.ndarray:
-    light = tiles.permute(0, 2, 3, 1).numpy() * np.float32(config.std) + np.float32(config.mean)
+    light = tiles.permute(0, 2, 3, 1).numpy() * np.array(config.std) + np.array(config.mean)
     return (light * 255).round().clip(0, 255).astype(np.uint8)
 
 
@@ -53,11 +53,11 @@ def _each_alone(config: ViewsConfig, side: int) -> Iterator[tuple[str, ViewsConf
         hflip=0.0, vflip=0.0, quarter_turns=False, hed_p=0.0, jitter_p=0.0, grey_p=0.0, global_solarize_p=[0.0],
         blur=replace(config.blur, global_p=[0.0], local_p=0.0),
     )  # fmt: skip
-    crop = {"scale_of": config.scale_of, "ratio": config.ratio}
-    yield "global crop", replace(off, global_px=config.global_px, global_scale=config.global_scale, **crop)
+    cut = replace(off, scale_of=config.scale_of, ratio=config.ratio)
+    yield "global crop", replace(cut, global_px=config.global_px, global_scale=config.global_scale)
     if config.local_count:
-        yield "local crop", replace(off, global_count=0, global_solarize_p=[], local_count=1,
-                                    blur=replace(off.blur, global_p=[]), **crop)  # fmt: skip
+        none = replace(off.blur, global_p=[])
+        yield "local crop", replace(cut, global_count=0, global_solarize_p=[], blur=none, local_count=1)
     yield "flips and turns", replace(off, hflip=config.hflip, vflip=config.vflip, quarter_turns=config.quarter_turns)
     if config.hed_p > 0:
         yield f"HED jitter, p {config.hed_p:g}\n+-{config.hed_sigma_od:g} density", replace(off, hed_p=1.0)

@@ -41,7 +41,7 @@ class ReinhardConfig:
 
 
 def fit(pixels: np.ndarray, config: ReinhardConfig) -> Colours:
-    """uint8 [n, 3] of one slide -> the colours of its stained pixels, those that are not clear in every channel. Raises NotFitted.
+    """uint8 [n, 3] of one slide -> the colours of its stained pixels, those not clear in every channel. Raises NotFitted.
 
     Glass would move the mean. It is not fitted, but moved with the rest: where that matters, take a method that knows stains.
     """

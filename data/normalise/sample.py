@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from histoscale.data.catalog import Catalog
-from histoscale.data.cells import Cells, Tissue
+from histoscale.data.cells import Cells
 from histoscale.data.keys import key
 from histoscale.data.normalise.density import NotFitted
 from histoscale.data.readers.pyramid import Damage, Reader
 from histoscale.data.readers.scale import choose_scale, read_scaled
+from histoscale.data.serving import tissue_of
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,8 @@ def read_sample(catalog: Catalog, slide: int, reader: Reader, config: SampleConf
     scale = choose_scale(mpps, max(config.mpp, min(mpps)), config.mpp_tolerance, 1.0)
     assert scale is not None  # the target is never finer than the finest level
     level = catalog.layout(slide).levels[scale.level]
-    tissue = Tissue(catalog.bitmap(slide), catalog.mask_mpp(slide))
     size = config.patch_px * scale.factor
-    cells = Cells(tissue, level.width, level.height, mpps[scale.level], size, config.tissue_fraction)
+    cells = Cells(tissue_of(catalog, slide), level.width, level.height, mpps[scale.level], size, config.tissue_fraction)
     if not cells.any():
         raise NotFitted(f"no square of {config.patch_px} px at {scale.mpp:.3g} um/px holds {config.tissue_fraction:.0%} tissue")
     found = []
