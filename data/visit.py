@@ -13,6 +13,7 @@ import numpy as np
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
+from histoscale.data.journal import scrub
 from histoscale.data.keys import key
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
@@ -20,7 +21,7 @@ from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Re
 from histoscale.data.readers.scale import read_scaled
 from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.serving import Serving, serve, tissue_of
-from histoscale.data.storage import Changed, Missing, Store
+from histoscale.data.storage import Changed, Missing, Store, is_remote
 from histoscale.data.tables import Levels
 
 HELD = 1.3  # memory of a visit in its patches: regions that they are views of may hold so much more
@@ -140,11 +141,11 @@ class SlideSource:
         """Regions placed by key until grid^2 patches have passed, then repeats. Raises VisitFailed, StorageError."""
         try:
             opened = self.open_slide(visit.slide)
-            return self._patches(visit.key, opened.reader, opened.at(visit.mpp))
+            return self._patches(visit.key, visit.slide, opened.reader, opened.at(visit.mpp))
         except (Missing, Changed, LayoutError, DecodeError, NoPlace) as error:
             raise VisitFailed(str(error)) from error
 
-    def _patches(self, k: int, reader: Reader, serving: Serving) -> Patches:
+    def _patches(self, k: int, slide: int, reader: Reader, serving: Serving) -> Patches:
         scale, reduce, cells = serving.scale, serving.reduce, serving.cells
         grid = self.sampler.grid
         missing, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
@@ -161,6 +162,8 @@ class SlideSource:
             x, y, fits = cells.region(place, max(1, min(grid + grid // 2, holds)), count)
             rows, columns = first_cells(fits, count, key(place, "order"))
             read, found = self._cut(reader, serving, x, y, rows, columns)
+            if not found.all():
+                self._same_file(slide)
             spanned = int((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
             rows, columns, read = rows[found], columns[found], [read[i] for i in np.flatnonzero(found)]
             good = np.flatnonzero(passes(read, self.sampler.pixel_filter))
@@ -207,6 +210,16 @@ class SlideSource:
         for part in damage:
             found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
         return cells, found
+
+    def _same_file(self, slide: int) -> None:
+        """Raises Changed for a file that is not the one that was indexed: damaged tiles may be another slide's bytes.
+
+        The time of change of a file on a disk is no sign: copies and restored backups have another.
+        """
+        uri = self.catalog.text("uri", slide) or ""
+        indexed, now = self.catalog.fingerprint(slide), self.store.fingerprint(uri)
+        if indexed.size != now.size or (is_remote(uri) and indexed.tag != now.tag):
+            raise Changed(f"{scrub(uri)} is not the file that was indexed: {now.size} bytes, tag {now.tag}")
 
     def open_slide(self, slide: int) -> Opened:
         """The slide's reader and tissue; the last few are kept, for all threads."""
