@@ -53,8 +53,16 @@ class FileCache:
             copying = entry.path.name.endswith(_PARTIAL)
             stale = copying and time.time() - entry.used > _ABANDONED_S
             if stale or (total > self.limit_bytes and not copying and entry.path != keep):
-                shutil.rmtree(entry.path, ignore_errors=True)
+                self._remove(entry)
                 total -= entry.size
+
+    def _remove(self, entry: "_Entry") -> None:
+        """Out of sight by a rename, then gone: nobody sees half an entry. One that was used since it was looked at stays."""
+        gone = entry.path.with_name(f"{entry.path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        with contextlib.suppress(FileNotFoundError):
+            if entry.path.stat().st_mtime <= entry.used:
+                entry.path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 class _Entry:

@@ -235,6 +235,7 @@ class Tracked(Journal):
             mode="online" if journal.config.wandb == "online" else "offline",
             dir=journal.out,
             config=values,
+            settings=wandb.Settings(x_disable_meta=True),  # it would keep the command line, which may hold a credential
         )
 
     def row(self, **values: Any) -> None:

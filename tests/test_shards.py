@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from histoscale.data.storage import StorageError, Store
 from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.visit import VisitFailed
+from histoscale.launch.loopback import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 24
@@ -179,6 +181,18 @@ def test_a_stream_over_shards_is_the_same_for_any_workers_and_place(folder: Path
         for one, other in zip(known, found, strict=True):
             assert one.pixels.numpy().tobytes() == other.pixels.numpy().tobytes() and one.x.tolist() == other.x.tolist()
     assert len({tuple(batch.slide.tolist()) for batch in known}) > 1
+
+
+def test_a_stream_over_http_with_worker_processes(
+    folder: Path, folder_server: tuple[Server, Path], store: Store, sampler: SamplerConfig
+) -> None:
+    server, served = folder_server
+    shutil.copytree(folder, served / "shards")
+    uri = f"{server.url}/shards/train-{{000..002}}.tar"
+    known = batches(open_tiles(str(folder), "^(.+)/", sampler, store), 0)
+    for workers in (0, 2):
+        for one, other in zip(known, batches(open_tiles(uri, "^(.+)/", sampler, store), workers), strict=True):
+            assert one.pixels.numpy().tobytes() == other.pixels.numpy().tobytes() and one.x.tolist() == other.x.tolist()
 
 
 # Damage
