@@ -149,11 +149,17 @@ def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
     if not 1 <= budget <= len(usable):
         raise ValueError(f"sampler.slide_budget is {budget}: {len(usable)} slides can serve a magnification of the mix")
 
-    def place(row: int) -> tuple[int, int]:
-        return key(seed, "patient " + table.patients[row]), key(seed, "slide " + table.slide_ids[row])
-
+    patient = _numbered(table.patients, usable)
+    first = np.unique(patient, return_index=True)[1]  # a row of each patient, for the name
+    order = sorted(range(len(first)), key=lambda i: key(seed, "patient " + table.patients[usable[first[i]]]))
+    held = np.cumsum(np.bincount(patient)[order])
+    whole = int(np.searchsorted(held, budget, side="right"))  # so many patients with all their slides, of one more a part
+    chosen = np.isin(patient, order[:whole])
+    if whole < len(order):
+        part = sorted(np.flatnonzero(patient == order[whole]), key=lambda i: key(seed, "slide " + table.slide_ids[usable[i]]))
+        chosen[part[: budget - (int(held[whole - 1]) if whole else 0)]] = True
     kept = np.zeros_like(kept)
-    kept[sorted(usable.tolist(), key=place)[:budget]] = True
+    kept[usable[chosen]] = True
     return kept
 
 

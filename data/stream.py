@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from histoscale.data.journal import scrub
 from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
-from histoscale.data.processes import worker_context
+from histoscale.data.processes import settle, worker_context
 from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
 from histoscale.data.visit import HELD, Patches, Source, VisitFailed
@@ -313,7 +313,12 @@ class Stream:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="This DataLoader will create")  # than there are cores
                 loader = DataLoader(
-                    dataset, batch_size=None, num_workers=owners, prefetch_factor=ahead, multiprocessing_context=context
+                    dataset,
+                    batch_size=None,
+                    num_workers=owners,
+                    prefetch_factor=ahead,
+                    multiprocessing_context=context,
+                    worker_init_fn=settle,
                 )
                 self._loading = iter(loader)
             parts: Iterator[_Part | _Fault] = self._loading
