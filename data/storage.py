@@ -107,6 +107,11 @@ def _scheme(uri: str) -> str:
     return scheme.lower() if found and scheme.lower() != "file" else ""
 
 
+def is_remote(uri: str) -> bool:
+    """Whether the URI names a file in a store, not on a disk."""
+    return bool(_scheme(uri))
+
+
 def _path(uri: str) -> Path:
     return Path(uri[7:] if uri[:7].lower() == "file://" else uri).expanduser()
 

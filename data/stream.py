@@ -1,6 +1,7 @@
 """The stream: owners read the visits of their slots ahead; whole uint8 batches are put together by slot, never by arrival."""
 
 import json
+import math
 import os
 import time
 import warnings
@@ -22,20 +23,25 @@ from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
 from histoscale.data.processes import settle, worker_context
 from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
-from histoscale.data.visit import Patches, Source, VisitFailed
+from histoscale.data.visit import HELD, Patches, Source, VisitFailed
+
+IN_FLIGHT = 4.0  # of a visit that is being read: the pixels of its regions and their encoded bytes
 
 
 @dataclass(frozen=True)
 class StreamConfig:
     """How patches are read; nothing here changes which.
 
-    workers: processes a rank (0: none). prefetch: batches read ahead by each. threads: visits in flight in each.
+    workers: processes a rank (0: none). In each of them: prefetch, batches that are ready ahead; in_flight, visits that are read
+    at a time, most of them waiting for bytes; threads, how many of those decode at a time. memory_gb: what a rank may hold.
     max_lost: the run stops when failed visits pass this share of all.
     """
 
     workers: int
     prefetch: int
+    in_flight: int
     threads: int
+    memory_gb: float
     max_lost: float
 
 
@@ -88,7 +94,8 @@ class _Read:
 @dataclass(frozen=True)
 class _Part:
     """What one owner hands over for one step. where: int64 [b, 6]: slot, slide, target, level, x, y.
-    opened: int64 [v, 5]: slide, target, tested, passed, repeated of visits that are first used here."""
+    opened: int64 [v, 5]: slide, target, tested, passed, repeated of visits that are first used here.
+    traffic: int64 [3]: requests, bytes and repeated requests since the owner's last part."""
 
     step: int
     pixels: Tensor
@@ -96,6 +103,7 @@ class _Part:
     mpp: np.ndarray
     opened: np.ndarray
     lost: list[Lost]
+    traffic: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -122,27 +130,50 @@ def read_visit(plan: Plan, source: Source, place: Place) -> _Read:
     raise StreamError(f"{ATTEMPTS + 1} slides in a row could not be read ({slides}); the last one: {lost[-1].reason}")
 
 
+def steps_ahead(plan: Plan, slots: int, config: StreamConfig) -> int:
+    """How many steps ahead an owner of so many slots opens visits: `prefetch` are ready while `in_flight` visits are read."""
+    return config.prefetch + math.ceil(config.in_flight * plan.per_visit / slots)
+
+
+def memory_bytes(plan: Plan, slots: int, config: StreamConfig) -> int:
+    """What a rank's reading holds at most: open visits, those read ahead (with the parts of regions that no patch uses), regions
+    and bytes of those that are read, and batches that are handed over."""
+    owners = max(1, min(config.workers, slots))
+    share = math.ceil(slots / owners)
+    patch = 3 * plan.sampler.patch_px**2
+    early = steps_ahead(plan, share, config) * slots / plan.per_visit
+    visits = HELD * (slots * plan.lanes + early) + IN_FLIGHT * config.in_flight * owners
+    return int(patch * (plan.per_visit * visits + slots * (config.prefetch + 2)))
+
+
 class Owner:
     """Reads the visits of some slots; each visit is read once and kept until its last patch is taken."""
 
     def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig) -> None:
         self.plan, self.source, self.slots, self.config = plan, source, slots, config
+        self.ahead = steps_ahead(plan, len(slots), config)
 
     def parts(self, start: int) -> Iterator[_Part]:
         """The parts of steps start, start + 1, … without end. Raises StreamError."""
-        pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="visit")
+        self.source.decode_threads(self.config.threads)
+        pool = ThreadPoolExecutor(self.config.in_flight, thread_name_prefix="visit")
+        traffic = self.source.traffic()
         reading: dict[tuple[int, int, int], Future[_Read]] = {}
         seen: set[tuple[int, int, int]] = set()
         ahead: dict[int, list[Place]] = {}
         try:
             for step in count(start):
-                for future_step in range(max(ahead, default=step - 1) + 1, step + self.config.prefetch + 1):
+                for future_step in range(max(ahead, default=step - 1) + 1, step + self.ahead + 1):
                     ahead[future_step] = [self.plan.place(future_step, slot) for slot in self.slots]
                     for place in ahead[future_step]:
                         name = (place.slot, place.lane, place.turn)
                         if name not in reading:
                             reading[name] = pool.submit(read_visit, self.plan, self.source, place)
-                yield self._part(step, ahead.pop(step), reading, seen)
+                part = self._part(step, ahead.pop(step), reading, seen)
+                now = self.source.traffic()
+                part.traffic[:] = np.subtract(now, traffic)
+                traffic = now
+                yield part
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -167,7 +198,8 @@ class Owner:
             if place.last:
                 del reading[name]
                 seen.discard(name)
-        return _Part(step, pixels, where, mpp, np.array(opened, np.int64).reshape(-1, 5), lost)
+        traffic = np.zeros(3, np.int64)
+        return _Part(step, pixels, where, mpp, np.array(opened, np.int64).reshape(-1, 5), lost, traffic)
 
 
 class _Owners(IterableDataset[_Part | _Fault]):
@@ -201,10 +233,19 @@ class Stream:
         start: int = 0,
         lost: Path | None = None,
     ) -> None:
-        if min(config.threads, config.prefetch) < 1 or config.workers < 0:
-            raise ValueError(f"{config}: expected at least one thread and one batch of prefetch, and no fewer than zero workers")
+        if min(config.threads, config.in_flight, config.prefetch) < 1 or config.workers < 0:
+            raise ValueError(f"{config}: expected at least 1 for threads, in_flight and prefetch, and at least 0 for workers")
         self.plan, self.source, self.config, self.start = plan, source, config, start
         self.slots = rank_slots(plan.global_batch, rank, world)
+        needed = memory_bytes(plan, len(self.slots), config) / 1e9
+        if needed > config.memory_gb:
+            raise ValueError(
+                f"reading would hold up to {needed:.1f} GB, more than stream.memory_gb={config.memory_gb:g}: {len(self.slots)} slots "
+                f"x {plan.lanes} lanes x {plan.per_visit} patches are open, {config.in_flight} visits in flight. Raise the budget, or "
+                "lower stream.in_flight, sampler.lanes_per_slot, sampler.grid or the batch of a rank"
+            )
+        self._pinned = torch.cuda.is_available()  # copies to the GPU then run beside it
+        self._traffic = np.zeros(3, np.int64)
         self.tally = Tally(source, plan.targets)
         self._lost, self._visits = lost, 0
         self._waited, self._since = 0.0, time.perf_counter()
@@ -251,6 +292,9 @@ class Stream:
             "data/accepted": totals["passed"] / max(1, totals["tested"]),
             "data/repeated": totals["repeated"],
             "data/failed": totals["failed"],
+            "data/requests": int(self._traffic[0]),
+            "data/bytes": int(self._traffic[1]),
+            "data/retried": int(self._traffic[2]),
         }
 
     def check_lost(self, total: Callable[[Tensor], Tensor] = torch.clone) -> None:
@@ -300,8 +344,8 @@ class Stream:
         assert len(steps) == 1, f"workers are at different steps: {sorted(steps)}"
         pixels, where = parts[0].pixels, parts[0].where
         mpp = parts[0].mpp
-        if len(parts) > 1:
-            pixels = torch.empty((len(self.slots), *pixels.shape[1:]), dtype=torch.uint8)
+        if len(parts) > 1 or self._pinned:
+            pixels = torch.empty((len(self.slots), *pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._pinned)
             where, mpp = np.empty((len(self.slots), 6), np.int64), np.empty(len(self.slots))
             for worker, part in enumerate(parts):
                 pixels[worker :: len(parts)] = part.pixels
@@ -318,6 +362,7 @@ class Stream:
         rows = []
         for part in parts:
             self._visits += len(part.opened)
+            self._traffic += part.traffic
             for slide, target, tested, passed, repeated in part.opened:
                 tally.counts[[tally.TESTED, tally.PASSED, tally.REPEATED], slide, target] += tested, passed, repeated
             for one in part.lost:

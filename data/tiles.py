@@ -112,8 +112,8 @@ class TileSource:
     The position of a patch is (level 0, x: number of the tile, y: 0).
     """
 
-    def __init__(self, tiles: Tiles, sampler: SamplerConfig) -> None:
-        self.tiles, self.sampler = tiles, sampler
+    def __init__(self, tiles: Tiles, sampler: SamplerConfig, store: Store) -> None:
+        self.tiles, self.sampler, self.store = tiles, sampler, store
         self._decoding: Gate = FREE
         self.slide_ids: Sequence[str] = sorted(set(tiles.columns["slide_id"]))
         rows = {slide_id: row for row, slide_id in enumerate(self.slide_ids)}
@@ -128,6 +128,9 @@ class TileSource:
 
     def decode_threads(self, count: int) -> None:
         self._decoding = threading.BoundedSemaphore(count)
+
+    def traffic(self) -> tuple[int, int, int]:
+        return self.store.requests, self.store.bytes, self.store.retried
 
     def describe(self, slide: int) -> tuple[str, str, str]:
         return self._about(slide, "site"), self._about(slide, "scanner"), self._about(slide, "organ")
@@ -211,6 +214,6 @@ def open_tiles(uri: str, pattern: str, sampler: SamplerConfig, store: Store) -> 
     """
     shards = shards_of(uri, store)
     if shards:
-        return TileSource(Shards(shards, pattern, store), sampler)
+        return TileSource(Shards(shards, pattern, store), sampler, store)
     path = store.local(uri)
-    return TileSource(Folder(path, pattern) if path.is_dir() else Table(path, store.fingerprint(uri)), sampler)
+    return TileSource(Folder(path, pattern) if path.is_dir() else Table(path, store.fingerprint(uri)), sampler, store)

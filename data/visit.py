@@ -13,6 +13,7 @@ import numpy as np
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
+from histoscale.data.journal import scrub
 from histoscale.data.keys import key
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
@@ -20,9 +21,11 @@ from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Re
 from histoscale.data.readers.scale import read_scaled
 from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.serving import Serving, serve, tissue_of
-from histoscale.data.storage import Changed, Missing, Store
+from histoscale.data.storage import Changed, Missing, Store, is_remote
 from histoscale.data.tables import Levels
 
+HELD = 1.3  # memory of a visit in its patches: regions that they are views of may hold so much more
+_GUESS = 4  # patches that the expected share of the pixel filter counts for, until the visit's own say more
 REGIONS = 8  # after so many regions the patches that passed are repeated
 _KEPT_BYTES = 16 << 20  # tile tables and integral images of open slides that a process keeps
 
@@ -69,6 +72,9 @@ class Source(Protocol):
 
     def describe(self, slide: int) -> tuple[str, str, str]:
         """Site, scanner and organ of a slide, empty where unknown."""
+
+    def traffic(self) -> tuple[int, int, int]:
+        """Requests, bytes and repeated requests of this process so far."""
 
     def read(self, visit: Visit) -> Patches:
         """The patches of a visit. Raises VisitFailed for what the bytes say, StorageError for what time might heal."""
@@ -118,6 +124,9 @@ class SlideSource:
         """At most `count` threads of this process decode at a time; the others may wait for bytes."""
         self._decoding = threading.BoundedSemaphore(count)
 
+    def traffic(self) -> tuple[int, int, int]:
+        return self.store.requests, self.store.bytes, self.store.retried
+
     def describe(self, slide: int) -> tuple[str, str, str]:
         site, scanner, organ = (self.catalog.text(name, slide) or "" for name in ("site", "scanner", "organ"))
         return site, scanner, organ
@@ -132,30 +141,36 @@ class SlideSource:
         """Regions placed by key until grid^2 patches have passed, then repeats. Raises VisitFailed, StorageError."""
         try:
             opened = self.open_slide(visit.slide)
-            return self._patches(visit.key, opened.reader, opened.at(visit.mpp))
+            return self._patches(visit.key, visit.slide, opened.reader, opened.at(visit.mpp))
         except (Missing, Changed, LayoutError, DecodeError, NoPlace) as error:
             raise VisitFailed(str(error)) from error
 
-    def _patches(self, k: int, reader: Reader, serving: Serving) -> Patches:
+    def _patches(self, k: int, slide: int, reader: Reader, serving: Serving) -> Patches:
         scale, reduce, cells = serving.scale, serving.reduce, serving.cells
         grid = self.sampler.grid
         missing, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
         pixels: list[np.ndarray] = []
         corners: list[tuple[int, int]] = []
         tested = passed = 0
+        expected = 1.0 if self.sampler.pixel_filter.kind == "none" else self.sampler.pixel_filter.expected
         for region in range(REGIONS):
             if not missing:
                 break
             place = key(k, "region", region)
-            count = math.ceil(missing * (tested + 1) / (passed + 1))  # so many that, as far as is known, enough will pass
+            # So many that, as far as this visit knows, enough will pass.
+            count = math.ceil(missing * (tested + _GUESS) / (passed + _GUESS * expected))
             x, y, fits = cells.region(place, max(1, min(grid + grid // 2, holds)), count)
             rows, columns = first_cells(fits, count, key(place, "order"))
             read, found = self._cut(reader, serving, x, y, rows, columns)
+            if not found.all():
+                self._same_file(slide)
+            spanned = int((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
             rows, columns, read = rows[found], columns[found], [read[i] for i in np.flatnonzero(found)]
             good = np.flatnonzero(passes(read, self.sampler.pixel_filter))
             tested, passed = tested + len(read), passed + len(good)
+            lean = len(good) * HELD >= spanned  # views keep their whole region alive
             for i in good[:missing]:
-                pixels.append(read[i])
+                pixels.append(read[i] if lean else read[i].copy())
                 corners.append((x + round(columns[i] * cells.size), y + round(rows[i] * cells.size)))
             missing = grid**2 - len(pixels)
         if not pixels:
@@ -195,6 +210,16 @@ class SlideSource:
         for part in damage:
             found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
         return cells, found
+
+    def _same_file(self, slide: int) -> None:
+        """Raises Changed for a file that is not the one that was indexed: damaged tiles may be another slide's bytes.
+
+        The time of change of a file on a disk is no sign: copies and restored backups have another.
+        """
+        uri = self.catalog.text("uri", slide) or ""
+        indexed, now = self.catalog.fingerprint(slide), self.store.fingerprint(uri)
+        if indexed.size != now.size or (is_remote(uri) and indexed.tag != now.tag):
+            raise Changed(f"{scrub(uri)} is not the file that was indexed: {now.size} bytes, tag {now.tag}")
 
     def open_slide(self, slide: int) -> Opened:
         """The slide's reader and tissue; the last few are kept, for all threads."""

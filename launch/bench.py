@@ -31,7 +31,7 @@ from histoscale.launch.bench_remote import RemoteConfig, remote
 from histoscale.launch.bench_views import views
 
 RESULT = (
-    "what", "catalog", "seed", "rounds", "visits", "sampler", "cohort", "tissue", "catalog_scale", "remote",
+    "what", "catalog", "seed", "rounds", "visits", "batch", "sampler", "cohort", "tissue", "catalog_scale", "remote",
     "views", "macenko", "vahadane", "reinhard",
 )  # fmt: skip
 SUBJECTS = {"read": read, "catalog": catalog, "remote": remote, "views": views}
@@ -39,13 +39,15 @@ SUBJECTS = {"read": read, "catalog": catalog, "remote": remote, "views": views}
 
 @dataclass(frozen=True)
 class Config:
-    """what: read. catalog: null draws one slide. visits: grid^2 patches each, that every method reads in a round."""
+    """what: one of SUBJECTS. catalog: null draws one slide. visits: grid^2 patches each, that every method reads in a round.
+    batch: slots of the stream."""
 
     what: str
     catalog: str | None
     seed: int
     rounds: int
     visits: int
+    batch: int
     sampler: SamplerConfig
     views: ViewsConfig
     macenko: MacenkoConfig

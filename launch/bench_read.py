@@ -176,10 +176,9 @@ class _OurStream:
         filtered = replace(config.sampler.pixel_filter, kind="hsv")
         sampler = replace(config.sampler, pixel_filter=filtered)
         source = SlideSource(catalog, store, sampler)
-        batch = max(1, config.visits // sampler.lanes_per_slot)
-        self.stream = Stream(Plan(config.seed, batch, sampler, source.table()), source, config.stream)
+        self.stream = Stream(Plan(config.seed, config.batch, sampler, source.table()), source, config.stream)
         self.round = sampler.grid**2 * sampler.lanes_per_slot  # in so many steps each lane reads one visit
-        self.batch = batch
+        self.batch = config.batch
         for _ in range(self.round):  # all lanes are open from here on
             next(self.stream)
 

@@ -117,7 +117,7 @@ def _measure(
     config: "Config", sampler: SamplerConfig, local: str, there: str, between: Proxy, journal: Journal
 ) -> dict[str, Any]:
     rule = config.remote
-    methods: dict[str, Callable[[int], _Round]] = {"local": _reader(config, sampler, local, None, "", 0.0, config.stream.threads)}
+    methods: dict[str, Callable[[int], _Round]] = {"local": _reader(config, sampler, local, None, "", 0.0, config.stream.in_flight)}
     for backend in ("obstore", "fsspec"):
         for name, delay, flight in (("near", rule.near_s, rule.near), ("far", rule.far_s, rule.far)):
             methods[f"{backend} {name}"] = _reader(config, sampler, there, between, backend, delay, flight)
@@ -190,7 +190,7 @@ def _reader(
 
 def _in_flight(stream: StreamConfig, visits: int, prefetch: int) -> StreamConfig:
     """So many visits in flight, in this process."""
-    return replace(stream, workers=0, prefetch=prefetch, threads=visits)
+    return replace(stream, workers=0, prefetch=prefetch, in_flight=visits)
 
 
 def _touched(source: SlideSource, visit: Visit, found: Patches) -> int:

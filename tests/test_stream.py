@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +22,13 @@ from histoscale.data.journal import Journal
 from histoscale.data.manifest import read_manifest
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
-from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Batch, Stream, StreamConfig, StreamError
+from histoscale.data.storage import Store
+from histoscale.data.stream import Batch, Stream, StreamConfig, StreamError, memory_bytes
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.visit import SlideSource
 
 ROOT = Path(__file__).resolve().parents[1]
-READING = StreamConfig(workers=0, prefetch=1, threads=2, max_lost=0.05)
+READING = StreamConfig(workers=0, prefetch=1, in_flight=2, threads=2, memory_gb=1, max_lost=0.05)
 G = 96
 
 
@@ -171,80 +169,21 @@ def test_ranks_must_divide_the_batch(catalog: Catalog, store: Store, sampler: Sa
     plan = Plan(3, 97, sampler, source.table())
     with pytest.raises(ValueError, match="nearest are 96 and 100"):
         Stream(plan, source, READING, 0, 4)
-    with pytest.raises(ValueError, match="at least one thread"):
+    with pytest.raises(ValueError, match="at least 1 for threads"):
         Stream(plan, source, replace(READING, threads=0))
 
 
-class _Ranges(BaseHTTPRequestHandler):
-    """Files of a folder by byte ranges; 503 for slides once `down` is set."""
-
-    folder: Path
-    down: threading.Event
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def _answer(self, body: bool) -> None:
-        path = self.folder / self.path.lstrip("/")
-        if self.down.is_set() and path.suffix == ".svs":
-            self.send_error(503)
-            return
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data, span = path.read_bytes(), self.headers.get("Range")
-        start, stop = 0, len(data)
-        if span:
-            first, last = span.removeprefix("bytes=").split("-")
-            start, stop = int(first), min(int(last) + 1 if last else len(data), len(data))
-        self.send_response(206 if span else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(stop - start))
-        if span:
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        self.end_headers()
-        if body:
-            self.wfile.write(data[start:stop])
-
-    def log_message(self, format: str, *args: object) -> None:
-        return None
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, threading.Event]]:
-    down = threading.Event()
-    handler = type("Handler", (_Ranges,), {"folder": tmp_path, "down": down})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}", down
-        running.shutdown()
-        thread.join()
-
-
-def test_a_store_that_fails_stops_the_run_with_the_slide_and_the_cause(
-    tmp_path: Path, make_slide: Callable[..., Path], tissue_config: TissueConfig, journal: Journal, sampler: SamplerConfig,
-    server: tuple[str, threading.Event],
-) -> None:  # fmt: skip
-    address, down = server
-    store = Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 4.0, 5.0))
-    make_slide(tmp_path / "far.svs", width=800, height=600, tile=128, downsamples=(1, 2))
-    (tmp_path / "manifest.csv").write_text(f"slide_id,uri\nfar,{address}/far.svs\n")
-    slides = read_manifest(str(tmp_path / "manifest.csv"), store)
-    catalog = build_catalog(slides, store, tissue_config, tmp_path / "catalog", 0, None, journal)
+def test_more_memory_than_was_granted_is_refused_before_anything_is_read(
+    catalog: Catalog, store: Store, sampler: SamplerConfig
+) -> None:
     source = SlideSource(catalog, store, sampler)
-    for workers in (0, 2):
-        down.clear()
-        with Stream(Plan(3, 8, sampler, source.table()), source, replace(READING, workers=workers)) as stream:
-            first = next(stream)
-            assert first.slide.tolist() == [0] * 8
-            down.set()
-            with pytest.raises(StreamError, match=r"slide far: .*503"):
-                for _ in range(200):
-                    next(stream)
+    plan = Plan(3, G, sampler, source.table())
+    held = memory_bytes(plan, G, READING)
+    assert held > G * 2 * 4 * 3 * 32**2  # the open visits alone
+    assert memory_bytes(plan, G, replace(READING, in_flight=64)) > held + 62 * 4 * 3 * 32**2
+    Stream(plan, source, replace(READING, memory_gb=held / 1e9 * 1.01)).close()
+    with pytest.raises(ValueError, match=r"more than stream.memory_gb=.*96 slots x 2 lanes x 4 patches"):
+        Stream(plan, source, replace(READING, memory_gb=held / 1e9 * 0.99))
 
 
 def test_nothing_is_left_behind_after_an_interrupt(catalog: Catalog, sampler: SamplerConfig, tmp_path: Path) -> None:
@@ -261,7 +200,7 @@ def test_nothing_is_left_behind_after_an_interrupt(catalog: Catalog, sampler: Sa
         "    store = Store(StorageConfig({}, 'fsspec', 'cache', 1 << 30, 5.0, 5.0))\n"
         f"    source = SlideSource(open_catalog({catalog.uri!r}, store), store, {sampler!r})\n"
         "    plan = Plan(1, 8, source.sampler, source.table())\n"
-        "    with Stream(plan, source, StreamConfig(workers=2, prefetch=1, threads=2, max_lost=1.0)) as stream:\n"
+        f"    with Stream(plan, source, {replace(READING, workers=2)!r}) as stream:\n"
         "        for batch in stream:\n"
         "            print('step', batch.step, *stream.worker_pids(), flush=True)\n"
     )

@@ -141,7 +141,8 @@ def test_the_same_stream_reads_tiles(folder: Path, files: Store, sampler: Sample
     plan = Plan(1, 4, sampler, source.table())
     found = []
     for workers in (0, 2):
-        with Stream(plan, source, StreamConfig(workers=workers, prefetch=1, threads=1, max_lost=0.1)) as stream:
+        reading = StreamConfig(workers=workers, prefetch=1, in_flight=2, threads=1, memory_gb=1, max_lost=0.1)
+        with Stream(plan, source, reading) as stream:
             found.append([next(stream) for _ in range(10)])
     for one, other in zip(*found, strict=True):
         assert one.pixels.numpy().tobytes() == other.pixels.numpy().tobytes()
