@@ -4,7 +4,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
 from histoscale.data.journal import scrub
 from histoscale.data.keys import key
+from histoscale.data.normalise.slide import SlideNormaliser
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
 from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Reader
@@ -100,10 +101,13 @@ class Opened:
 
 
 class SlideSource:
-    """The slides of a catalog. Threads share it; `decode_threads` bounds how many of them decode at a time."""
+    """The slides of a catalog. Threads share it; `decode_threads` bounds how many of them decode at a time.
 
-    def __init__(self, catalog: Catalog, store: Store, sampler: SamplerConfig) -> None:
-        self.catalog, self.store, self.sampler = catalog, store, sampler
+    normaliser: brings what the pixel filter let pass to one stain.
+    """
+
+    def __init__(self, catalog: Catalog, store: Store, sampler: SamplerConfig, normaliser: SlideNormaliser | None = None) -> None:
+        self.catalog, self.store, self.sampler, self.normaliser = catalog, store, sampler, normaliser
         self.ineligible: list[tuple[str, str]] = []  # slide id and why, after table()
         self._table: SlideTable | None = None
         self._opened: OrderedDict[int, Opened] = OrderedDict()
@@ -111,7 +115,8 @@ class SlideSource:
         self._decoding: Gate = FREE
 
     def __getstate__(self) -> dict[str, object]:
-        return {"catalog": self.catalog, "store": self.store, "sampler": self.sampler}  # the rest is this process's own
+        kept = ("catalog", "store", "sampler", "normaliser")  # the rest is this process's own
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -141,7 +146,10 @@ class SlideSource:
         """Regions placed by key until grid^2 patches have passed, then repeats. Raises VisitFailed, StorageError."""
         try:
             opened = self.open_slide(visit.slide)
-            return self._patches(visit.key, visit.slide, opened.reader, opened.at(visit.mpp))
+            found = self._patches(visit.key, visit.slide, opened.reader, opened.at(visit.mpp))
+            if self.normaliser is None:
+                return found
+            return replace(found, pixels=list(self.normaliser.apply(np.stack(found.pixels), visit.slide, opened.reader)))
         except (Missing, Changed, LayoutError, DecodeError, NoPlace) as error:
             raise VisitFailed(str(error)) from error
 

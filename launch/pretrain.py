@@ -25,6 +25,7 @@ from torch import nn
 
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig, plain
+from histoscale.data.normalise.slide import NoneConfig, NormaliseConfig, slide_normaliser
 from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
@@ -44,7 +45,7 @@ from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.schedule import ScheduleConfig
 
-RESULT = ("seed", "roles", "sampler", "views", "model", "method", "optim", "schedule")
+RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule")
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
 VIEWED_PATCHES = 8  # of views.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
@@ -64,6 +65,7 @@ class Config:
     seed: int
     roles: list[str]
     sampler: SamplerConfig
+    normalise: NormaliseConfig
     views: ViewsConfig
     model: ModelConfig
     method: MethodConfig
@@ -92,6 +94,8 @@ def identity(config: Config) -> dict[str, Any]:
     """The data by their hash, wherever they lie, and the version of the plan. Raises ValueError unless one source is given."""
     if (config.catalog is None) == (config.tiles is None):
         raise ValueError("pretrain takes either catalog= or tiles=")
+    if config.tiles is not None and not isinstance(config.normalise, NoneConfig):
+        raise ValueError(f"normalise={config.normalise.kind} is fitted on slides, and tiles= has none: give normalise=none")
     store = Store(config.storage)
     if config.catalog is not None:
         return {"catalog": open_catalog(config.catalog, store).hash, "plan": PLAN_VERSION}
@@ -110,6 +114,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     facts = {
         **hashes,
         "sampler": asdict(config.sampler),
+        "normalise": asdict(config.normalise),
         "data": describe(source, table),
         "transductive": opened.transductive,
     }
@@ -160,7 +165,7 @@ def open_source(config: Config, journal: Journal) -> Opened:
         tiles = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store)
         return Opened(tiles, tiles.table(), None, {})
     catalog = open_catalog(config.catalog, store)
-    slides = SlideSource(catalog, store, config.sampler)
+    slides = SlideSource(catalog, store, config.sampler, slide_normaliser(catalog, store, config.normalise))
     table = slides.table()
     for slide_id, why in slides.ineligible:
         journal.say(f"ineligible: {slide_id}: {why}")

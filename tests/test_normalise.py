@@ -28,8 +28,10 @@ from histoscale.data.normalise import slide as slides
 from histoscale.data.normalise.density import NotFitted, Stains, density, stained
 from histoscale.data.normalise.sample import read_sample
 from histoscale.data.normalise.slide import Methods, NormaliseConfig, SlideNormaliser, fit_slide
+from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
+from histoscale.data.visit import SlideSource
 from histoscale.eval.embed import embed_slides
 
 TRUE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
@@ -372,3 +374,22 @@ def test_a_slide_that_vanishes_is_told(tmp_path: Path, catalog: Catalog, store: 
     (tmp_path / "a.tif").unlink()
     with pytest.raises(OSError, match="a.tif"):
         SlideNormaliser(catalog, store, config("macenko")).apply(np.zeros((1, 8, 8, 3), np.uint8), 0)
+
+
+def test_training_sees_normalised_patches(catalog: Catalog, store: Store) -> None:
+    """The same places as without, every pixel as the slide's own fit moves it; also in a process that got the source pickled."""
+    values = yaml.safe_load((resources.files("histoscale.configs") / "sampler" / "default.yaml").read_text())
+    sampler = TypeAdapter(SamplerConfig).validate_python(values | {"mpps": [0.5], "weights": [1], "patch_px": 64, "grid": 2})
+    plain = SlideSource(catalog, store, sampler)
+    moved = SlideSource(catalog, store, sampler, SlideNormaliser(catalog, store, config("macenko")))
+    plan = Plan(0, 4, sampler, plain.table())
+    for lane in range(4):
+        visit = plan.visit(0, lane, 0)
+        before, after = plain.read(visit), pickle.loads(pickle.dumps(moved)).read(visit)
+        np.testing.assert_array_equal(before.x, after.x)
+        reason = moved.normaliser.reason(visit.slide) if moved.normaliser else None
+        expected = np.stack(before.pixels)
+        if reason is None:
+            fit = fit_slide(catalog, visit.slide, catalog.reader(visit.slide, store), config("macenko"))
+            expected = apply(expected, fit, config("macenko"))
+        np.testing.assert_array_equal(np.stack(after.pixels), expected)

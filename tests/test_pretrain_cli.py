@@ -149,3 +149,11 @@ def test_sigterm_ends_with_75_and_the_same_command_goes_on(tmp_path: Path, catal
     pretrain(tmp_path / "whole", catalog, "schedule.steps=40")
     stopped, whole = tensors(tmp_path / "run"), tensors(tmp_path / "whole")
     assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
+
+
+def test_normalisation_is_a_training_option(tmp_path: Path, catalog: Path) -> None:
+    assert pretrain(tmp_path / "run", catalog, "normalise=reinhard", "schedule.steps=2")["pretrain"]["steps"] == 2
+    with pytest.raises(Refused, match="normalise.kind"):
+        pretrain(tmp_path / "run", catalog, "schedule.steps=2")
+    with pytest.raises(ValueError, match="normalise=reinhard is fitted on slides"):
+        invoke("pretrain", [*SMALL, f"tiles={tmp_path}", "normalise=reinhard", f"out={tmp_path / 'tiles'}"])
