@@ -15,10 +15,11 @@ from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import read_manifest
-from histoscale.data.plan import Plan
+from histoscale.data.plan import Plan, Visit
 from histoscale.data.readers.codec import decode_tile, with_tables
 from histoscale.data.readers.pyramid import Damage, Level, Reader
 from histoscale.data.readers.region import touched
+from histoscale.data.readers.scale import Scale, read_scaled
 from histoscale.data.storage import Store
 from histoscale.data.stream import Stream
 from histoscale.data.visit import Opened, SlideSource
@@ -61,7 +62,8 @@ def read(config: "Config", journal: Journal) -> dict[str, Any]:
         f"{one}/{other}": float(np.median(np.divide(rates[one], rates[other])))
         for one, other in (
             ("region", "openslide"), ("region", "area_limit"), ("single", "openslide"), ("single", "tile_limit"),
-            ("stream", "openslide_filtered"), ("stream", "region"), ("region", "tiffslide"), ("region", "wsistream"),
+            ("visit", "openslide"), ("visit", "area_limit"), ("stream", "openslide_filtered"), ("stream", "visit"),
+            ("region", "tiffslide"), ("region", "wsistream"),
         )
         if one in rates and other in rates
     }  # fmt: skip
@@ -122,6 +124,35 @@ class _TracedSource(SlideSource):
         return Opened(_Traced(opened.reader, self.notes), opened.mpps, opened.tissue, self.sampler)
 
 
+@dataclass(frozen=True)
+class _Region:
+    """A square of grid x grid cells beside one another, as a visit draws it; x, y: level px."""
+
+    reader: Reader
+    scale: Scale
+    x: int
+    y: int
+    grid: int
+
+
+def _region(source: SlideSource, visit: Visit) -> _Region:
+    """The first region of a visit as one that tissue fills to its edges: moved inside the level, all its cells taken."""
+    opened, grid = source.open_slide(visit.slide), source.sampler.grid
+    serving = opened.at(visit.mpp)
+    x, y, _ = serving.cells.region(key(visit.key, "region", 0), grid, grid**2)
+    sides = (serving.cells.width, serving.cells.height)
+    x, y = (max(0, min(at, int(side - grid * serving.cells.size))) for at, side in zip((x, y), sides, strict=True))
+    return _Region(opened.reader, serving.scale, x * serving.reduce, y * serving.reduce, grid)
+
+
+def _cut(region: _Region, side: int) -> list[np.ndarray]:
+    """Its patches, uint8 [S, S, 3] each."""
+    whole = region.grid * side
+    image = read_scaled(region.reader, region.scale, region.x, region.y, whole, whole)
+    corners = range(0, whole, side)
+    return [np.ascontiguousarray(image[top : top + side, left : left + side]) for top in corners for left in corners]
+
+
 def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Callable[[], tuple[int, float]]]:
     """What is measured, by name: each call reads the same patches again and returns patches and CPU seconds."""
     sampler = replace(config.sampler, pixel_filter=replace(config.sampler.pixel_filter, kind="none"))
@@ -140,24 +171,27 @@ def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Call
 
         return _timed(read, patches)
 
-    methods = {"region": ours(sampler.grid), "single": ours(1)}
-    for grid, name in ((sampler, "area_limit"), (single, "tile_limit")):
-        plan = plans[grid.grid][0]
-        traced = _TracedSource(catalog, store, grid)
-        traced.notes = []
-        visits = [plan.visit(slot, 0, 0) for slot in range(patches // grid.grid**2)]
-        for visit in visits:
-            traced.read(visit)
-        tiles = _tiles(traced.notes)
-        if tiles is None:
-            continue
-        scales = [traced.open_slide(visit.slide).at(visit.mpp).scale for visit in visits]
-        needed = grid.grid**2 * sum((grid.patch_px * scale.factor) ** 2 for scale in scales)
+    regions = [_region(plans[sampler.grid][1], plans[sampler.grid][0].visit(slot, 0, 0)) for slot in range(config.visits)]
+    methods = {
+        "region": _timed(lambda: [_cut(region, sampler.patch_px) for region in regions], patches),
+        "visit": ours(sampler.grid),
+        "single": ours(1),
+    }
+    notes: list[Asked] = []
+    for region in regions:
+        _cut(replace(region, reader=_Traced(region.reader, notes)), sampler.patch_px)
+    tiles = _tiles(notes)
+    if tiles is not None:  # what decoding costs if not one pixel beside the patches were decoded
+        needed = sampler.grid**2 * sum((sampler.patch_px * region.scale.factor) ** 2 for region in regions)
         decoded = sum(level.tile_width * level.tile_height for level, _, _ in tiles)
-        if name == "area_limit":  # what decoding costs if not one pixel beside the patches were decoded
-            methods[name] = _timed(_decoder(tiles), patches * decoded / needed)
-        else:  # whole tiles, at full scale
-            methods[name] = _timed(_decoder([(level, data, 1) for level, data, _ in tiles]), patches)
+        methods["area_limit"] = _timed(_decoder(tiles), patches * decoded / needed)
+    traced = _TracedSource(catalog, store, single)
+    traced.notes = []
+    for slot in range(patches):
+        traced.read(plans[1][0].visit(slot, 0, 0))
+    tiles = _tiles(traced.notes)
+    if tiles is not None:  # whole tiles, at full scale
+        methods["tile_limit"] = _timed(_decoder([(level, data, 1) for level, data, _ in tiles]), patches)
     plan, source = plans[1]
     visits = [plan.visit(slot, 0, 0) for slot in range(patches)]
     places = []
@@ -241,8 +275,9 @@ def _decoder(tiles: list[tuple[Level, bytes, int]]) -> Callable[[], None]:
 def _text(config: "Config", rates: dict[str, Rate], ratios: dict[str, float], refused: float) -> str:
     grid = config.sampler.grid
     words = {
-        "region": f"visits of {grid} x {grid}, reading alone",
-        "single": "visits of 1, reading alone",
+        "region": f"{grid} x {grid} patches at a time, reading alone",
+        "visit": f"visits of {grid} x {grid} under the tissue rule",
+        "single": "patches one by one, reading alone",
         "stream": f"the whole stream: filter, {config.stream.workers} workers, hand-over",
         "openslide": "OpenSlide, kept handle, single patches",
         "openslide_filtered": "OpenSlide behind the same filter",

@@ -1,6 +1,6 @@
 """Tiles to a region: one interface for every slide, one range for neighbouring tiles."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from histoscale.data.storage import Store
 _GAP = 32 << 10  # bytes between wanted tiles of a row that are cheaper to read than another request
 
 
-@dataclass(frozen=True, slots=True)
-class Touched:
+class Touched(NamedTuple):
     """A tile that a region needs. x, y: its corner; left, top, right, bottom: its part inside region and level. (Reduced) px."""
 
     number: int
@@ -34,21 +33,20 @@ def touched(
     if left >= right or top >= bottom:
         return []
     wide, high = table.tile_width // reduce, table.tile_height // reduce
+    columns = [
+        (column, column * wide, max(column * wide, left), min(column * wide + wide, right))
+        for column in range(left // wide, (right - 1) // wide + 1)
+    ]
     found = []
     for row in range(top // high, (bottom - 1) // high + 1):
         y0, y1 = max(row * high, top), min(row * high + high, bottom)
-        for column in range(left // wide, (right - 1) // wide + 1):
-            x0, x1 = max(column * wide, left), min(column * wide + wide, right)
-            if wanted is None or _any(wanted, x0 - x, y0 - y, x1 - x, y1 - y, width, height):
-                found.append(Touched(row * table.columns + column, column * wide, row * high, x0, y0, x1, y1))
+        if wanted is not None:
+            cell = height // wanted.shape[0], width // wanted.shape[1]
+            line = wanted[(y0 - y) // cell[0] : (y1 - y - 1) // cell[0] + 1].any(axis=0).tolist()
+        for column, start, x0, x1 in columns:
+            if wanted is None or any(line[(x0 - x) // cell[1] : (x1 - x - 1) // cell[1] + 1]):
+                found.append(Touched(row * table.columns + column, start, row * high, x0, y0, x1, y1))
     return found
-
-
-def _any(wanted: np.ndarray, left: int, top: int, right: int, bottom: int, width: int, height: int) -> bool:
-    """Whether a wanted cell of a region of width x height reaches into a part of it."""
-    rows, columns = wanted.shape
-    high, wide = height // rows, width // columns
-    return bool(wanted[top // high : (bottom - 1) // high + 1, left // wide : (right - 1) // wide + 1].any())
 
 
 def open_reader(uri: str, layout: Layout, store: Store, decoding: Gate = FREE) -> Reader:
