@@ -156,7 +156,8 @@ def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
     whole = int(np.searchsorted(held, budget, side="right"))  # so many patients with all their slides, of one more a part
     chosen = np.isin(patient, order[:whole])
     if whole < len(order):
-        part = sorted(np.flatnonzero(patient == order[whole]), key=lambda i: key(seed, "slide " + table.slide_ids[int(usable[i])]))
+        part = np.flatnonzero(patient == order[whole]).tolist()
+        part.sort(key=lambda i: key(seed, "slide " + table.slide_ids[int(usable[i])]))
         chosen[part[: budget - (int(held[whole - 1]) if whole else 0)]] = True
     kept = np.zeros_like(kept)
     kept[usable[chosen]] = True
