@@ -30,7 +30,7 @@ from histoscale.data.tables import Levels, unpack_table
 from histoscale.data.tissue import TissueConfig
 
 FORMAT = "histoscale-catalog"
-_MAPPED_BYTES = 32 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
+_MAPPED_BYTES = 8 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
 
 
 class CatalogError(ValueError):
