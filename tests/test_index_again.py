@@ -130,6 +130,7 @@ def test_parts_of_other_tissue_settings_do_not_count(
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path: Path, paths: list[Path]) -> None:
     rows, out = manifest(tmp_path / "m.csv", paths), tmp_path / "catalog"
     command = [sys.executable, "-m", "histoscale.launch.index", f"manifest={rows}", f"out={out}", "workers=1", "threads=1"]
@@ -148,6 +149,7 @@ def test_killed_and_started_again(tmp_path: Path, paths: list[Path]) -> None:
     assert content(out) == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_catalog_of_one_process(tmp_path: Path, paths: list[Path]) -> None:
     rows = manifest(tmp_path / "m.csv", [*paths, tmp_path / "gone.svs"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -159,6 +161,7 @@ def test_two_ranks_make_the_catalog_of_one_process(tmp_path: Path, paths: list[P
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["index"]["accepted"] == 40
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_catalog(tmp_path: Path, paths: list[Path], store: Store) -> None:
     """No file may grow beyond the limit, as on a disk that is full: the same error from the same system calls."""
     rows, out = manifest(tmp_path / "m.csv", paths[:4]), tmp_path / "catalog"
