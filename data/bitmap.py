@@ -25,10 +25,10 @@ class Bitmap:
         """A mask bool [height, width]."""
         down, across = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(down):
-            return Bitmap(*mask.shape, 0, 0, 0, 0, np.zeros((0, 0), np.uint8))
+            return Bitmap(mask.shape[0], mask.shape[1], 0, 0, 0, 0, np.zeros((0, 0), np.uint8))
         top, left = int(down[0]), int(across[0])
         box = mask[top : down[-1] + 1, left : across[-1] + 1]
-        return Bitmap(*mask.shape, left, top, *box.shape, np.packbits(box, axis=1))
+        return Bitmap(mask.shape[0], mask.shape[1], left, top, box.shape[0], box.shape[1], np.packbits(box, axis=1))
 
     def window(self, left: int, top: int, right: int, bottom: int) -> np.ndarray:
         """bool [bottom - top, right - left] of the box, in pixels of the box; within it."""

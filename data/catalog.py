@@ -30,7 +30,7 @@ from histoscale.data.tables import Levels, unpack_table
 from histoscale.data.tissue import TissueConfig
 
 FORMAT = "histoscale-catalog"
-_MAPPED_BYTES = 32 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
+_MAPPED_BYTES = 8 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
 
 
 class CatalogError(ValueError):
@@ -152,8 +152,8 @@ class Catalog:
     def bitmap(self, i: int) -> Bitmap:
         """The mask as it is kept, from which windows can be unpacked."""
         bits = np.frombuffer(zlib.decompress(self._block("mask", i)), np.uint8)
-        box = [int(self.numbers(f"mask_{name}")[i]) for name in BOX]
-        return Bitmap(*box, bits.reshape(box[-2], -1) if len(bits) else np.zeros((0, 0), np.uint8))
+        box = {name: int(self.numbers(f"mask_{name}")[i]) for name in BOX}
+        return Bitmap(**box, bits=bits.reshape(box["rows"], -1) if len(bits) else np.zeros((0, 0), np.uint8))
 
     def mask_mpp(self, i: int) -> float:
         """µm per pixel of the mask."""

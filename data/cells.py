@@ -99,7 +99,7 @@ class Cells:
         return any((self._held(across, np.full(len(across), y), self.size) >= self.needed).any() for y in down)
 
     def fits(self, x: np.ndarray, y: np.ndarray, grid: int, part: Integral | None = None) -> np.ndarray:
-        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit. part: holds their tissue."""
+        """bool [B, grid, grid] (rows, columns): which cells of the regions with corners x, y [B] fit; part holds their tissue."""
         steps = np.arange(grid + 1) * self.size
         xs, ys = x[:, None] + steps, y[:, None] + steps
         area = (part or self.tissue.whole()).area(xs[:, None, :] * self.pitch, ys[:, :, None] * self.pitch)

@@ -18,7 +18,7 @@ from histoscale.data.manifest import Slide, mpp_problem
 from histoscale.data.masks import MaskError, drawn_mask
 from histoscale.data.merge import write_catalog
 from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, row_of, slide_columns, write_part
-from histoscale.data.processes import worker_context
+from histoscale.data.processes import settle, worker_context
 from histoscale.data.ranks import Ranks
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Reader, level_mpps
@@ -130,7 +130,7 @@ def _examined(look: _Look, chunks: Sequence[_Chunk], workers: int) -> Iterator[_
         yield from map(look, chunks)
         return
     waiting = iter(chunks)
-    with ProcessPoolExecutor(workers, mp_context=worker_context()) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=settle) as pool:
         under_way: dict[Future[_Done], _Chunk] = {}
         try:
             while True:

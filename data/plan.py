@@ -151,12 +151,13 @@ def budgeted(seed: int, table: SlideTable, budget: int | None) -> np.ndarray:
 
     patient = _numbered(table.patients, usable)
     first = np.unique(patient, return_index=True)[1]  # a row of each patient, for the name
-    order = sorted(range(len(first)), key=lambda i: key(seed, "patient " + table.patients[usable[first[i]]]))
+    order = sorted(range(len(first)), key=lambda i: key(seed, "patient " + table.patients[int(usable[first[i]])]))
     held = np.cumsum(np.bincount(patient)[order])
     whole = int(np.searchsorted(held, budget, side="right"))  # so many patients with all their slides, of one more a part
     chosen = np.isin(patient, order[:whole])
     if whole < len(order):
-        part = sorted(np.flatnonzero(patient == order[whole]), key=lambda i: key(seed, "slide " + table.slide_ids[usable[i]]))
+        part = np.flatnonzero(patient == order[whole]).tolist()
+        part.sort(key=lambda i: key(seed, "slide " + table.slide_ids[int(usable[i])]))
         chosen[part[: budget - (int(held[whole - 1]) if whole else 0)]] = True
     kept = np.zeros_like(kept)
     kept[usable[chosen]] = True

@@ -27,7 +27,7 @@ from histoscale.data.manifest import Slide
 from histoscale.data.merge import write_catalog
 from histoscale.data.parts import Entry, Known, Row, row_of, slide_columns
 from histoscale.data.plan import Plan, Visit
-from histoscale.data.processes import worker_context
+from histoscale.data.processes import settle, worker_context
 from histoscale.data.readers.pyramid import Layout, Level
 from histoscale.data.storage import Fingerprint, Store
 from histoscale.data.visit import SlideSource
@@ -223,6 +223,7 @@ def _memory(plan: Plan, source: SlideSource, scale: ScaleConfig, journal: Journa
 
 def _place(plan: Plan, source: SlideSource, number: int, share: int, pipe: Connection) -> None:
     """A worker: open the catalog, then plan, open and place its visits in two halves."""
+    settle()
     for half in (None, 0, 1):
         if half is not None:
             start = (2 * number + half) * share

@@ -117,7 +117,8 @@ def _measure(
     config: "Config", sampler: SamplerConfig, local: str, there: str, between: Proxy, journal: Journal
 ) -> dict[str, Any]:
     rule = config.remote
-    methods: dict[str, Callable[[int], _Round]] = {"local": _reader(config, sampler, local, None, "", 0.0, config.stream.in_flight)}
+    at_home = _reader(config, sampler, local, None, "", 0.0, config.stream.in_flight)
+    methods: dict[str, Callable[[int], _Round]] = {"local": at_home}
     for backend in ("obstore", "fsspec"):
         for name, delay, flight in (("near", rule.near_s, rule.near), ("far", rule.far_s, rule.far)):
             methods[f"{backend} {name}"] = _reader(config, sampler, there, between, backend, delay, flight)

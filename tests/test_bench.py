@@ -19,6 +19,17 @@ def test_bench_reads_a_slide_that_it_draws(tmp_path: Path) -> None:
     assert 0 <= read["filter_refused"] < 1
 
 
+@pytest.mark.slow
+def test_bench_simulates_a_catalog(tmp_path: Path) -> None:
+    sizes = {"slides": 300, "distinct": 20, "visits": 80, "read_visits": 6, "workers": 2}
+    keys = [f"catalog_scale.{name}={size}" for name, size in sizes.items()]
+    found = invoke("bench", ["what=catalog", f"out={tmp_path}", "rounds=1", "logging.progress=off", *keys])["bench"]["catalog"]
+    assert found["slides"] == 300 and found["visits"] == 80
+    assert 0 < found["plan_share"] < found["plan_and_open_share"] < 1
+    assert found["pss_bytes"] > 0 and 5_000 < found["bytes_a_slide"] < 100_000
+    assert execute("bench", ["what=catalog", f"out={tmp_path}", "rounds=1", "logging.progress=off", *keys]) == 0
+
+
 def test_another_subject_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute("bench", ["what=nothing", f"out={tmp_path}", "logging.progress=off"]) == 2
     assert "expected read" in capsys.readouterr().err
