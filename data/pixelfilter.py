@@ -11,8 +11,7 @@ class PixelFilterConfig:
     """kind: none, or hsv: at least `fraction` of the pixels lie within the bounds.
 
     hue, saturation, value: lowest and highest, in OpenCV's 8-bit units (hue 0-180, the others 0-255).
-    stride: look at every stride-th pixel of every stride-th row (1: at all). expected: share of patches that pass, as a first
-    guess; the first region of a visit reads so many more.
+    stride: look at every stride-th pixel of every stride-th row (1: at all).
     """
 
     kind: str
@@ -21,7 +20,6 @@ class PixelFilterConfig:
     value: list[int]
     fraction: float
     stride: int
-    expected: float
 
 
 def hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -146,12 +146,31 @@ def memory_bytes(plan: Plan, slots: int, config: StreamConfig) -> int:
     return int(patch * (plan.per_visit * visits + slots * (config.prefetch + 2)))
 
 
+class Buffers:
+    """uint8 tensors for the pixels of parts: new ones, or of a worker, shared ones in turn.
+
+    Fresh shared memory costs more to touch than a patch costs to filter. A worker is never more than `prefetch` parts ahead of the
+    main process, which copies a part before it asks for the next step: `count` = prefetch + 2 buffers are never overtaken.
+    """
+
+    def __init__(self, shape: tuple[int, ...], count: int, shared: bool) -> None:
+        self.shape, self.turn = shape, 0
+        self.ring = [torch.empty(shape, dtype=torch.uint8).share_memory_() for _ in range(count)] if shared else []
+
+    def next(self) -> Tensor:
+        if not self.ring:
+            return torch.empty(self.shape, dtype=torch.uint8)
+        self.turn += 1
+        return self.ring[self.turn % len(self.ring)]
+
+
 class Owner:
     """Reads the visits of some slots; each visit is read once and kept until its last patch is taken."""
 
-    def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig) -> None:
+    def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig, shared: bool) -> None:
         self.plan, self.source, self.slots, self.config = plan, source, slots, config
         self.ahead = steps_ahead(plan, len(slots), config)
+        self.buffers = Buffers((len(slots), plan.sampler.patch_px, plan.sampler.patch_px, 3), config.prefetch + 2, shared)
 
     def parts(self, start: int) -> Iterator[_Part]:
         """The parts of steps start, start + 1, … without end. Raises StreamError."""
@@ -180,8 +199,7 @@ class Owner:
     def _part(
         self, step: int, places: list[Place], reading: dict[tuple[int, int, int], Future[_Read]], seen: set[tuple[int, int, int]]
     ) -> _Part:
-        side = self.plan.sampler.patch_px
-        pixels = torch.empty((len(places), side, side, 3), dtype=torch.uint8)
+        pixels = self.buffers.next()
         image, where, mpp = pixels.numpy(), np.empty((len(places), 6), np.int64), np.empty(len(places))
         opened, lost = [], []
         for i, place in enumerate(places):
@@ -212,7 +230,7 @@ class _Owners(IterableDataset[_Part | _Fault]):
         worker = get_worker_info()
         slots = self.slots if worker is None else self.slots[worker.id :: worker.num_workers]
         try:
-            yield from Owner(self.plan, self.source, slots, self.config).parts(self.start)
+            yield from Owner(self.plan, self.source, slots, self.config, worker is not None).parts(self.start)
         except StreamError as error:
             yield _Fault(str(error))  # a plain value: the main process raises it without a worker's traceback around it
 
@@ -240,9 +258,9 @@ class Stream:
         needed = memory_bytes(plan, len(self.slots), config) / 1e9
         if needed > config.memory_gb:
             raise ValueError(
-                f"reading would hold up to {needed:.1f} GB, more than stream.memory_gb={config.memory_gb:g}: {len(self.slots)} slots "
-                f"x {plan.lanes} lanes x {plan.per_visit} patches are open, {config.in_flight} visits in flight. Raise the budget, or "
-                "lower stream.in_flight, sampler.lanes_per_slot, sampler.grid or the batch of a rank"
+                f"reading would hold up to {needed:.1f} GB, more than stream.memory_gb={config.memory_gb:g}: "
+                f"{len(self.slots)} slots x {plan.lanes} lanes x {plan.per_visit} patches are open, {config.in_flight} visits in "
+                "flight. Raise the budget, or lower stream.in_flight, sampler.lanes_per_slot, sampler.grid or the batch of a rank"
             )
         self._pinned = torch.cuda.is_available()  # copies to the GPU then run beside it
         self._traffic = np.zeros(3, np.int64)
@@ -344,7 +362,7 @@ class Stream:
         assert len(steps) == 1, f"workers are at different steps: {sorted(steps)}"
         pixels, where = parts[0].pixels, parts[0].where
         mpp = parts[0].mpp
-        if len(parts) > 1 or self._pinned:
+        if self._loading is not None or self._pinned:  # a worker's buffer is used again
             pixels = torch.empty((len(self.slots), *pixels.shape[1:]), dtype=torch.uint8, pin_memory=self._pinned)
             where, mpp = np.empty((len(self.slots), 6), np.int64), np.empty(len(self.slots))
             for worker, part in enumerate(parts):

@@ -18,15 +18,14 @@ from histoscale.data.keys import key
 from histoscale.data.normalise.slide import SlideNormaliser
 from histoscale.data.pixelfilter import passes
 from histoscale.data.plan import SamplerConfig, SlideTable, Visit
-from histoscale.data.readers.pyramid import Damage, DecodeError, LayoutError, Reader
-from histoscale.data.readers.scale import read_scaled
+from histoscale.data.readers.mosaic import Mosaic
+from histoscale.data.readers.pyramid import DecodeError, LayoutError, Reader
 from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.serving import Serving, serve, tissue_of
 from histoscale.data.storage import Changed, Missing, Store, is_remote
 from histoscale.data.tables import Levels
 
 HELD = 1.3  # memory of a visit in its patches: regions that they are views of may hold so much more
-_GUESS = 4  # patches that the expected share of the pixel filter counts for, until the visit's own say more
 REGIONS = 8  # after so many regions the patches that passed are repeated
 _KEPT_BYTES = 16 << 20  # tile tables and integral images of open slides that a process keeps
 
@@ -155,69 +154,43 @@ class SlideSource:
 
     def _patches(self, k: int, slide: int, reader: Reader, serving: Serving) -> Patches:
         scale, reduce, cells = serving.scale, serving.reduce, serving.cells
-        grid = self.sampler.grid
-        missing, holds = grid**2, int(min(cells.width, cells.height) / cells.size + 1e-6)
+        rule, grid, side = self.sampler.pixel_filter, self.sampler.grid, self.sampler.patch_px
+        holds = int(min(cells.width, cells.height) / cells.size + 1e-6)
         pixels: list[np.ndarray] = []
         corners: list[tuple[int, int]] = []
-        tested = passed = 0
-        expected = 1.0 if self.sampler.pixel_filter.kind == "none" else self.sampler.pixel_filter.expected
+        missing, tested, passed = grid**2, 0, 0
         for region in range(REGIONS):
             if not missing:
                 break
             place = key(k, "region", region)
-            # So many that, as far as this visit knows, enough will pass.
-            count = math.ceil(missing * (tested + _GUESS) / (passed + _GUESS * expected))
+            count = math.ceil(missing * (tested + 1) / (passed + 1))  # so many that, as far as is known, enough will pass
             x, y, fits = cells.region(place, max(1, min(grid + grid // 2, holds)), count)
-            rows, columns = first_cells(fits, count, key(place, "order"))
-            read, found = self._cut(reader, serving, x, y, rows, columns)
-            if not found.all():
-                self._same_file(slide)
-            spanned = int((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
-            rows, columns, read = rows[found], columns[found], [read[i] for i in np.flatnonzero(found)]
-            good = np.flatnonzero(passes(read, self.sampler.pixel_filter))
-            tested, passed = tested + len(read), passed + len(good)
-            lean = len(good) * HELD >= spanned  # views keep their whole region alive
-            for i in good[:missing]:
-                pixels.append(read[i] if lean else read[i].copy())
-                corners.append((x + round(columns[i] * cells.size), y + round(rows[i] * cells.size)))
-            missing = grid**2 - len(pixels)
+            mosaic = Mosaic(reader, scale, x * reduce, y * reduce, fits, side)
+            order = in_rows(fits, key(place, "order"))
+            kept: list[np.ndarray] = []
+            while order and missing:
+                asked, order = order[:missing], order[missing:]
+                wanted = np.zeros_like(fits)
+                for row, column in asked:
+                    wanted[row, column] = True
+                found = mosaic.read(wanted)
+                if not found[wanted].all():
+                    self._same_file(slide)
+                read = [at for at in asked if found[at]]
+                good = passes([mosaic.cell(*at) for at in read], rule)
+                tested, passed = tested + len(read), passed + int(good.sum())
+                for (row, column), well in zip(read, good.tolist(), strict=True):
+                    if well:
+                        kept.append(mosaic.cell(row, column))
+                        corners.append((x + round(column * cells.size), y + round(row * cells.size)))
+                missing = grid**2 - len(corners)
+            lean = len(kept) * HELD >= mosaic.cells_held  # views keep their whole region alive
+            pixels += kept if lean else [patch.copy() for patch in kept]
         if not pixels:
             raise VisitFailed(f"no patch from {REGIONS} regions could be decoded and passed the pixel filter", tested)
         again = [i % len(pixels) for i in range(grid**2)]
         level = np.array(corners, np.int64)[again] * reduce
         return Patches([pixels[i] for i in again], level[:, 0], level[:, 1], scale.level, scale.mpp, tested, passed, missing)
-
-    def _cut(
-        self, reader: Reader, serving: Serving, x: int, y: int, rows: np.ndarray, columns: np.ndarray
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """The cells (row, column) of the region at x, y (reduced px) as uint8 [S, S, 3] each, and bool: which of them could be
-        decoded.
-
-        One read spans them all. OpenSlide does not say which tile is damaged: then each cell is read by itself.
-        """
-        side, scale, reduce = self.sampler.patch_px, serving.scale, serving.reduce
-        step = side * scale.factor
-        top, left = (_whole(int(n.min()), step, reduce) for n in (rows, columns))
-        wanted = np.zeros((int(rows.max()) + 1 - top, int(columns.max()) + 1 - left), bool)
-        wanted[rows - top, columns - left] = True
-        corner = x * reduce + round(left * step), y * reduce + round(top * step)
-        damage: list[Damage] = []
-        high, wide = wanted.shape
-        every = None if wanted.all() else wanted
-        image = read_scaled(reader, scale, *corner, wide * side, high * side, damage, every)
-        tops, lefts = (rows - top) * side, (columns - left) * side
-        cells = [image[i : i + side, j : j + side] for i, j in zip(tops.tolist(), lefts.tolist(), strict=True)]
-        found = np.ones(len(cells), bool)
-        if damage and reader.layout.kind == "openslide":
-            for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
-                hurt: list[Damage] = []
-                corner = x * reduce + round(column * step), y * reduce + round(row * step)
-                cells[i] = read_scaled(reader, scale, *corner, side, side, hurt)
-                found[i] = not hurt
-            return cells, found
-        for part in damage:
-            found &= (tops >= part.bottom) | (tops + side <= part.top) | (lefts >= part.right) | (lefts + side <= part.left)
-        return cells, found
 
     def _same_file(self, slide: int) -> None:
         """Raises Changed for a file that is not the one that was indexed: damaged tiles may be another slide's bytes.
@@ -244,18 +217,12 @@ class SlideSource:
         return opened
 
 
-def _whole(first: int, step: float, reduce: int) -> int:
-    """The first row or column to read from: at a pixel that decodes at reduced scale, else at the region's corner."""
-    return first if (first * step / reduce).is_integer() else 0
-
-
-def first_cells(fits: np.ndarray, count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the first `count` cells that fit, row by row from a keyed corner: cells side by side share tiles."""
-    down, right = 1 - 2 * (k & 1), 1 - 2 * (k >> 1 & 1)
-    rows, columns = np.nonzero(fits[::down, ::right])
-    rows, columns = rows[:count], columns[:count]
-    height, width = fits.shape
-    return rows if down > 0 else height - 1 - rows, columns if right > 0 else width - 1 - columns
+def in_rows(fits: np.ndarray, k: int) -> list[tuple[int, int]]:
+    """The cells that fit (row, column), row by row from a keyed corner: cells beside one another share tiles."""
+    rows, columns = fits.shape
+    down, right = range(rows)[:: 1 - 2 * (k & 1)], range(columns)[:: 1 - 2 * (k >> 1 & 1)]
+    held = fits.tolist()
+    return [(row, column) for row in down for column in right if held[row][column]]
 
 
 def _held_bytes(opened: Opened) -> int:

@@ -17,7 +17,7 @@ from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import read_manifest
 from histoscale.data.plan import Plan, Visit
 from histoscale.data.readers.codec import decode_tile, with_tables
-from histoscale.data.readers.pyramid import Damage, Level, Reader
+from histoscale.data.readers.pyramid import Canvas, Damage, Level, Reader
 from histoscale.data.readers.region import touched
 from histoscale.data.readers.scale import Scale, read_scaled
 from histoscale.data.storage import Store
@@ -109,9 +109,10 @@ class _Traced:
         damage: list[Damage] | None = None,
         reduce: int = 1,
         wanted: np.ndarray | None = None,
+        canvas: Canvas | None = None,
     ) -> np.ndarray:
         self.notes.append((self.reader, level, x, y, width, height, reduce, wanted))
-        return self.reader.region(level, x, y, width, height, damage, reduce, wanted)
+        return self.reader.region(level, x, y, width, height, damage, reduce, wanted, canvas)
 
 
 class _TracedSource(SlideSource):
@@ -230,7 +231,7 @@ class _OurStream:
         self.stream.close()
 
 
-def _timed(work: Callable[[], None], patches: float) -> Callable[[], tuple[int, float]]:
+def _timed(work: Callable[[], object], patches: float) -> Callable[[], tuple[int, float]]:
     def measure() -> tuple[int, float]:
         start = time.process_time()
         work()

@@ -14,7 +14,7 @@ from histoscale.data.keys import key
 from histoscale.data.pixelfilter import PixelFilterConfig, hsv, passes
 from histoscale.data.plan import Passes, Plan, SamplerConfig, SlideTable, Visit, budgeted, rank_slots, slide_weights, target_name
 
-FILTER = PixelFilterConfig("none", [90, 180], [8, 255], [103, 255], 0.6, 8, 0.75)
+FILTER = PixelFilterConfig("none", [90, 180], [8, 255], [103, 255], 0.6, 8)
 SAMPLER = SamplerConfig(
     magnification="discrete",
     mpps=[0.25, 0.5, 1.0],

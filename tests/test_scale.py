@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from histoscale.data.readers.pyramid import Damage, Layout, Level
+from histoscale.data.readers.pyramid import Canvas, Damage, Layout, Level
 from histoscale.data.readers.scale import Scale, choose_scale, read_scaled, reduction
 
 NONE = np.zeros(0, np.int64)
@@ -27,7 +27,7 @@ class Picture:
 
     def region(
         self, level: int, x: int, y: int, width: int, height: int, damage: list[Damage] | None = None, reduce: int = 1,
-        wanted: np.ndarray | None = None,
+        wanted: np.ndarray | None = None, canvas: Canvas | None = None,
     ) -> np.ndarray:  # fmt: skip
         self.reduced.append(reduce)
         if reduce > 1:

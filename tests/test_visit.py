@@ -23,7 +23,7 @@ from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import SamplerConfig, Visit
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
-from histoscale.data.visit import SlideSource, VisitFailed, first_cells
+from histoscale.data.visit import SlideSource, VisitFailed, in_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 Index = Callable[[Sequence[Path]], Catalog]
@@ -134,9 +134,9 @@ def test_the_edge_of_tissue_is_as_likely_as_its_inside() -> None:
     corners = []
     for i in range(1_500):
         x, y, fits = cells.region(key(3, "region", i), 6, 16)
-        rows, columns = first_cells(fits, 16, key(3, "order", i))
-        assert fits[rows, columns].all() and len(rows) == min(16, fits.sum())
-        corners += [(x + c * 64, y + r * 64) for r, c in zip(rows.tolist(), columns.tolist(), strict=True)]
+        taken = in_rows(fits, key(3, "order", i))[:16]
+        assert all(fits[at] for at in taken) and len(taken) == min(16, fits.sum())
+        corners += [(x + c * 64, y + r * 64) for r, c in taken]
     x, y = (c.ravel() for c in np.meshgrid(np.arange(0, 1217, 7), np.arange(0, 897, 7)))
     free = cells.fits(x, y, 1)[:, 0, 0]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -72,6 +72,13 @@ class Damage:
     bottom: int
 
 
+class Canvas(NamedTuple):
+    """A region that is read in parts. pixels: uint8 [height, width, 3], of which nothing is set yet; painted: tiles that are."""
+
+    pixels: np.ndarray
+    painted: set[int]
+
+
 class Reader(Protocol):
     """An open slide; safe to use from several threads."""
 
@@ -87,11 +94,13 @@ class Reader(Protocol):
         damage: list[Damage] | None = None,
         reduce: int = 1,
         wanted: np.ndarray | None = None,
+        canvas: Canvas | None = None,
     ) -> np.ndarray:
         """uint8 [height, width, 3] RGB at integer coordinates of the level; white outside it and where tiles are missing.
 
         reduce: x, y, width and height count pixels of the level averaged over squares of 1, 2, 4 or 8 (`Level.reducible`).
         wanted: bool [rows, columns] of equal cells that the region is cut into; what lies only in others may stay white.
+        canvas: of an earlier call for the same region, to go on with; OpenSlide's formats cannot, and leave it alone.
         Undecodable tiles raise DecodeError; given a list `damage`, they stay white and are added to it. Raises StorageError.
         """
         ...

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from histoscale.data.readers.codec import decode_tile
-from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, Level, Reader
+from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, Level, Reader
 from histoscale.data.readers.vendor import FREE, Gate, OpenSlideReader
 from histoscale.data.storage import Store
 
@@ -33,6 +33,7 @@ def touched(
     if left >= right or top >= bottom:
         return []
     wide, high = table.tile_width // reduce, table.tile_height // reduce
+    cell_height, cell_width = (height, width) if wanted is None else (height // wanted.shape[0], width // wanted.shape[1])
     columns = [
         (column, column * wide, max(column * wide, left), min(column * wide + wide, right))
         for column in range(left // wide, (right - 1) // wide + 1)
@@ -40,11 +41,12 @@ def touched(
     found = []
     for row in range(top // high, (bottom - 1) // high + 1):
         y0, y1 = max(row * high, top), min(row * high + high, bottom)
+        line: list[bool] = []  # of the columns of cells, which are wanted in this row of tiles
         if wanted is not None:
-            cell = height // wanted.shape[0], width // wanted.shape[1]
-            line = wanted[(y0 - y) // cell[0] : (y1 - y - 1) // cell[0] + 1].any(axis=0).tolist()
+            across = wanted[(y0 - y) // cell_height : (y1 - y - 1) // cell_height + 1]
+            line = np.asarray(across.any(axis=0)).tolist()
         for column, start, x0, x1 in columns:
-            if wanted is None or any(line[(x0 - x) // cell[1] : (x1 - x - 1) // cell[1] + 1]):
+            if wanted is None or any(line[(x0 - x) // cell_width : (x1 - x - 1) // cell_width + 1]):
                 found.append(Touched(row * table.columns + column, start, row * high, x0, y0, x1, y1))
     return found
 
@@ -75,20 +77,27 @@ class TiffReader:
         damage: list[Damage] | None = None,
         reduce: int = 1,
         wanted: np.ndarray | None = None,
+        canvas: Canvas | None = None,
     ) -> np.ndarray:
         table = self.layout.levels[level]
         if not table.reducible(reduce):
             sides = f"{table.tile_width}x{table.tile_height}"
             raise ValueError(f"{self.uri}, level {level}: tiles of {sides} px do not divide by {reduce}")
         tiles = touched(table, x, y, width, height, reduce, wanted)
+        if canvas is not None:
+            tiles = [tile for tile in tiles if tile.number not in canvas.painted]
         parts = self._fetch(table, [tile.number for tile in tiles])
         with self.decoding:
-            covered = sum((tile.right - tile.left) * (tile.bottom - tile.top) for tile in tiles if tile.number in parts)
-            out = np.empty((height, width, 3), np.uint8)
-            if covered < width * height:
-                out[:] = WHITE
+            if canvas is not None:
+                out = canvas.pixels
+                canvas.painted.update(tile.number for tile in tiles)
+            else:
+                out = np.empty((height, width, 3), np.uint8)
+                if sum((tile.right - tile.left) * (tile.bottom - tile.top) for tile in tiles) < width * height:
+                    out[:] = WHITE
             for tile in tiles:
                 if tile.number not in parts:
+                    out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = WHITE
                     continue
                 try:
                     pixels = self._decode(table, level, tile.number, parts[tile.number], reduce)

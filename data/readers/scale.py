@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from histoscale.data.readers.pyramid import REDUCTIONS, Damage, Level, Reader
+from histoscale.data.readers.pyramid import REDUCTIONS, Canvas, Damage, Level, Reader
 
 _GAP = 2.0  # a level averaged over squares keeps so many pixels per output pixel before a fractional resampling
 
@@ -57,6 +57,7 @@ def read_scaled(
     height: int,
     damage: list[Damage] | None = None,
     wanted: np.ndarray | None = None,
+    canvas: Canvas | None = None,
 ) -> np.ndarray:
     """uint8 [height, width, 3]; x, y: integer level coordinates of the corner; width, height: output pixels.
 
@@ -64,14 +65,14 @@ def read_scaled(
     Other factors go through one antialiased resampling of the whole region, its corner at exactly (x, y), with real pixels around
     it under the kernel: no seam where two regions meet. Hamming's window comes nearest to averaging (its response at the output's
     Nyquist frequency is .60, averaging has .64, a cubic .49), so that factors do not tell scanners apart; enlarging is cubic
-    (a = -0.5). damage and wanted as in `Reader.region`, in output pixels.
+    (a = -0.5). damage and wanted as in `Reader.region`, in output pixels; canvas for factors that are a reduced scale alone.
     """
     reduce = reduction(scale, reader.layout.levels[scale.level])
     if x % reduce or y % reduce:
         reduce = 1
     factor = scale.factor / reduce
     if factor == 1.0:
-        return reader.region(scale.level, x // reduce, y // reduce, width, height, damage, reduce, wanted)
+        return reader.region(scale.level, x // reduce, y // reduce, width, height, damage, reduce, wanted, canvas)
     found: list[Damage] | None = None if damage is None else []
     if factor in REDUCTIONS:
         whole = int(factor)

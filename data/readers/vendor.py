@@ -9,7 +9,7 @@ import numpy as np
 import openslide
 from PIL import Image
 
-from histoscale.data.readers.pyramid import WHITE, Damage, DecodeError, Layout, LayoutError, Level, downsample
+from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, LayoutError, Level, downsample
 from histoscale.data.storage import Missing, Store
 
 _SCANNERS = ("dicom.ManufacturerModelName", "hamamatsu.Product", "leica.device-model", "philips.DICOM_MANUFACTURERS_MODEL_NAME")
@@ -80,6 +80,7 @@ class OpenSlideReader:
         damage: list[Damage] | None = None,
         reduce: int = 1,
         wanted: np.ndarray | None = None,
+        canvas: Canvas | None = None,
     ) -> np.ndarray:
         inner = _bounds(wanted, width, height)
         if inner != (0, 0, width, height):  # OpenSlide decodes whole rectangles: read the smallest that holds what is wanted
