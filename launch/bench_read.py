@@ -125,6 +125,9 @@ class _TracedSource(SlideSource):
         return Opened(_Traced(opened.reader, self.notes), opened.mpps, opened.tissue, self.sampler)
 
 
+_LOOKS = 64
+
+
 @dataclass(frozen=True)
 class _Region:
     """A square of grid x grid cells beside one another, as a visit draws it; x, y: level px."""
@@ -137,21 +140,27 @@ class _Region:
 
 
 def _region(source: SlideSource, visit: Visit) -> _Region:
-    """The first region of a visit as one that tissue fills to its edges: moved inside the level, all its cells taken."""
+    """A region inside the level with as much tissue as _LOOKS places offer: single patches are cut from tissue too, and glass is
+    quick to decode."""
     opened, grid = source.open_slide(visit.slide), source.sampler.grid
     serving = opened.at(visit.mpp)
-    x, y, _ = serving.cells.region(key(visit.key, "region", 0), grid, grid**2)
     sides = (serving.cells.width, serving.cells.height)
-    x, y = (max(0, min(at, int(side - grid * serving.cells.size))) for at, side in zip((x, y), sides, strict=True))
+    found = []
+    for i in range(_LOOKS):
+        x, y, _ = serving.cells.region(key(visit.key, "region", i), grid, grid**2)
+        corner = [max(0, min(at, int(side - grid * serving.cells.size))) for at, side in zip((x, y), sides, strict=True)]
+        held = serving.cells.fits(np.array(corner[:1]), np.array(corner[1:]), grid).sum()
+        found.append((int(held), corner))
+    _, (x, y) = max(found)
     return _Region(opened.reader, serving.scale, x * serving.reduce, y * serving.reduce, grid)
 
 
 def _cut(region: _Region, side: int) -> list[np.ndarray]:
-    """Its patches, uint8 [S, S, 3] each."""
+    """Its patches, uint8 [S, S, 3] each, views of one array."""
     whole = region.grid * side
     image = read_scaled(region.reader, region.scale, region.x, region.y, whole, whole)
     corners = range(0, whole, side)
-    return [np.ascontiguousarray(image[top : top + side, left : left + side]) for top in corners for left in corners]
+    return [image[top : top + side, left : left + side] for top in corners for left in corners]
 
 
 def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Callable[[], tuple[int, float]]]:

@@ -33,8 +33,10 @@ class _Head(NamedTuple):
 _heads: dict[tuple[bytes, str], _Head] = {}  # by tables and colour: the last one
 
 
-def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1) -> np.ndarray:
-    """uint8 [tile_height / reduce, tile_width / reduce, 3] RGB. Raises DecodeError.
+def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1, scratch: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [tile_height / reduce, tile_width / reduce, 3] RGB; in `scratch`, of that shape, where the decoder can.
+
+    Raises DecodeError.
 
     JPEG decodes at reduced scale from the low frequencies of each block (means within 1 grey level of averaged pixels, none off
     by 32); everything else decodes whole and is averaged. The low band of JPEG 2000 is no average (off by 3 grey levels), so it
@@ -42,7 +44,7 @@ def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1) -> np.n
     """
     try:
         if level.compression == "jpeg":
-            tile = _jpeg(data, level, reduce)
+            tile = _jpeg(data, level, reduce, scratch)
         else:
             tile = _DECODERS[level.compression](bytes(data), level)
             _check(tile, level, 1)
@@ -59,14 +61,14 @@ def _check(tile: np.ndarray, level: Level, reduce: int) -> None:
         raise DecodeError(f"a {level.compression} tile is {tile.dtype} {tile.shape}: expected uint8 {shape}")
 
 
-def _jpeg(data: bytes | memoryview, level: Level, reduce: int) -> np.ndarray:
+def _jpeg(data: bytes | memoryview, level: Level, reduce: int, scratch: np.ndarray | None) -> np.ndarray:
     whole, size = _joined(data, level.tables, level.colour)
     if size != (level.tile_width, level.tile_height):  # the decoder would allocate it before it looks at the pixels
         raise ValueError(f"its image is {size[0]}x{size[1]}, expected {level.tile_width}x{level.tile_height}")
     if reduce == 1:
-        return simplejpeg.decode_jpeg(whole, "RGB", strict=True)
+        return simplejpeg.decode_jpeg(whole, "RGB", buffer=scratch, strict=True)
     height, width = level.tile_height // reduce, level.tile_width // reduce
-    return simplejpeg.decode_jpeg(whole, "RGB", min_height=height, min_width=width, min_factor=1, strict=True)
+    return simplejpeg.decode_jpeg(whole, "RGB", min_height=height, min_width=width, min_factor=1, buffer=scratch, strict=True)
 
 
 def with_tables(data: bytes | memoryview, tables: bytes, colour: str) -> bytes:

@@ -95,12 +95,14 @@ class TiffReader:
                 out = np.empty((height, width, 3), np.uint8)
                 if sum((tile.right - tile.left) * (tile.bottom - tile.top) for tile in tiles) < width * height:
                     out[:] = WHITE
+            # A tile is copied before the next one is decoded: one buffer serves them all.
+            scratch = np.empty((table.tile_height // reduce, table.tile_width // reduce, 3), np.uint8)
             for tile in tiles:
                 if tile.number not in parts:
                     out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = WHITE
                     continue
                 try:
-                    pixels = self._decode(table, level, tile.number, parts[tile.number], reduce)
+                    pixels = self._decode(table, level, tile.number, parts[tile.number], reduce, scratch)
                 except DecodeError:
                     if damage is None:
                         raise
@@ -127,13 +129,15 @@ class TiffReader:
         parts = [memoryview(data) for data in self.store.ranges(self.uri, spans)] if spans else []
         return {number: parts[span][start : start + count] for number, span, start, count in places}
 
-    def _decode(self, table: Level, level: int, number: int, data: memoryview, reduce: int) -> np.ndarray:
+    def _decode(
+        self, table: Level, level: int, number: int, data: memoryview, reduce: int, scratch: np.ndarray
+    ) -> np.ndarray:
         """Damaged bytes are fetched once more: a bad transfer passes, damage at rest stays."""
         try:
-            return decode_tile(data, table, reduce)
+            return decode_tile(data, table, reduce, scratch)
         except DecodeError:
             again = self._fetch(table, [number])
             try:
-                return decode_tile(again[number], table, reduce)
+                return decode_tile(again[number], table, reduce, scratch)
             except DecodeError as error:
                 raise DecodeError(f"{self.uri}, level {level}, tile {number}: {error}") from error
