@@ -149,8 +149,8 @@ def memory_bytes(plan: Plan, slots: int, config: StreamConfig) -> int:
 class Buffers:
     """uint8 tensors for the pixels of parts: new ones, or of a worker, shared ones in turn.
 
-    Fresh shared memory costs more to touch than a patch costs to filter. A worker is never more than `prefetch` parts ahead of the
-    main process, which copies a part before it asks for the next step: `count` = prefetch + 2 buffers are never overtaken.
+    Fresh shared memory costs more to touch than a patch costs to filter. A worker is never more than `prefetch` parts ahead of
+    the main process, which copies a part before it asks for the next step: `count` = prefetch + 2 buffers are never overtaken.
     """
 
     def __init__(self, shape: tuple[int, ...], count: int, shared: bool) -> None:

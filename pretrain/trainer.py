@@ -191,7 +191,8 @@ def train(
                 for sign in sorted(signs.keys() - told):  # each is told once, and stays in the rows
                     journal.say(f"step {done}: WARNING, {signs[sign]}")
                 told |= signs.keys()
-            progress.advance(loss=row["loss"])
+            rate, waiting = f"{row['images_per_s']:.0f} patches/s", f"{row['data/wait_fraction']:.0%}"
+            progress.advance(loss=row["loss"], rate=rate, waiting=waiting)
             if saving:
                 save(done)
             if stopping and done < steps:
