@@ -125,7 +125,7 @@ class _TracedSource(SlideSource):
         return Opened(_Traced(opened.reader, self.notes), opened.mpps, opened.tissue, self.sampler)
 
 
-_LOOKS = 64
+_LOOKS = 512  # places that are tried
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,21 @@ class _Region:
 
 
 def _region(source: SlideSource, visit: Visit) -> _Region:
-    """A region inside the level with as much tissue as _LOOKS places offer: single patches are cut from tissue too, and glass is
-    quick to decode."""
+    """The first place of a visit whose region lies inside the level with tissue in its middle, as single patches have: glass is
+    quick to decode. Its corners may be glass."""
     opened, grid = source.open_slide(visit.slide), source.sampler.grid
     serving = opened.at(visit.mpp)
     sides = (serving.cells.width, serving.cells.height)
-    found = []
+    half = slice((grid - 1) // 2, grid // 2 + 1)
     for i in range(_LOOKS):
         x, y, _ = serving.cells.region(key(visit.key, "region", i), grid, grid**2)
         corner = [max(0, min(at, int(side - grid * serving.cells.size))) for at, side in zip((x, y), sides, strict=True)]
-        held = serving.cells.fits(np.array(corner[:1]), np.array(corner[1:]), grid).sum()
-        found.append((int(held), corner))
-    _, (x, y) = max(found)
+        fits = serving.cells.fits(np.array(corner[:1]), np.array(corner[1:]), grid)[0]
+        if fits[half, half].all():
+            break
+    else:
+        raise ValueError(f"no region of {grid} x {grid} patches at {visit.mpp:g} um/px has tissue in its middle")
+    x, y = corner
     return _Region(opened.reader, serving.scale, x * serving.reduce, y * serving.reduce, grid)
 
 

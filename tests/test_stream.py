@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_more_memory_than_was_granted_is_refused_before_anything_is_read(
     Stream(plan, source, replace(READING, memory_gb=held / 1e9 * 1.01)).close()
     with pytest.raises(ValueError, match=r"more than stream.memory_gb=.*96 slots x 2 lanes x 4 patches"):
         Stream(plan, source, replace(READING, memory_gb=held / 1e9 * 0.99))
+
+
+def test_batches_that_are_kept_do_not_change(catalog: Catalog, store: Store, sampler: SamplerConfig) -> None:
+    """Workers write into the same buffers again and again: what was handed over must not be one of them."""
+    source = SlideSource(catalog, store, sampler)
+    plan = Plan(3, 24, sampler, source.table())
+    with Stream(plan, source, READING) as stream:
+        expected = [next(stream).pixels.clone() for _ in range(14)]
+    for workers in (1, 2):
+        with Stream(plan, source, replace(READING, workers=workers)) as stream:
+            kept = []
+            for step in range(14):
+                kept.append(next(stream).pixels)
+                time.sleep(0.05 * (step % 3 == 0))  # the workers are as far ahead as they may be
+        assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
 
 
 def test_nothing_is_left_behind_after_an_interrupt(catalog: Catalog, sampler: SamplerConfig, tmp_path: Path) -> None:
