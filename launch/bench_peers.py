@@ -1,5 +1,6 @@
 """The same patches through other readers: OpenSlide, and tiffslide and wsistream where they are installed."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -43,6 +44,7 @@ def open_peers(paths: list[Path], places: list[Place], sampler: SamplerConfig) -
         reading = _single(handles, places, sampler.patch_px, lambda patch: passes([patch], rule))
         found["openslide_filtered"] = (reading, kept)
     if find_spec("tiffslide"):
+        warnings.filterwarnings("ignore", message="location=.* is out-of-bounds")  # at the edge of a level; once a read
         slides = [import_module("tiffslide").TiffSlide(path) for path in paths]
         found["tiffslide"] = (_single(slides, places, sampler.patch_px), len(places))
     if find_spec("wsistream"):

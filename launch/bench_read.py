@@ -41,7 +41,7 @@ class Rate:
 def read(config: "Config", journal: Journal) -> dict[str, Any]:
     """Measure, print the table, and return it."""
     store = Store(config.storage)
-    catalog = open_catalog(config.catalog, store) if config.catalog else _draw(config, store, journal)
+    catalog = open_catalog(config.catalog, store) if config.catalog else draw_slide(config, store, journal)
     methods = _methods(config, catalog, store)
     rates: dict[str, list[float]] = {name: [] for name in methods}
     stream = _OurStream(config, catalog, store)
@@ -78,7 +78,7 @@ def read(config: "Config", journal: Journal) -> dict[str, Any]:
     }
 
 
-def _draw(config: "Config", store: Store, journal: Journal) -> Catalog:
+def draw_slide(config: "Config", store: Store, journal: Journal) -> Catalog:
     """A synthetic slide and its catalog, in `out`; an earlier one is used again."""
     folder = journal.path("slide/manifest.csv").parent
     if not (folder / "catalog" / "catalog.json").exists():

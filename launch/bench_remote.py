@@ -4,8 +4,10 @@ The store is Azurite on this machine behind a proxy that adds a delay to every r
 the cores with the client, so its CPU time a patch is what carries over to other machines, and the wall rates do not.
 """
 
+import ctypes
+import gc
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +19,11 @@ from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
 from histoscale.data.plan import Plan, SamplerConfig, Visit
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Stream, StreamConfig
+from histoscale.data.stream import Stream, StreamConfig, memory_bytes
 from histoscale.data.visit import Patches, SlideSource
-from histoscale.launch.bench_read import _draw
+from histoscale.launch.bench_read import draw_slide
 from histoscale.launch.footprint import Footprint
+from histoscale.launch.footprint import memory_bytes as held_bytes
 from histoscale.launch.loopback import Proxy, azurite, connection_string, filled_container, proxy
 
 if TYPE_CHECKING:
@@ -76,7 +79,7 @@ def remote(config: "Config", journal: Journal) -> dict[str, Any]:
     sampler = replace(config.sampler, magnification="discrete", mpps=[rule.mpp], weights=[1])
     here = Store(config.storage)
     if config.catalog is None:
-        _draw(config, here, journal)
+        draw_slide(config, here, journal)
     local = config.catalog or str(journal.path("slide/catalog/catalog.json").parent)
     files = {Path(slide.uri).name: here.local(slide.uri) for slide in open_catalog(local, here).slides}
     with azurite(None) as server, proxy(server) as between, filled_container(server, files) as container:
@@ -117,18 +120,21 @@ def _measure(
     config: "Config", sampler: SamplerConfig, local: str, there: str, between: Proxy, journal: Journal
 ) -> dict[str, Any]:
     rule = config.remote
-    at_home = _reader(config, sampler, local, None, "", 0.0, config.stream.in_flight)
-    methods: dict[str, Callable[[int], _Round]] = {"local": at_home}
+    at_home = _Reader(config, sampler, local, None, "", 0.0, config.stream.in_flight)
+    methods: dict[str, _Reader] = {"local": at_home}
     for backend in ("obstore", "fsspec"):
         for name, delay, flight in (("near", rule.near_s, rule.near), ("far", rule.far_s, rule.far)):
-            methods[f"{backend} {name}"] = _reader(config, sampler, there, between, backend, delay, flight)
+            methods[f"{backend} {name}"] = _Reader(config, sampler, there, between, backend, delay, flight)
     rounds: dict[str, list[_Round]] = {name: [] for name in methods}
     memory = {}
     for name in methods:  # warm, and the memory while at it: watching costs time
+        gc.collect()
+        _give_back()
+        before = held_bytes()
         watch = Footprint(_SAMPLE_S)
         with watch.stage(name):
             methods[name](-1)
-        memory[name] = watch.stages[0].peak_bytes
+        memory[name] = watch.stages[0].peak_bytes - before
     names = list(methods)
     with journal.progress(config.rounds * len(names), "bench", "measurements") as progress:
         for number in range(config.rounds):
@@ -151,6 +157,7 @@ def _measure(
                 "patches": total[name].patches,
                 "retried": total[name].retried,
                 "peak_bytes": memory[name],
+                "budget_bytes": methods[name].budget_bytes,
             }
             for name in names
         },
@@ -158,35 +165,51 @@ def _measure(
     }
 
 
+def _give_back() -> None:
+    """What was freed leaves the process, so that what comes next is seen."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _spread(values: np.ndarray) -> dict[str, float]:
     return {"median": float(np.median(values)), "low": float(values.min()), "high": float(values.max())}
 
 
-def _reader(
-    config: "Config", sampler: SamplerConfig, catalog: str, between: Proxy | None, backend: str, delay_s: float, flight: int
-) -> Callable[[int], _Round]:
+class _Reader:
     """Reads a round through the stream, in this process; the same round of any reader takes the same patches of its catalog."""
-    rule = config.remote
-    store = _store(config.storage, backend, between) if between is not None else Store(config.storage)
-    source = _Counted(open_catalog(catalog, store), store, sampler)
-    plan = Plan(config.seed, rule.batch, sampler, source.table())
-    stream = _in_flight(config.stream, flight, rule.prefetch)
 
-    def read(number: int) -> _Round:
-        if between is not None:
-            between.set(delay_s=delay_s)
+    def __init__(
+        self,
+        config: "Config",
+        sampler: SamplerConfig,
+        catalog: str,
+        between: Proxy | None,
+        backend: str,
+        delay_s: float,
+        flight: int,
+    ) -> None:
+        self.rule, self.between, self.delay_s = config.remote, between, delay_s
+        self.store = _store(config.storage, backend, between) if between is not None else Store(config.storage)
+        self.source = _Counted(open_catalog(catalog, self.store), self.store, sampler)
+        self.plan = Plan(config.seed, self.rule.batch, sampler, self.source.table())
+        self.stream = _in_flight(config.stream, flight, self.rule.prefetch)
+        self.budget_bytes = memory_bytes(self.plan, self.rule.batch, self.stream)
+
+    def __call__(self, number: int) -> _Round:
+        store, source, steps = self.store, self.source, self.rule.steps
+        if self.between is not None:
+            self.between.set(delay_s=self.delay_s)
         source.done.clear()
         before = store.requests, store.bytes, store.retried
         cpu, wall = time.process_time(), time.perf_counter()
-        with Stream(plan, source, stream, start=(number + 1) * rule.steps) as batches:
-            for _ in range(rule.steps):
+        with Stream(self.plan, source, self.stream, start=(number + 1) * steps) as batches:
+            for _ in range(steps):
                 next(batches)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        patches = len(source.done) * sampler.grid**2
+        patches = len(source.done) * source.sampler.grid**2
         touched = sum(_touched(source, visit, found) for visit, found in source.done)
-        return _Round(patches, cpu, wall, store.requests - before[0], store.bytes - before[1], store.retried - before[2], touched)
-
-    return read
+        requests, read, retried = store.requests - before[0], store.bytes - before[1], store.retried - before[2]
+        return _Round(patches, cpu, wall, requests, read, retried, touched)
 
 
 def _in_flight(stream: StreamConfig, visits: int, prefetch: int) -> StreamConfig:
@@ -213,10 +236,11 @@ def _text(found: dict[str, Any], rule: RemoteConfig, rounds: int) -> str:
         far = f", {rule.far_s * 1e3:.0f} ms, {rule.far} visits in flight" if where == "far" else ""
         near = f", {rule.near_s * 1e3:.0f} ms, {rule.near} visits in flight" if where == "near" else ""
         cpu, ratio, rate = one["cpu_ms_a_patch"], one["cpu_to_local"], one["patches_a_second"]
+        memory = f"at most {one['peak_bytes'] / 1e6:.0f} MB of {one['budget_bytes'] / 1e6:.0f} granted"
         lines.append(
             f"  {backend + near + far:<42} {cpu['median']:.3f} ms CPU a patch, {ratio['median']:.2f} [{ratio['low']:.2f}, "
             f"{ratio['high']:.2f}] x local; {rate['median']:.0f} patches/s wall; {one['requests_a_patch']:.2f} requests a patch; "
-            f"{one['bytes_to_touched']:.2f} x the bytes of the touched tiles; at most {one['peak_bytes'] / 1e6:.0f} MB"
+            f"{one['bytes_to_touched']:.2f} x the bytes of the touched tiles; {memory}"
         )
     for name, one in found["far_to_near"].items():
         lines.append(f"  {name}: {one['median']:.2f} [{one['low']:.2f}, {one['high']:.2f}] of the near rate when far")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from histoscale.launch.loopback import Absent, find_azurite
 from histoscale.launch.run import execute, invoke
 
 
@@ -28,6 +29,22 @@ def test_bench_simulates_a_catalog(tmp_path: Path) -> None:
     assert 0 < found["plan_share"] < found["plan_and_open_share"] < 1
     assert found["pss_bytes"] > 0 and 5_000 < found["bytes_a_slide"] < 100_000
     assert execute("bench", ["what=catalog", f"out={tmp_path}", "rounds=1", "logging.progress=off", *keys]) == 0
+
+
+@pytest.mark.slow
+def test_bench_reads_from_a_store_that_is_far(tmp_path: Path) -> None:
+    try:
+        find_azurite()
+    except Absent as absent:
+        pytest.skip(str(absent))
+    pytest.importorskip("obstore")
+    small = ["rounds=1", "sampler.patch_px=64", "sampler.grid=2", "remote.batch=4", "remote.steps=4", "cohort.case_mm=[0.8,0.8]"]
+    found = invoke("bench", ["what=remote", f"out={tmp_path}", "logging.progress=off", *small])["bench"]["remote"]
+    assert found["requests_to_open"] == 0 and set(found["far_to_near"]) == {"obstore", "fsspec"}
+    for name, one in found["methods"].items():
+        assert one["patches"] >= 16 and one["cpu_ms_a_patch"]["median"] > 0
+        assert one["peak_bytes"] < one["budget_bytes"] + (64 << 20)  # clients and their threads come on top of so little
+        assert (one["requests_a_patch"] > 0) == (name != "local") and one["bytes_to_touched"] >= 0.99
 
 
 def test_another_subject_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
