@@ -124,6 +124,16 @@ def test_a_credential_that_expires_ends_in_one_clear_error(
     assert time.monotonic() - started < 30 and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_store_that_fails_for_good_stops_the_run_with_the_slide_and_the_cause(
+    catalog: Catalog, patient: Store, sampler: SamplerConfig, far: Proxy, tmp_path: Path, workers: int
+) -> None:
+    hasty = Store(replace(patient.config, deadline_s=3.0))
+    with pytest.raises(StreamError, match=r"slide s\d: .*503"):
+        read(catalog, hasty, sampler, workers, {3: lambda: far.set(throttle=1.0)}, tmp_path / "lost.jsonl")
+    assert not (tmp_path / "lost.jsonl").exists()  # an outage is nobody's lost visit
+
+
 def test_a_slide_that_was_replaced_is_lost_not_mixed(
     catalog: Catalog, patient: Store, sampler: SamplerConfig, tmp_path: Path, make_slide: Callable[..., Path]
 ) -> None:
