@@ -1,5 +1,6 @@
 """Servers on loopback for the tests: each starts once a session, and tests skip where it is not installed."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,8 @@ def upload(connection: str, files: dict[str, bytes], container: str) -> str:
 
     with BlobServiceClient.from_connection_string(connection) as service:
         client: Any = service.get_container_client(container)
-        try:
+        with contextlib.suppress(ResourceExistsError):
             client.create_container()
-        except ResourceExistsError:
-            pass
         for name, data in files.items():
             client.upload_blob(name, data, overwrite=True)
     return f"az://{container}"
