@@ -39,7 +39,7 @@ from histoscale.launch import run as launched
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig
+from histoscale.pretrain.methods import MethodConfig
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig

@@ -31,10 +31,11 @@ from histoscale.pretrain.checkpoint import (
     write_checkpoint,
 )
 from histoscale.pretrain.masking import Masks
-from histoscale.pretrain.methods.dinov2 import (
+from histoscale.pretrain.methods import (
     Centres,
     Losses,
     MethodConfig,
+    Scheduled,
     build,
     first_centres,
     losses,
@@ -150,7 +151,7 @@ def train(
             for piece in range(optim.micro_batches):
                 rows = slice(piece * share, (piece + 1) * share)
                 with parallel.accumulating(last=piece == optim.micro_batches - 1):
-                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now.teacher_temp)
+                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now)
                     (found.total / optim.micro_batches).backward()
                 next_centres = found.centres
                 window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
@@ -203,7 +204,7 @@ def train(
 
 
 def _losses(
-    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, teacher_temp: float
+    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, now: Scheduled
 ) -> tuple[Losses, Tensor]:
     """One micro-batch, the batch's `rows`: losses with gradient, and the teacher's class tokens [B, D] of the first view."""
     method, device = config.method, parallel.ranks.device
@@ -218,7 +219,7 @@ def _losses(
         taught = parallel.teacher(views.globals, None, None, indices)
         drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
         learned = parallel.student(views.globals, views.locals, crops, indices, drawn)
-    found = losses(learned, taught, masks, centres, method, teacher_temp, count, parallel.ranks.group)
+    found = losses(learned, taught, masks, centres, method, now, count, parallel.ranks.group)
     return found, taught["features"][: len(slots)]
 
 

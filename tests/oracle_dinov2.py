@@ -19,7 +19,7 @@ from histoscale.data.keys import keys
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.masking import MaskConfig, block_masks
-from histoscale.pretrain.methods.dinov2 import Branch, MethodConfig, build, first_centres, losses, masks_at
+from histoscale.pretrain.methods import Branch, Dinov2Config, Scheduled, build, first_centres, losses, masks_at
 from histoscale.pretrain.optim import OptimConfig, parameter_table
 from histoscale.pretrain.schedule import ScheduleConfig, cosine, linear_then_flat
 
@@ -28,7 +28,8 @@ MODEL = ModelConfig(
     architecture="vit_tiny_patch16_224", img_size=32, patch_size=8, width=24, depth=2, heads=2, mlp_ratio=4.0,
     registers=0, layer_scale=0.3, drop_path=0.0,
 )  # fmt: skip
-METHOD = MethodConfig(
+METHOD = Dinov2Config(
+    kind="dinov2",
     group=6, head=HEAD, patch_head=replace(HEAD, prototypes=20), mask=MaskConfig(0.5, [0.1, 0.5]), dino_weight=1.0,
     ibot_weight=1.0, koleo_weight=0.1, kde_weight=0.0, kde_kappa=10.0, targets="sinkhorn", sinkhorn_iterations=3,
     centre_momentum=0.9, student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=10, momentum=[0.99, 1.0],
@@ -100,7 +101,7 @@ def test_one_step_has_their_terms_and_gradients(clone: Path, targets: str) -> No
     masks = masks_at(MODEL, method, 0, 0, torch.arange(B), 32, VIEWS)
     assert masks is not None
     taught, learned = teacher(globals_, indices=masks.indices), student(globals_, locals_, masks.crops, masks.indices)
-    ours = losses(learned, taught, masks, first_centres(method, "cpu"), method, TEMP, VIEWS)
+    ours = losses(learned, taught, masks, first_centres(method, "cpu"), method, Scheduled(TEMP, 0.99, True), VIEWS)
     ours.total.backward()
 
     t_vit, t_head, t_patch_head, _ = theirs_from(teacher)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig, build
+from histoscale.pretrain.methods import MethodConfig, build
 from histoscale.pretrain.optim import (
     OptimConfig,
     build_optimizer,

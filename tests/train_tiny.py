@@ -24,7 +24,7 @@ from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.masking import MaskConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig
+from histoscale.pretrain.methods import Dinov2Config
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
@@ -45,10 +45,11 @@ CONFIG = TrainConfig(
         architecture="vit_tiny_patch16_224", img_size=32, patch_size=8, width=48, depth=2, heads=3, mlp_ratio=None, registers=0,
         layer_scale=None, drop_path=0.2,
     ),
-    method=MethodConfig(
-        group=4, head=HEAD, patch_head=None, mask=MaskConfig(probability=0.5, ratio=[0.1, 0.5]), dino_weight=1.0, ibot_weight=1.0,
-        koleo_weight=0.1, kde_weight=0.0, kde_kappa=5.0, targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9,
-        student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
+    method=Dinov2Config(
+        kind="dinov2", group=4, head=HEAD, patch_head=None, mask=MaskConfig(probability=0.5, ratio=[0.1, 0.5]),
+        dino_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, kde_weight=0.0, kde_kappa=5.0,
+        targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9, student_temp=0.1,
+        teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
     ),
     optim=OptimConfig(
         global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
