@@ -29,11 +29,10 @@ MODEL = ModelConfig(
     registers=0, layer_scale=0.3, drop_path=0.0,
 )  # fmt: skip
 METHOD = Dinov2Config(
-    kind="dinov2",
-    group=6, head=HEAD, patch_head=replace(HEAD, prototypes=20), mask=MaskConfig(0.5, [0.1, 0.5]), dino_weight=1.0,
-    ibot_weight=1.0, koleo_weight=0.1, kde_weight=0.0, kde_kappa=10.0, targets="sinkhorn", sinkhorn_iterations=3,
-    centre_momentum=0.9, student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=10, momentum=[0.99, 1.0],
-    freeze_last_layer_steps=0,
+    kind="dinov2", group=6, head=HEAD, patch_head=replace(HEAD, prototypes=20), mask=MaskConfig(0.5, [0.1, 0.5], False),
+    dino_weight=1.0, local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, koleo_pool=None, koleo_neighbours=1, kde_weight=0.0,
+    kde_kappa=10.0, kde_pool=None, kde_reversed=False, gram=None, targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9,
+    student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=10, momentum=[0.99, 1.0], freeze_last_layer_steps=0,
 )  # fmt: skip
 VIEWS, LOCALS, B, TEMP = 2, 3, 6, 0.05
 
@@ -62,10 +61,10 @@ def module_at(path: Path) -> Any:
 
 def theirs_from(branch: Branch) -> tuple[Any, Any, Any, dict[str, str]]:
     """Their backbone and heads with our weights, and our name of each of their parameters."""
-    from dinov2.layers import DINOHead  # type: ignore[import-not-found]
-    from dinov2.layers.attention import Attention  # type: ignore[import-not-found]
-    from dinov2.layers.block import Block  # type: ignore[import-not-found]
-    from dinov2.models.vision_transformer import DinoVisionTransformer  # type: ignore[import-not-found]
+    from dinov2.layers import DINOHead
+    from dinov2.layers.attention import Attention
+    from dinov2.layers.block import Block
+    from dinov2.models.vision_transformer import DinoVisionTransformer
 
     vit = DinoVisionTransformer(
         img_size=MODEL.img_size, patch_size=MODEL.patch_size, embed_dim=24, depth=2, num_heads=2, mlp_ratio=4, init_values=0.3,
@@ -87,7 +86,7 @@ def theirs_from(branch: Branch) -> tuple[Any, Any, Any, dict[str, str]]:
 
 @pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
 def test_one_step_has_their_terms_and_gradients(clone: Path, targets: str) -> None:
-    from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss  # type: ignore[import-not-found]
+    from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 
     method = replace(METHOD, targets=targets)
     student, teacher = (branch.double() for branch in build(MODEL, method, 0))
@@ -101,7 +100,7 @@ def test_one_step_has_their_terms_and_gradients(clone: Path, targets: str) -> No
     masks = masks_at(MODEL, method, 0, 0, torch.arange(B), 32, VIEWS)
     assert masks is not None
     taught, learned = teacher(globals_, indices=masks.indices), student(globals_, locals_, masks.crops, masks.indices)
-    ours = losses(learned, taught, masks, first_centres(method, "cpu"), method, Scheduled(TEMP, 0.99, True), VIEWS)
+    ours = losses(learned, taught, masks, first_centres(method, "cpu"), method, Scheduled(TEMP, 0.99, True, 0.0), VIEWS)
     ours.total.backward()
 
     t_vit, t_head, t_patch_head, _ = theirs_from(teacher)
@@ -150,14 +149,14 @@ def test_one_step_has_their_terms_and_gradients(clone: Path, targets: str) -> No
 def test_schedules(clone: Path) -> None:
     their = module_at(clone / "dinov2" / "utils" / "utils.py").CosineScheduler
     lr = their(base_value=2.0, final_value=0.5, total_iters=60, warmup_iters=9, start_warmup_value=0.1)
-    config = ScheduleConfig("d2_v1", 60, 9)
+    config = ScheduleConfig("d2_v1", 60, 9, None, True)
     assert np.allclose([lr[i] for i in range(70)], [cosine(i, config, 9, 0.1, 2.0, 0.5) for i in range(70)])
     temp = their(base_value=0.07, final_value=0.07, total_iters=20, warmup_iters=20, start_warmup_value=0.04)
     assert np.allclose([temp[i] for i in range(30)], [linear_then_flat(i, 20, 0.04, 0.07) for i in range(30)])
 
 
 def test_parameter_groups(clone: Path) -> None:
-    from dinov2.utils.param_groups import get_params_groups_with_decay  # type: ignore[import-not-found]
+    from dinov2.utils.param_groups import get_params_groups_with_decay
 
     student, _ = build(MODEL, METHOD, 0)
     vit, head, patch_head, names = theirs_from(student.double())
@@ -182,7 +181,7 @@ def test_masks_have_their_statistics(clone: Path) -> None:
     random.seed(0)
     generate = module_at(clone / "dinov2" / "data" / "masking.py").MaskingGenerator((14, 14), max_num_patches=98)
     theirs = np.stack([generate(60) for _ in range(2000)]).astype(bool)
-    ours = block_masks(keys(0, "oracle", 0, torch.arange(2000)), np.full(2000, 60), (14, 14)).reshape(-1, 14, 14)
+    ours = block_masks(keys(0, "oracle", 0, torch.arange(2000)), np.full(2000, 60), (14, 14), False).reshape(-1, 14, 14)
     for measure in (lambda m: (m[:, 1:] & m[:, :-1]).mean(), lambda m: (m[:, :, 1:] & m[:, :, :-1]).mean()):
         assert abs(measure(ours) - measure(theirs)) < 0.01
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 5 * (0.25 * 2 / 2000) ** 0.5

@@ -26,7 +26,7 @@ METHOD = DinoConfig(
     teacher_temp_warmup_steps=0, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
 )  # fmt: skip
 MODEL: ModelConfig = replace(train_tiny.CONFIG.model, width=24, heads=2)
-NOW = Scheduled(teacher_temp=0.05, momentum=0.9, last_layer=True)
+NOW = Scheduled(teacher_temp=0.05, momentum=0.9, last_layer=True, gram_weight=0.0)
 VIEWS, LOCALS, B = 2, 3, 8
 
 

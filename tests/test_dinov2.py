@@ -25,10 +25,10 @@ def shipped(kind: type, group: str, name: str):  # type: ignore[no-untyped-def]
 
 HEAD = HeadConfig(prototypes=16, hidden=24, bottleneck=8, scale="trainable", batch_norm=False)
 MODEL: ModelConfig = replace(shipped(ModelConfig, "model", "demo.yaml"), img_size=32, width=24, depth=2, heads=2)
-METHOD: Dinov2Config = replace(shipped(Dinov2Config, "method", "demo.yaml"), head=HEAD, group=4)
+METHOD: Dinov2Config = replace(shipped(Dinov2Config, "method", "demo.yaml"), head=HEAD, group=4, koleo_pool=4)
 SEPARATE = replace(METHOD, patch_head=replace(HEAD, prototypes=20))
 SLOTS, VIEWS, LOCALS = torch.arange(8), 2, 3
-NOW = Scheduled(teacher_temp=0.05, momentum=0.99, last_layer=True)
+NOW = Scheduled(teacher_temp=0.05, momentum=0.99, last_layer=True, gram_weight=0.0)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -147,8 +147,8 @@ def test_bf16_is_close_and_its_losses_are_float32() -> None:
 
 def test_scheduled() -> None:
     warming = replace(METHOD, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=80)
-    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10)
-    assert scheduled(0, method, schedule) == (0.04, 0.9, False)
+    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10, None, True)
+    assert scheduled(0, method, schedule) == (0.04, 0.9, False, 0.0)
     assert scheduled(3, method, schedule).last_layer
     end = scheduled(100, method, schedule)
     assert end.teacher_temp == 0.07 and end.momentum == 1.0
@@ -171,7 +171,7 @@ def test_the_loss_falls_on_two_kinds_of_image() -> None:
         found = losses(learned, taught, masks, first_centres(method, "cpu"), method, NOW, VIEWS)
         optimizer.zero_grad()
         found.total.backward()
-        set_scheduled(optimizer, 2e-3, 0.04, True)
+        set_scheduled(optimizer, 2e-3, 0.04, last_layer=True, backbone=True)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)

@@ -7,7 +7,7 @@ import torch
 from histoscale.data.keys import keys
 from histoscale.pretrain.masking import MaskConfig, block_masks, counts, make_masks
 
-CONFIG = MaskConfig(probability=0.5, ratio=[0.1, 0.5])
+CONFIG = MaskConfig(probability=0.5, ratio=[0.1, 0.5], shift=False)
 GRID = (14, 14)
 
 
@@ -25,7 +25,7 @@ def test_counts_are_exact_and_weights_are_their_inverse() -> None:
 def test_every_count_is_reached(grid: tuple[int, int]) -> None:
     patches = grid[0] * grid[1]
     wanted = np.arange(200) % (patches // 2 + 1)
-    masks = block_masks(keys(1, "test", 0, torch.arange(200)), wanted, grid)
+    masks = block_masks(keys(1, "test", 0, torch.arange(200)), wanted, grid, False)
     assert masks.shape == (200, patches) and (masks.sum(1) == wanted).all()
 
 
@@ -55,7 +55,7 @@ def test_which_crop_is_masked_and_how_much_is_uniform() -> None:
 def test_masks_are_blocks() -> None:
     """Masked patches have more masked neighbours than scattered ones of the same count would."""
     wanted = np.full(300, 60)
-    masks = block_masks(keys(2, "test", 0, torch.arange(300)), wanted, GRID).reshape(-1, *GRID)
+    masks = block_masks(keys(2, "test", 0, torch.arange(300)), wanted, GRID, False).reshape(-1, *GRID)
     together = (masks[:, 1:] & masks[:, :-1]).mean() / masks.mean()
     assert together > 1.7 * 60 / 196
 
@@ -64,4 +64,4 @@ def test_errors_name_the_numbers() -> None:
     with pytest.raises(ValueError, match="12 slots .* method.group=8"):
         make_masks(CONFIG, 0, 0, torch.arange(12), GRID, 2, 8)
     with pytest.raises(ValueError, match="mask no patch"):
-        make_masks(MaskConfig(0.1, [0.1, 0.2]), 0, 0, torch.arange(2), GRID, 2, 2)
+        make_masks(MaskConfig(0.1, [0.1, 0.2], False), 0, 0, torch.arange(2), GRID, 2, 2)

@@ -15,13 +15,15 @@ from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.methods import dino, dinov2
 from histoscale.pretrain.methods.dino import DinoConfig
 from histoscale.pretrain.methods.dinov2 import Dinov2Config
-from histoscale.pretrain.methods.distillation import Branch, Centres, Losses, Scheduled, scheduled
+from histoscale.pretrain.methods.distillation import Branch, Centres, Losses, Scheduled, schedule_at
+from histoscale.pretrain.methods.gram import GramConfig, GramTeacher, takes_teacher, weight_at
+from histoscale.pretrain.schedule import ScheduleConfig
 
 MethodConfig = Annotated[DinoConfig | Dinov2Config, Field(discriminator="kind")]
 
 __all__ = [
-    "Branch", "Centres", "DinoConfig", "Dinov2Config", "Losses", "MethodConfig", "Scheduled",
-    "build", "first_centres", "losses", "masks_at", "scheduled",
+    "Branch", "Centres", "DinoConfig", "Dinov2Config", "GramConfig", "GramTeacher", "Losses", "MethodConfig", "Scheduled",
+    "build", "build_gram_teacher", "first_centres", "gram_takes_teacher", "losses", "masks_at", "scheduled",
 ]  # fmt: skip
 
 
@@ -33,6 +35,21 @@ def build(model: ModelConfig, method: MethodConfig, seed: int) -> tuple[Branch, 
     if isinstance(method, DinoConfig):
         return dino.build(model, method, seed)
     return dinov2.build(model, method, seed)
+
+
+def build_gram_teacher(model: ModelConfig, method: MethodConfig) -> GramTeacher | None:
+    """The frozen backbone of method.gram, still without its weights; None where the method has no such term."""
+    return None if isinstance(method, DinoConfig) or method.gram is None else GramTeacher(model)
+
+
+def gram_takes_teacher(step: int, method: MethodConfig) -> bool:
+    """Whether the Gram teacher's backbone becomes a copy of the teacher's before this optimiser step."""
+    return not isinstance(method, DinoConfig) and takes_teacher(step, method.gram)
+
+
+def scheduled(step: int, method: MethodConfig, schedule: ScheduleConfig) -> Scheduled:
+    """What the method itself schedules, at this optimiser step."""
+    return schedule_at(step, method, schedule, 0.0 if isinstance(method, DinoConfig) else weight_at(step, method.gram))
 
 
 def masks_at(
@@ -56,11 +73,13 @@ def losses(
     now: Scheduled,
     views: int,
     across: Across = None,
+    gram: Tensor | None = None,
 ) -> Losses:
     """Outputs of both branches for one micro-batch -> the objective, its terms, the next centres and what tells a collapse.
 
-    Raises ValueError for batch norm in a head over several ranks: its statistics would depend on how many there are.
+    gram: features of the Gram teacher for the same global crops [V * B, P, D]; wanted where now.gram_weight is above 0.
+    Raises ValueError without them, and for batch norm in a head over several ranks: its statistics would depend on how many.
     """
     if isinstance(method, DinoConfig):
         return dino.losses(student, teacher, centres, method, now, views, across)
-    return dinov2.losses(student, teacher, masks, centres, method, now, views, across)
+    return dinov2.losses(student, teacher, masks, centres, method, now, views, across, gram)

@@ -29,7 +29,7 @@ class DinoConfig(DistillationConfig):
 def build(model: ModelConfig, method: DinoConfig, seed: int) -> tuple[Branch, Branch]:
     """A student with weights drawn from `seed`, and its teacher. Neither has a mask token or a patch head."""
     check_targets(method)
-    return with_teacher(Branch(model, method, patch_head=None, masked=False, seed=seed))
+    return with_teacher(Branch(model, method, patch_head=None, masked=False, dense=False, seed=seed))
 
 
 def first_centres(method: DinoConfig, device: torch.device | str) -> Centres:
@@ -49,5 +49,5 @@ def losses(
 ) -> Losses:
     """Outputs of both branches for one micro-batch -> the objective, which is its one term `dino`."""
     check_batch_norm([method.head], across)
-    term, centre, read = class_term(student["cls"], teacher["cls"], centres.cls, method, now.teacher_temp, views, across)
+    term, centre, read = class_term(student["cls"], teacher["cls"], centres.cls, method, now.teacher_temp, views, 1.0, across)
     return Losses(term, {"dino": term.detach()}, Centres(centre, centres.patch), read)

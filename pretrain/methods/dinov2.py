@@ -1,4 +1,7 @@
-"""DINOv2 (arXiv 2304.07193): DINO on class tokens, iBOT on masked patches, and a term that keeps class tokens apart."""
+"""DINOv2 (arXiv 2304.07193): DINO on class tokens, iBOT on masked patches, and a term that keeps class tokens apart.
+
+DINOv3 (arXiv 2508.10104) adds the pools over ranks, the weight of local crops and the Gram term.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.heads import HeadConfig
-from histoscale.pretrain.losses import Across, ibot_ce, kde, koleo
+from histoscale.pretrain.losses import Across, ibot_ce, kde, kde_reversed, koleo
 from histoscale.pretrain.masking import MaskConfig, Masks, make_masks
 from histoscale.pretrain.methods.distillation import (
     Branch,
@@ -23,6 +26,7 @@ from histoscale.pretrain.methods.distillation import (
     targets_of,
     with_teacher,
 )
+from histoscale.pretrain.methods.gram import GramConfig, check, gram_term
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,25 @@ class Dinov2Config(DistillationConfig):
     patch_head: HeadConfig | None  # null: the class head serves the masked patches too
     mask: MaskConfig
     dino_weight: float
+    local_weight: float  # of the local crops' part of the class term
     ibot_weight: float  # 0: no masks, no mask token, no patch head
     koleo_weight: float  # per global view
+    koleo_pool: int | None  # consecutive slots of a micro-batch among which neighbours are sought, over ranks; null: all
+    koleo_neighbours: int
     kde_weight: float  # per global view
     kde_kappa: float
+    kde_pool: int | None  # as koleo_pool
+    kde_reversed: bool  # an ablation: the sign that MedARC-AI/OpenMidnight published, which rewards collapse
+    gram: GramConfig | None
 
 
 def build(model: ModelConfig, method: Dinov2Config, seed: int) -> tuple[Branch, Branch]:
     """A student with weights drawn from `seed`, and its teacher; heads and mask token only where they are used."""
     check_targets(method)
+    if method.gram is not None:
+        check(method.gram)
     masked = method.ibot_weight > 0
-    return with_teacher(Branch(model, method, method.patch_head if masked else None, masked, seed))
+    return with_teacher(Branch(model, method, method.patch_head if masked else None, masked, method.gram is not None, seed))
 
 
 def masks_at(
@@ -73,24 +85,36 @@ def losses(
     now: Scheduled,
     views: int,
     across: Across = None,
+    gram: Tensor | None = None,
 ) -> Losses:
-    """Outputs of both branches for one micro-batch -> the objective, its terms, the next centres and what tells a collapse."""
+    """Outputs of both branches for one micro-batch -> the objective, its terms, the next centres and what tells a collapse.
+
+    gram: patch features [V * B, P, D] of the Gram teacher, wanted where now.gram_weight is above 0 (ValueError without).
+    """
     check_batch_norm([method.head, method.patch_head], across)
-    dino, cls_centre, read = class_term(student["cls"], teacher["cls"], centres.cls, method, now.teacher_temp, views, across)
+    temp, local_weight = now.teacher_temp, method.local_weight
+    dino, cls_centre, read = class_term(student["cls"], teacher["cls"], centres.cls, method, temp, views, local_weight, across)
     terms, weighted, patch_centre = {"dino": dino}, [method.dino_weight * dino], centres.patch
     features = student["features"].chunk(views)
     if masks is not None:
-        targets, patch_centre = targets_of(teacher["patch"], centres.patch, method, now.teacher_temp, across)
+        targets, patch_centre = targets_of(teacher["patch"], centres.patch, method, temp, across)
         crops = len(student["features"])
         terms["ibot"] = ibot_ce(student["patch"], targets, masks.weights, crops, method.student_temp)
         mean = terms["ibot"] * crops / masks.weights.sum()  # over the masked crops
         read |= read_outs("ibot", mean, targets, student["patch"], targets, method.student_temp)
         weighted.append(method.ibot_weight * terms["ibot"])
     if method.koleo_weight > 0:
-        terms["koleo"] = torch.stack([koleo(z, method.group) for z in features]).sum()
+        pool, neighbours = method.koleo_pool, method.koleo_neighbours
+        terms["koleo"] = torch.stack([koleo(z, pool, across, neighbours) for z in features]).sum()
         weighted.append(method.koleo_weight * terms["koleo"])
     if method.kde_weight > 0:
-        terms["kde"] = torch.stack([kde(z, method.kde_kappa, method.group) for z in features]).sum()
+        density = kde_reversed if method.kde_reversed else kde
+        terms["kde"] = torch.stack([density(z, method.kde_kappa, method.kde_pool, across) for z in features]).sum()
         weighted.append(method.kde_weight * terms["kde"])
+    if method.gram is not None and now.gram_weight > 0:
+        if gram is None:
+            raise ValueError("method.gram is on at this step, and no features of the Gram teacher were given")
+        terms["gram"] = gram_term(student["dense"], gram, None if masks is None else masks.crops, method.gram)
+        weighted.append(now.gram_weight * terms["gram"])
     detached = {name: term.detach() for name, term in terms.items()}
     return Losses(torch.stack(weighted).sum(), detached, Centres(cls_centre, patch_centre), read)

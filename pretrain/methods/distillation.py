@@ -40,6 +40,7 @@ class Scheduled(NamedTuple):
     teacher_temp: float
     momentum: float
     last_layer: bool  # whether the prototypes learn
+    gram_weight: float  # 0: the Gram teacher need not be asked
 
 
 class Centres(NamedTuple):
@@ -63,11 +64,15 @@ class Losses(NamedTuple):
 class Branch(nn.Module):
     """Student or teacher: backbone, heads, and mask token, with one forward for all views of a micro-batch.
 
-    masked: whether crops may be masked, which takes a mask token. patch_head: null where the class head serves the patches too.
+    patch_head: null where the class head serves the patches too. masked: whether crops may be masked, which takes a mask token.
+    dense: whether the forward also gives the patch features of the global views.
     """
 
-    def __init__(self, model: ModelConfig, method: DistillationConfig, patch_head: HeadConfig | None, masked: bool, seed: int):
+    def __init__(
+        self, model: ModelConfig, method: DistillationConfig, patch_head: HeadConfig | None, masked: bool, dense: bool, seed: int
+    ):
         super().__init__()
+        self.dense = dense
         self.backbone = build_backbone(model, seed)
         self.drop_path, self.group = model.drop_path, method.group
         width = self.backbone.embed_dim
@@ -90,20 +95,22 @@ class Branch(nn.Module):
         globals_ [V * B, 3, g, g]; locals_ [L * B, 3, l, l]; masks bool [V * B, P], patches replaced by the mask token (student);
         indices int64 [M], the tokens of [V * B * P] that go through the patch head; keys int64 [B], one a slot, for stochastic
         depth (none: no stochastic depth).
-        Returns features [V * B, D] (class tokens of the globals), cls [(V + L) * B, K], and with indices patch [M, K_p].
+        Returns features [V * B, D] (class tokens of the globals), cls [(V + L) * B, K], and with indices patch [M, K_p]; a dense
+        branch also dense [V * B, P, D].
         """
         fuse_attention(self.backbone, globals_.device.type != "cpu" or not torch.is_autocast_enabled("cpu"))
         features, patches = self._tokens(globals_, masks, keys, "global")
         rows = [features]
         if locals_ is not None and len(locals_):
             rows.append(self._tokens(locals_, None, keys, "local")[0])
+        found = {"features": features, "dense": patches} if self.dense else {"features": features}
         if indices is None:
-            return {"features": features, "cls": self.head(torch.cat(rows))}
+            return {**found, "cls": self.head(torch.cat(rows))}
         chosen = patches.flatten(0, 1)[indices]
         if self.patch_head is not None:
-            return {"features": features, "cls": self.head(torch.cat(rows)), "patch": self.patch_head(chosen)}
+            return {**found, "cls": self.head(torch.cat(rows)), "patch": self.patch_head(chosen)}
         logits = self.head(torch.cat([*rows, chosen]))
-        return {"features": features, "cls": logits[: -len(chosen)], "patch": logits[-len(chosen) :]}
+        return {**found, "cls": logits[: -len(chosen)], "patch": logits[-len(chosen) :]}
 
     def _tokens(self, views: Tensor, masks: Tensor | None, keys: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
         kept = None
@@ -116,7 +123,9 @@ class Branch(nn.Module):
 
 def with_teacher(student: Branch) -> tuple[Branch, Branch]:
     """The student, and a teacher that is its exact copy without gradients, in evaluation mode."""
-    return student, copy.deepcopy(student).eval().requires_grad_(False)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    teacher.dense = False  # the Gram teacher stands in for it
+    return student, teacher
 
 
 def check_targets(method: DistillationConfig) -> None:
@@ -125,13 +134,14 @@ def check_targets(method: DistillationConfig) -> None:
         raise ValueError(f"method.targets={method.targets!r}: expected sinkhorn or centering")
 
 
-def scheduled(step: int, method: DistillationConfig, schedule: ScheduleConfig) -> Scheduled:
-    """What the method itself schedules, at this optimiser step."""
+def schedule_at(step: int, method: DistillationConfig, schedule: ScheduleConfig, gram_weight: float) -> Scheduled:
+    """What every method schedules, at this optimiser step, beside the Gram weight."""
     first, last = method.momentum
     return Scheduled(
         linear_then_flat(step, method.teacher_temp_warmup_steps, *method.teacher_temp),
         cosine(step, schedule, 0, first, first, last),
         step >= method.freeze_last_layer_steps,
+        gram_weight,
     )
 
 
@@ -143,13 +153,20 @@ def targets_of(logits: Tensor, centre: Tensor, method: DistillationConfig, temp:
 
 
 def class_term(
-    student: Tensor, teacher: Tensor, centre: Tensor, method: DistillationConfig, teacher_temp: float, views: int, across: Across
+    student: Tensor,
+    teacher: Tensor,
+    centre: Tensor,
+    method: DistillationConfig,
+    temp: float,
+    views: int,
+    local_weight: float,
+    across: Across,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """DINO's term from logits, student [(V + L) * B, K] and teacher [V * B, K]; the next centre; what tells a collapse."""
-    flat, centre = targets_of(teacher, centre, method, teacher_temp, across)
+    flat, centre = targets_of(teacher, centre, method, temp, across)
     targets = flat.unflatten(0, (views, -1))  # [V, B, K]
     crops = student.unflatten(0, (-1, targets.shape[1]))  # [V + L, B, K]
-    term = dino_ce(crops, targets, method.student_temp)
+    term = dino_ce(crops, targets, method.student_temp, local_weight)
     return term, centre, read_outs("dino", term, flat, crops[-1], targets[0], method.student_temp)
 
 
