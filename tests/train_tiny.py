@@ -28,9 +28,7 @@ from histoscale.pretrain.methods import Dinov2Config
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
-from histoscale.pretrain.phase import ONLY
 from histoscale.pretrain.schedule import ScheduleConfig
-from histoscale.pretrain.start import StartConfig
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
@@ -54,15 +52,12 @@ CONFIG = TrainConfig(
         targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9, student_temp=0.1,
         teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
     ),
-    start=StartConfig(
-        weights=None, branch="both", heads=True, moments=True, resize="timm", may_lack=[], may_ignore=[], freeze_backbone_steps=0,
-    ),
     optim=OptimConfig(
         global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.1],
         groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
     ),
-    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2, horizon=None, restart=True),
+    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2),
     hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
@@ -122,7 +117,7 @@ def main(out: Path, overrides: list[str]) -> TrainResult:
     source = synthetic(data_seed, config, ranks)
     if ranks.rank == stop_rank:
         source = kill_at(stopped, kill_at(killed, source, signal.SIGKILL), signal.SIGTERM)
-    result = train(config, ONLY, source, [], journal_in(out, ranks), ranks, {"data_seed": data_seed})
+    result = train(config, source, [], journal_in(out, ranks), ranks, {"data_seed": data_seed})
     close_ranks()
     return result
 
