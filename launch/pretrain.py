@@ -47,6 +47,7 @@ from histoscale.pretrain.schedule import ScheduleConfig
 
 RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule")
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
+from histoscale.pretrain.start import StartConfig
 VIEWED_PATCHES = 8  # of views.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
 
@@ -74,6 +75,7 @@ class Config:
     storage: StorageConfig
     stream: StreamConfig
     hardware: HardwareConfig
+    start: StartConfig
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
     out: str

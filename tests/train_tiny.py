@@ -29,6 +29,7 @@ from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.schedule import ScheduleConfig
+from histoscale.pretrain.start import StartConfig
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
@@ -51,6 +52,9 @@ CONFIG = TrainConfig(
         kde_kappa=5.0, kde_pool=4, kde_reversed=False, gram=None,
         targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9, student_temp=0.1,
         teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
+    ),
+    start=StartConfig(
+        weights=None, branch="both", heads=True, moments=True, resize="timm", may_lack=[], may_ignore=[], freeze_backbone_steps=0,
     ),
     optim=OptimConfig(
         global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
