@@ -45,7 +45,7 @@ from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.schedule import ScheduleConfig
 
-RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule")
+RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule", "start")
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
 from histoscale.pretrain.start import StartConfig
 VIEWED_PATCHES = 8  # of views.png

@@ -61,7 +61,7 @@ CONFIG = TrainConfig(
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.1],
         groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
     ),
-    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2),
+    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2, horizon=None, restart=True),
     hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
