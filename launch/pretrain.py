@@ -28,14 +28,17 @@ from histoscale.data.journal import Journal, JournalConfig, plain
 from histoscale.data.normalise.slide import NoneConfig, NormaliseConfig, slide_normaliser
 from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
-from histoscale.data.storage import StorageConfig, Store
+from histoscale.data.storage import StorageConfig, Store, join
 from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
+from histoscale.eval.encoder import trained_architecture
+from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.report import patch_sheet
 from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
+from histoscale.launch.probe import open_dataset
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
@@ -78,6 +81,7 @@ class Config:
     start: StartConfig
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
+    online: OnlineConfig
     out: str
     logging: JournalConfig
 
@@ -128,19 +132,23 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
     def reading(backbone: nn.Module, step: int) -> dict[str, float]:
         streams[-1].check_lost(ranks.sum)
-        return streams[-1].stats()
+        counted = streams[-1].stats()
+        del counted["data/wait_fraction"]  # the trainer's own leaves out what watchers take
+        return counted
 
     shared = {field.name: getattr(config, field.name) for field in fields(trainer.TrainConfig)}
     train_config = trainer.TrainConfig(**shared)
     rows = tracked(journal, {**train_config.result(), **plain(facts)})
+    probe = online_probe(config, journal, ranks)
     try:
-        result = trainer.train(train_config, batches, [reading], rows, ranks, facts)
+        result = trainer.train(train_config, batches, [probe, reading] if probe else [reading], rows, ranks, facts)
     except trainer.Preempted:
         close_ranks()
         raise
     finally:
         for stream in streams:
             stream.close()
+    probed = {"online": probe.summary()} if probe else {}
     tally = streams[-1].tally.summed(ranks.sum)
     journal.say(f"what was streamed:\n{tally.text()}")
     for warning in tally.warnings():
@@ -156,8 +164,25 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
             "ineligible": opened.ineligible,
             "data": facts["data"],
             "transductive": opened.transductive,
+            **probed,
         }
     }
+
+
+def online_probe(config: Config, journal: Journal, ranks: Ranks) -> Online | None:
+    """The watcher of monitor.labelled; None, and a line that says so, without. Raises ValueError, DatasetError."""
+    labelled, every = config.monitor.labelled, config.monitor.labelled_every
+    if labelled is None:
+        journal.say("no kNN or linear probe while it trains: monitor.labelled= names no labelled set")
+        return None
+    if every % config.monitor.every:
+        raise ValueError(f"monitor.labelled_every={every} is not a multiple of monitor.every={config.monitor.every}")
+    catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
+    patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
+    views, sampler = config.views, config.sampler
+    architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)
+    steps, precision = config.schedule.steps, config.optim.precision
+    return Online(patches, architecture, precision, config.online, every, steps, journal, ranks)
 
 
 def open_source(config: Config, journal: Journal) -> Opened:

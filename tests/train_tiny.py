@@ -65,8 +65,8 @@ CONFIG = TrainConfig(
     hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
-        every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98, used_below=0.02, rankme_below=0.02,
-        stop_on_collapse=False,
+        labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
+        used_below=0.02, rankme_below=0.02, stop_on_collapse=False,
     ),
 )  # fmt: skip
 
