@@ -28,8 +28,8 @@ HEAD = replace(train_tiny.HEAD, prototypes=24, scale="trainable")
 TINY: ModelConfig = replace(train_tiny.CONFIG.model, width=24, heads=2, drop_path=0.3, mlp_ratio=2.0)
 SWIGLU = replace(TINY, architecture="vit_giant_patch14_reg4_dinov2", registers=2, layer_scale=0.2)
 GRAM = GramConfig(
-    weight=0.7, warmup_steps=0, first_step=0, source="teacher", refresh_every=None, refreshes=0, tokens="all", scope="image",
-    negatives="keep",
+    weight=0.7, warmup_steps=0, first_step=0, source="teacher", refresh_every=None, refreshes=0, px=None, tokens="all",
+    scope="image", negatives="keep",
 )  # fmt: skip
 assert isinstance(train_tiny.CONFIG.method, Dinov2Config)
 SHARED = replace(train_tiny.CONFIG.method, head=HEAD, kde_weight=0.05)

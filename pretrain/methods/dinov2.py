@@ -51,7 +51,7 @@ def build(model: ModelConfig, method: Dinov2Config, seed: int) -> tuple[Branch, 
     """A student with weights drawn from `seed`, and its teacher; heads and mask token only where they are used."""
     check_targets(method)
     if method.gram is not None:
-        check(method.gram)
+        check(method.gram, model)
     masked = method.ibot_weight > 0
     return with_teacher(Branch(model, method, method.patch_head if masked else None, masked, method.gram is not None, seed))
 

@@ -20,13 +20,14 @@ class GramConfig:
     source: str  # "teacher": a copy of the teacher at first_step; or a checkpoint's folder, whose teacher is taken
     refresh_every: int | None  # steps after which the teacher of then is copied in its place; null: never
     refreshes: int  # how often at most
+    px: int | None  # side of what it sees: the global views' crops, colours unchanged; null: the student's global views
     tokens: str  # "all", "masked" or "unmasked" patches of the global crops; a part needs scope=batch
     scope: str  # "image": cosines within a crop; "batch": within all crops of a micro-batch on a rank, (V B P)^2 of them
     negatives: str  # cosines below 0: "keep", clamp "both" sides, or the "teacher" (losses.gram)
 
 
-def check(config: GramConfig) -> None:
-    """Raises ValueError for words that are not known, or that do not go together."""
+def check(config: GramConfig, model: ModelConfig) -> None:
+    """Raises ValueError for words that are not known, or values that do not go together."""
     for name, value, known in (
         ("tokens", config.tokens, ("all", "masked", "unmasked")),
         ("scope", config.scope, ("image", "batch")),
@@ -36,6 +37,8 @@ def check(config: GramConfig) -> None:
             raise ValueError(f"method.gram.{name}={value!r}: expected one of {', '.join(known)}")
     if config.tokens != "all" and config.scope == "image":
         raise ValueError(f"method.gram.tokens={config.tokens} differs in number from crop to crop: set method.gram.scope=batch")
+    if config.px is not None and config.px % model.patch_size:
+        raise ValueError(f"method.gram.px={config.px} is not a multiple of model.patch_size={model.patch_size}")
     if config.refresh_every is not None and config.refresh_every < 1:
         raise ValueError(f"method.gram.refresh_every={config.refresh_every}: expected at least 1, or null for never")
 
