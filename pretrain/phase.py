@@ -58,6 +58,16 @@ def find_state(folder: Path, journal: Journal, ranks: Ranks) -> CheckpointState 
     return state
 
 
+def phase_reached(folder: Path, phases: list[tuple[Phase, int]], ranks: Ranks) -> int:
+    """The index of the phase that a run goes on with; phases: each with its steps. 0 without a checkpoint."""
+    state, _ = ranks.first(lambda: newest_checkpoint(folder))
+    if state is None:
+        return 0
+    at = state.facts["phase"]
+    over = state.step == at["first"] + at["steps"]
+    return min(int(at["index"]) + over, len(phases) - 1)
+
+
 def begin(student: nn.Module, teacher: nn.Module, start: StartConfig, seed: int) -> list[str]:
     """First weights of a run, before `prepare`: those of start.weights, and the teacher a copy of the student again; in words.
 
@@ -154,7 +164,9 @@ def carry(state: CheckpointState, start: StartConfig, tensors: Mapping[str, Tens
     for branch in ("teacher.", ""):
         part = {taken[name]: tensors[name] for name in taken if name.startswith("teacher.") == (branch == "teacher.")}
         fill_tensors(state, part, ranks)
-    grids = [_resize(state, wanted[name], tensors[name], prefix, start.resize) for name in sorted(resized)]
+    registers = stored["student.backbone.reg_token"].shape[1] if "student.backbone.reg_token" in stored else 0
+    theirs = 1 + registers if prefix else 0
+    grids = [_resize(state, wanted[name], tensors[name], theirs, prefix, start.resize) for name in sorted(resized)]
     return _story(start, grids, sorted(fresh | reset | centres))
 
 
@@ -185,16 +197,21 @@ def _story(start: StartConfig, grids: list[str], fresh: list[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _resize(state: CheckpointState, source: str, target: Tensor, prefix: int, convention: str) -> str:
-    """The stored position table on the target's grid, written into the target; says the grids."""
+def _resize(state: CheckpointState, source: str, target: Tensor, theirs: int, ours: int, convention: str) -> str:
+    """The stored position table on the target's grid, written into the target; says the grids.
+
+    theirs, ours: rows of the table that are no patch; rows of new registers are zeros.
+    """
     (table,) = read_tensors(state, source).values()
-    side = round((target.shape[1] - prefix) ** 0.5)
-    patches = resize_positions(table[:, prefix:], (side, side), convention)
-    whole = torch.cat([table[:, :prefix], patches], 1).to(target.device)
+    side = round((target.shape[1] - ours) ** 0.5)
+    patches = resize_positions(table[:, theirs:], (side, side), convention)
+    kept = table[:, : min(theirs, ours)]
+    fresh = table.new_zeros(1, ours - kept.shape[1], table.shape[2])
+    whole = torch.cat([kept, fresh, patches], 1).to(target.device)
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole, target.device_mesh, target.placements)
     target.copy_(whole)
-    old = round((table.shape[1] - prefix) ** 0.5)
+    old = round((table.shape[1] - theirs) ** 0.5)
     return f"{old}x{old} to {side}x{side}"
 
 

@@ -94,7 +94,7 @@ def check_start(config: StartConfig) -> None:
 def is_checkpoint(weights: str | None) -> bool:
     """Whether `start.weights` names a checkpoint of ours, which holds more than a backbone."""
     path = Path(weights or "")
-    return bool(weights) and (path / "state.json").exists() and not (path / "model.safetensors").exists()
+    return bool(weights) and ((path / "state.json").exists() or (path / "checkpoints").is_dir())
 
 
 def read_weights(spec: str) -> dict[str, Tensor]:
