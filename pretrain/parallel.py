@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from histoscale.data.ranks import Ranks
@@ -97,6 +98,14 @@ class Parallel:
         torch._foreach_lerp_(teacher, student, [towards] * len(teacher))
         for kept, fresh in zip(self.bare_teacher.buffers(), self.bare_student.buffers(), strict=True):
             kept.copy_(fresh)
+
+    @torch.no_grad()
+    def copy_teacher(self, into: nn.Module, share: Tensor) -> None:
+        """Give a module that every rank holds whole the teacher's values under the same names; share: 1, or 0 for no change."""
+        theirs = self.bare_teacher.state_dict()
+        for name, x in into.state_dict().items():
+            source = theirs[name]
+            x.lerp_(source.full_tensor() if isinstance(source, DTensor) else source, share)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of both modules under `student.` and `teacher.`; timm's names below `backbone.`."""

@@ -4,7 +4,7 @@ Steps count on through all phases, and with them the data and every random draw;
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from histoscale.pretrain.checkpoint import (
     read_tensors,
     stored_tensors,
 )
+from histoscale.pretrain.methods import GramConfig
 from histoscale.pretrain.start import StartConfig, StartError, check_start, is_checkpoint, load_start, resize_positions
 
 
@@ -130,6 +131,25 @@ def enter(
     )
 
 
+def begin_gram(gram: nn.Module, config: GramConfig, at: int, state: CheckpointState | None, start: StartConfig) -> list[str]:
+    """First weights of a Gram teacher that this run's checkpoint does not hold yet; in words.
+
+    at: the step that its schedule stands at. Raises ValueError when it should have been taken from the teacher before, and what
+    load_start raises.
+    """
+    if state is not None and "gram.backbone.cls_token" in stored_tensors(state):
+        return []
+    if config.source != "teacher":
+        load_start(gram.get_submodule("backbone"), replace(start, weights=config.source, may_lack=[], may_ignore=[]))
+        return [f"the Gram teacher is {config.source}"]
+    if at > config.first_step:
+        raise ValueError(
+            f"method.gram.first_step={config.first_step} lies before step {at} of the schedule, where this phase begins: "
+            f"set it to {at} or later, so that there is a teacher to take"
+        )
+    return []
+
+
 def carry(state: CheckpointState, start: StartConfig, tensors: Mapping[str, Tensor], prefix: int, ranks: Ranks) -> list[str]:
     """Take over from a checkpoint what `start` says, in place; what it does not take keeps its first value. Says both, in words.
 
@@ -145,7 +165,7 @@ def carry(state: CheckpointState, start: StartConfig, tensors: Mapping[str, Tens
                and stored[source].shape != tensors[name].shape}  # fmt: skip
     reset = {name for name in wanted if name.startswith("optimizer.") and _table_of(name) in resized}
     missing = {name for name, source in wanted.items() if source not in stored}
-    fresh = {name for name in missing if name.startswith(("optimizer.", "centres.")) or _named(name, start.may_lack)}
+    fresh = {name for name in missing if name.startswith(("optimizer.", "centres.", "gram.")) or _named(name, start.may_lack)}
     lacking = sorted(missing - fresh)
     left = [name for name in stored if name.startswith("student.") and name not in tensors and not _named(name, start.may_ignore)]
     taken = {name: source for name, source in wanted.items() if name not in resized | reset | missing}
@@ -181,7 +201,7 @@ def _source(name: str, start: StartConfig) -> str | None:
         return name if start.moments and (start.heads or rest.split(".")[0] not in ("head", "patch_head")) else None
     if branch == "centres":
         return name if start.heads else None
-    return None  # what belongs to a phase alone: a Gram teacher, a loss scale
+    return name if branch == "gram" else None  # a loss scale belongs to its phase alone
 
 
 def _story(start: StartConfig, grids: list[str], fresh: list[str]) -> list[str]:

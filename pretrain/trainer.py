@@ -21,17 +21,20 @@ from histoscale.data import keys as draw
 from histoscale.data.journal import Journal, plain, write_atomic
 from histoscale.data.ranks import Ranks
 from histoscale.data.stream import Batch
-from histoscale.data.views import ViewsConfig, make_views
+from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig, prune_checkpoints, write_checkpoint
 from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.methods import (
     Centres,
+    GramTeacher,
     Losses,
     MethodConfig,
     Scheduled,
     build,
+    build_gram_teacher,
     first_centres,
+    gram_takes_teacher,
     losses,
     masks_at,
     scheduled,
@@ -39,7 +42,7 @@ from histoscale.pretrain.methods import (
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
-from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
+from histoscale.pretrain.phase import ONLY, Phase, begin, begin_gram, enter, find_state
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 
@@ -126,11 +129,15 @@ def train(
     start_moments(optimizer)
     guard = Guard(optimizer, ranks)
     centres = first_centres(method, ranks.device)
+    anchor = build_gram_teacher(config.model, method)
+    anchor = None if anchor is None else anchor.to(ranks.device)
     identity = {**config.result(), "facts": plain(facts)}
     prefix = 0 if student.backbone.no_embed_class else student.backbone.num_prefix_tokens
-    tensors = state_tensors(parallel, optimizer, centres)
+    tensors = state_tensors(parallel, optimizer, centres, anchor)
     entry = enter(state, phase, identity, config.start, tensors, prefix, said, journal, ranks)
     start, began = entry.step, entry.began
+    if anchor is not None and start == phase.first:
+        began = began + begin_gram(anchor, anchor.config, start - phase.origin, state, config.start)
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
@@ -142,7 +149,7 @@ def train(
     def save(step: int) -> None:
         if step == phase.first and phase.index:
             return  # the last checkpoint of the phase before it is this state
-        tensors = state_tensors(parallel, optimizer, centres)
+        tensors = state_tensors(parallel, optimizer, centres, anchor)
         write_checkpoint(folder, step, tensors, {"identity": identity, "phase": place}, ranks)
         ranks.first(lambda: prune_checkpoints(folder, config.checkpoint))
 
@@ -166,6 +173,9 @@ def train(
             now = scheduled(at, method, schedule)
             set_scheduled(optimizer, lr, weight_decay, now.last_layer, step - phase.first >= config.start.freeze_backbone_steps)
 
+            if anchor is not None and gram_takes_teacher(at, method):
+                parallel.copy_teacher(anchor, guard.healthy)
+
             # Forward and backward of every micro-batch; gradients of all ranks meet in the last one.
             shown: dict[str, Tensor] = {}
             next_centres = centres
@@ -173,7 +183,7 @@ def train(
             for piece in range(optim.micro_batches):
                 rows = slice(piece * share, (piece + 1) * share)
                 with parallel.accumulating(last=piece == optim.micro_batches - 1):
-                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now)
+                    found, tokens = _losses(config, parallel, anchor, batch, rows, step, next_centres, now)
                     (found.total / optim.micro_batches).backward()
                 next_centres = found.centres
                 window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
@@ -225,13 +235,21 @@ def train(
 
 
 def _losses(
-    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, now: Scheduled
+    config: TrainConfig,
+    parallel: Parallel,
+    anchor: GramTeacher | None,
+    batch: Batch,
+    rows: slice,
+    step: int,
+    centres: Centres,
+    now: Scheduled,
 ) -> tuple[Losses, Tensor]:
     """One micro-batch, the batch's `rows`: losses with gradient, and the teacher's class tokens [B, D] of the first view."""
     method, device = config.method, parallel.ranks.device
     slots = batch.slots[rows]
     on_device = slots.to(device, non_blocking=True)
-    views = make_views(batch.pixels[rows].to(device, non_blocking=True), config.seed, step, on_device, config.views)
+    pixels = batch.pixels[rows].to(device, non_blocking=True)
+    views = make_views(pixels, config.seed, step, on_device, config.views)
     count = config.views.global_count
     masks = masks_at(config.model, method, config.seed, step, slots, views.globals.shape[-1], count)  # drawn on the CPU
     masks = None if masks is None else Masks(*(x.to(device, non_blocking=True) for x in masks))
@@ -240,7 +258,12 @@ def _losses(
         taught = parallel.teacher(views.globals, None, None, indices)
         drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
         learned = parallel.student(views.globals, views.locals, crops, indices, drawn)
-    found = losses(learned, taught, masks, centres, method, now, count, parallel.ranks.group)
+        dense = None
+        if anchor is not None and now.gram_weight > 0:
+            px, side = anchor.config.px, config.views.global_px // config.model.patch_size
+            seen = views.globals if px is None else make_undistorted(pixels, config.seed, step, on_device, config.views, px)
+            dense = anchor(seen, (side, side))
+    found = losses(learned, taught, masks, centres, method, now, count, parallel.ranks.group, dense)
     return found, taught["features"][: len(slots)]
 
 
@@ -355,11 +378,14 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
-def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer, centres: Centres) -> dict[str, Tensor]:
-    """The whole state by name: student, teacher, moments, centres. Loading fills these very tensors."""
+def state_tensors(
+    parallel: Parallel, optimizer: torch.optim.Optimizer, centres: Centres, anchor: GramTeacher | None
+) -> dict[str, Tensor]:
+    """The whole state by name: student, teacher, moments, centres, Gram teacher. Loading fills these very tensors."""
     tensors = parallel.tensors()
     for name, p in parallel.bare_student.named_parameters():
         tensors |= {f"optimizer.{name}.{moment}": x for moment, x in optimizer.state[p].items()}
+    tensors |= {} if anchor is None else {f"gram.{name}": x for name, x in anchor.state_dict().items()}
     return tensors | {f"centres.{name}": x for name, x in centres._asdict().items()}
 
 

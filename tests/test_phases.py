@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.backbone import build_backbone
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
+from histoscale.pretrain.methods import GramConfig
 from histoscale.pretrain.phase import ONLY, Phase
 from histoscale.pretrain.start import StartError, resize_positions
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
@@ -58,8 +60,6 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(first: Path, tmp_path: Path) -> Path:
-    import shutil
-
     shutil.copytree(first, tmp_path / "run")
     return tmp_path / "run"
 
@@ -98,8 +98,6 @@ def test_restarted_schedules_begin_at_the_phase_and_the_data_go_on(copied: Path)
 
 def test_stopped_inside_a_phase_and_started_again_it_ends_bit_equal(copied: Path, tmp_path: Path) -> None:
     config = second(**{"model.img_size": 64, "views.global_px": 64, "start.moments": False, "views.local_px": 32})
-    import shutil
-
     shutil.copytree(copied, tmp_path / "stopped")
     go(copied, config, SECOND)
     for step in (4, 5):  # the very first step of the phase, and one more
@@ -241,3 +239,51 @@ def test_a_run_starts_from_a_checkpoint_of_another(first: Path, tmp_path: Path) 
 def test_what_begins_is_said(tmp_path: Path, weights: str | None, said: str) -> None:
     go(tmp_path, tiny.with_keys(FIRST, **{"schedule.steps": 1}))
     assert read_checkpoint(tmp_path).facts["phase"]["began"] == [said]
+
+
+GRAM = GramConfig(
+    weight=2.0, warmup_steps=0, first_step=0, source="teacher", refresh_every=2, refreshes=1, px=64, tokens="all", scope="image",
+    negatives="keep",
+)  # fmt: skip
+
+
+def gram_teacher(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("gram."): x for name, x in found.items() if name.startswith("gram.")}
+
+
+def teacher(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("teacher."): x for name, x in found.items() if name.startswith("teacher.backbone.")}
+
+
+def test_a_gram_phase_holds_its_teacher_and_takes_it_anew(copied: Path, first: Path, tmp_path: Path) -> None:
+    """The frozen copy is the teacher where the phase begins, then that of two steps later; stopped and resumed it is the same."""
+    config = second(**{"method.gram": GRAM, "schedule.steps": 5, "checkpoint.every": 1, "method.momentum": [0.9, 0.9]})
+    shutil.copytree(copied, tmp_path / "stopped")
+    go(copied, config, SECOND)
+    found = {step: tensors(copied, step) for step in (5, 6, 7, 9)}
+    before = teacher(tensors(first, 4))
+    assert differing(gram_teacher(found[5]), before) == [] == differing(gram_teacher(found[6]), before)
+    assert differing(gram_teacher(found[7]), teacher(found[6])) == [] == differing(gram_teacher(found[9]), teacher(found[6]))
+    assert differing(teacher(found[6]), before)
+    assert rows(copied)[5]["loss/gram"] > 0  # unlike views and masks, although the weights are the same
+    for step in (4, 7):
+        with pytest.raises(Preempted):
+            go(tmp_path / "stopped", config, SECOND, tiny.kill_at(step, tiny.synthetic(0, config, ALONE), 15))
+    go(tmp_path / "stopped", config, SECOND)
+    assert differing(found[9], tensors(tmp_path / "stopped", 9)) == []
+
+
+def test_a_gram_teacher_that_was_never_taken_is_refused(copied: Path) -> None:
+    keys = {"method.gram": GRAM, "schedule.restart": False, "schedule.horizon": 10}
+    with pytest.raises(ValueError, match="method.gram.first_step=0 lies before step 4 of the schedule, where this phase begins"):
+        go(copied, second(**keys), Phase(1, "second", 4, 0))
+
+
+def test_a_gram_teacher_from_a_checkpoint(copied: Path, first: Path) -> None:
+    source = str(first / "checkpoints/step-2")
+    gram = dataclasses.replace(GRAM, source=source, refresh_every=None, px=None)
+    go(copied, second(**{"method.gram": gram, "model.img_size": 64, "schedule.steps": 1}), SECOND)
+    found, theirs = gram_teacher(tensors(copied, 5)), teacher(tensors(first, 2))
+    assert differing({name: x for name, x in found.items() if name != "backbone.pos_embed"}, theirs) == []
+    assert torch.equal(found["backbone.pos_embed"][:, 1:], resize_positions(theirs["backbone.pos_embed"][:, 1:], (8, 8), "timm"))
+    assert f"the Gram teacher is {source}" in read_checkpoint(copied / "checkpoints/step-5").facts["phase"]["began"]

@@ -39,7 +39,7 @@ def build(model: ModelConfig, method: MethodConfig, seed: int) -> tuple[Branch, 
 
 def build_gram_teacher(model: ModelConfig, method: MethodConfig) -> GramTeacher | None:
     """The frozen backbone of method.gram, still without its weights; None where the method has no such term."""
-    return None if isinstance(method, DinoConfig) or method.gram is None else GramTeacher(model)
+    return None if isinstance(method, DinoConfig) or method.gram is None else GramTeacher(model, method.gram)
 
 
 def gram_takes_teacher(step: int, method: MethodConfig) -> bool:

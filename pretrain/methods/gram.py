@@ -46,8 +46,9 @@ def check(config: GramConfig, model: ModelConfig) -> None:
 class GramTeacher(nn.Module):
     """The frozen backbone. Built without weights of its own: they come from the teacher or a checkpoint, key by key."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, config: GramConfig) -> None:
         super().__init__()
+        self.config = config
         self.backbone = build_backbone(model, 0)
         self.eval().requires_grad_(False)
 
