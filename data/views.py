@@ -80,6 +80,22 @@ def make_views(pixels: Tensor, seed: int, step: int, slots: Tensor, config: View
         return Views(*(_views(source, parents, seed, step, kind, config) for kind in kinds))
 
 
+@torch.no_grad()
+def make_undistorted(pixels: Tensor, seed: int, step: int, slots: Tensor, config: ViewsConfig, px: int) -> Tensor:
+    """The global views of `make_views` at another size and with their colours as they are: [V * B, 3, px, px], normalised.
+
+    The same boxes and symmetries, so that a finer model may look at what the student sees (arXiv 2508.10104).
+    """
+    keys = draw.keys(seed, "views", step, slots.to(pixels.device))
+    keys = torch.cat([draw.fork(keys, f"global/{i}") for i in range(config.global_count)])
+    source = augment.lines(pixels)
+    area, longest = crop_area("global", config.global_px, config.global_scale, source.shape[2], config)
+    mean, std = (torch.tensor(v, device=source.device)[:, None, None] for v in (config.mean, config.std))
+    with torch.autocast(pixels.device.type, enabled=False):
+        boxes = crop_boxes(keys, source.shape[2], area, config.ratio)
+        return augment.crop(source, boxes, symmetries(keys, config), px, longest).sub_(mean).div_(std)
+
+
 class Kind(NamedTuple):
     """Global or local views. blur_p, solarize_p: one a view."""
 

@@ -6,7 +6,7 @@ or `colour`.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from histoscale.data.keys import key
 from histoscale.data.storage import Missing, Store
 from histoscale.eval.colour import colour_features
 from histoscale.eval.pool import patch_mean
-from histoscale.pretrain.backbone import timm_arguments
+from histoscale.pretrain.backbone import ModelConfig, timm_arguments
 from histoscale.pretrain.checkpoint import CheckpointError, CheckpointState, read_checkpoint
 from histoscale.pretrain.release import model_config, read_backbone
 
@@ -127,7 +127,7 @@ def open_encoder(spec: str, store: Store, device: torch.device | str = "cpu", pr
         return _colour_encoder(place)
     if spec.startswith("random:"):
         architecture = read_architecture(spec.removeprefix("random:"), store)
-        return encoder_of(_untrained(architecture, seed), architecture, f"{spec} #{seed}", place, precision)
+        return encoder_of(untrained(architecture, seed), architecture, f"{spec} #{seed}", place, precision)
     architecture = read_architecture(spec, store)
     if spec.startswith("timm:"):
         return encoder_of(_timm_pretrained(architecture), architecture, spec, place, precision)
@@ -144,20 +144,9 @@ def random_floor_spec(spec: str) -> str | None:
 
 
 def encoder_of(model: nn.Module, architecture: Architecture, name: str, device: torch.device, precision: str) -> Encoder:
-    """Wrap a timm model (also one that is being trained) as an encoder; the model is moved to `device`."""
+    """Wrap a timm model as an encoder; the model is moved to `device`."""
     model = model.to(device).eval()
-    mean = torch.tensor(architecture.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(architecture.std, device=device).view(1, 3, 1, 1)
-    side, dtype = architecture.size_px, PRECISIONS[precision]
-
-    def tokens(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        x = pixels.float() / 255
-        if x.shape[-2:] != (side, side):
-            x = F.interpolate(x, (side, side), mode=architecture.interpolation, antialias=True, align_corners=False).clamp(0, 1)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            features = model.forward_features((x - mean) / std)  # type: ignore[operator]
-        return split_tokens(features, model)
-
+    side = architecture.size_px
     facts = {"architecture": architecture.name, "args": architecture.model_args, "size_px": side, "mean": architecture.mean,
              "std": architecture.std, "interpolation": architecture.interpolation, "precision": precision}  # fmt: skip
     return Encoder(
@@ -173,8 +162,25 @@ def encoder_of(model: nn.Module, architecture: Architecture, name: str, device: 
         hash=weights_hash(model.state_dict(), facts),
         device=device,
         model=model,
-        tokens=tokens,
+        tokens=tokens_of(model, architecture, device, precision),
     )
+
+
+def tokens_of(model: nn.Module, architecture: Architecture, device: torch.device, precision: str) -> Tokens:
+    """Preprocessing and forward of a model on `device`, which may be one that is being trained."""
+    mean = torch.tensor(architecture.mean, device=device).view(1, 3, 1, 1)
+    std = torch.tensor(architecture.std, device=device).view(1, 3, 1, 1)
+    side, dtype = architecture.size_px, PRECISIONS[precision]
+
+    def tokens(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = pixels.float() / 255
+        if x.shape[-2:] != (side, side):
+            x = F.interpolate(x, (side, side), mode=architecture.interpolation, antialias=True, align_corners=False).clamp(0, 1)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            features = model.forward_features((x - mean) / std)  # type: ignore[operator]
+        return split_tokens(features, model)
+
+    return tokens
 
 
 def split_tokens(features: Tensor, model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -256,18 +262,32 @@ def _architecture_of(config: Mapping[str, Any], card: Mapping[str, Any], spec: s
 
 
 def _checkpoint_architecture(state: CheckpointState) -> Architecture:
-    model, identity = model_config(state), state.facts["identity"]
-    facts = identity["facts"]
+    identity = state.facts["identity"]
+    views, facts = identity["views"], identity["facts"]
+    sampler = facts.get("sampler", {})
+    mpps, tile_px = sampler.get("mpps") or (), sampler.get("patch_px")
+    return trained_architecture(model_config(state), views["mean"], views["std"], mpps, tile_px, facts.get("transductive"))
+
+
+def trained_architecture(
+    model: ModelConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mpps: Sequence[float],
+    tile_px: int | None,
+    transductive: bool | None,
+) -> Architecture:
+    """The architecture that `pretrain` trains with this model, on views of this mean and deviation."""
     return Architecture(
         name=model.architecture,
         model_args=timm_arguments(model),
         size_px=model.img_size,
-        mean=_triple(identity["views"]["mean"]),
-        std=_triple(identity["views"]["std"]),
+        mean=_triple(mean),
+        std=_triple(std),
         interpolation="bicubic",
-        mpps=tuple(facts.get("sampler", {}).get("mpps") or ()),
-        tile_px=facts.get("sampler", {}).get("patch_px"),
-        transductive=facts.get("transductive"),
+        mpps=tuple(mpps),
+        tile_px=tile_px,
+        transductive=transductive,
     )
 
 
@@ -332,7 +352,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: str) -> None:
     model.load_state_dict(weights)
 
 
-def _untrained(architecture: Architecture, seed: int) -> nn.Module:
+def untrained(architecture: Architecture, seed: int) -> nn.Module:
     """The same architecture at its own initialisation, without LayerScale: at its start that would silence every block and
     so weaken the floor."""
     with torch.random.fork_rng(devices=[]):

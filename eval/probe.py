@@ -1,5 +1,6 @@
 """Linear and kNN probes on frozen features. The penalty is chosen inside train, by patients; report labels choose nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,8 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, classes: int, groups: n
     standard = Standard.of(features)
     x = standard(features)
     outside = inner_folds(labels, groups, config.folds, config.seed)
-    penalty, inner, note = _choose_penalty(x, labels, classes, outside, config)
+    inner = try_penalties(x, labels, classes, outside, config.penalties, config)
+    penalty, note = choose_penalty(inner, config.penalties)
     everywhere = np.ones((1, len(x)))
     weights, bias = fit_logistic(x, labels, classes, penalty, everywhere, config.tolerance, config.max_iterations)
     return LinearProbe(standard, weights[:, 0], bias[0], penalty, inner, note)
@@ -96,18 +98,18 @@ def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -
     return outside
 
 
-def _choose_penalty(
-    x: np.ndarray, labels: np.ndarray, classes: int, outside: np.ndarray, config: ProbeConfig
-) -> tuple[float, list[tuple[float, float, float]], str]:
-    """The strongest penalty whose mean inner log-loss is within one standard error of the best.
+def try_penalties(
+    x: np.ndarray, labels: np.ndarray, classes: int, outside: np.ndarray, penalties: Sequence[float], config: ProbeConfig
+) -> list[tuple[float, float, float]]:
+    """(penalty, mean inner log-loss, its standard error) of each penalty that was tried, strongest first.
 
-    Penalties are tried from strong to weak with warm starts, until the mean loss is two standard errors above the best: held-out
-    loss falls and then rises along the path, and the weak end is the slow one.
+    From strong to weak with warm starts, until the mean loss is two standard errors above the best: held-out loss falls and then
+    rises along the path, and the weak end is the slow one. x: standardised; outside: from `inner_folds`.
     """
     weights: np.ndarray | None = None
     bias: np.ndarray | None = None
     tried: list[tuple[float, float, float]] = []
-    for penalty in sorted(config.penalties, reverse=True):
+    for penalty in sorted(penalties, reverse=True):
         weights, bias = fit_logistic(
             x, labels, classes, penalty, ~outside, config.tolerance, config.max_iterations, weights, bias
         )
@@ -119,14 +121,19 @@ def _choose_penalty(
         _, best, error = min(tried, key=lambda row: row[1])
         if tried[-1][1] > best + 2 * error:
             break
+    return tried
+
+
+def choose_penalty(tried: Sequence[tuple[float, float, float]], penalties: Sequence[float]) -> tuple[float, str]:
+    """The strongest penalty whose mean inner log-loss is within one standard error of the best, and a note for the reader."""
     lowest, best, error = min(tried, key=lambda row: row[1])
-    chosen = next(penalty for penalty, loss, _ in tried if loss <= best + error)
+    chosen = max(penalty for penalty, loss, _ in tried if loss <= best + error)
     note = ""
-    if lowest == min(config.penalties):
+    if lowest == min(penalties):
         note = f"the best inner loss is at the weakest penalty of the list, {lowest:g}; add weaker ones"
-    elif lowest == max(config.penalties):
+    elif lowest == max(penalties):
         note = f"the best inner loss is at the strongest penalty of the list, {lowest:g}; add stronger ones"
-    return chosen, tried, note
+    return chosen, note
 
 
 def fit_logistic(

@@ -28,24 +28,31 @@ from histoscale.data.journal import Journal, JournalConfig, plain
 from histoscale.data.normalise.slide import NoneConfig, NormaliseConfig, slide_normaliser
 from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
-from histoscale.data.storage import StorageConfig, Store
+from histoscale.data.storage import StorageConfig, Store, join
 from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
+from histoscale.eval.encoder import trained_architecture
+from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.report import patch_sheet
 from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
+from histoscale.launch.phases import only_adds, phases_of
+from histoscale.launch.probe import open_dataset
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig
+from histoscale.pretrain.methods import MethodConfig
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
+from histoscale.pretrain.phase import Phase, phase_reached
 from histoscale.pretrain.schedule import ScheduleConfig
+from histoscale.pretrain.start import StartConfig
 
-RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule")
+RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule", "start", "phases")
+CONTINUES = "; a longer run, or one on a new catalog, is a new phase (phases.NAME...)"  # said where other keys are refused
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
 VIEWED_PATCHES = 8  # of views.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
@@ -56,7 +63,7 @@ class Config:
     """One of: catalog, from `histoscale index`; tiles, a folder of images, Parquet or WebDataset shards (see data/tiles.py).
 
     tiles_pattern: finds a slide id in the path of an image. seed: of every random choice. roles: values of the manifest's column
-    `role` to train on.
+    `role` to train on. phases: name -> what a phase behind the first changes of the one before it (launch/phases.py).
     """
 
     catalog: str | None
@@ -71,11 +78,14 @@ class Config:
     method: MethodConfig
     optim: OptimConfig
     schedule: ScheduleConfig
+    start: StartConfig
+    phases: dict[str, Any]
     storage: StorageConfig
     stream: StreamConfig
     hardware: HardwareConfig
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
+    online: OnlineConfig
     out: str
     logging: JournalConfig
 
@@ -91,7 +101,17 @@ class Opened:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The data by their hash, wherever they lie, and the version of the plan. Raises ValueError unless one source is given."""
+    """The data of each phase by their hash, wherever they lie, and the version of the plan. Raises ConfigError, ValueError."""
+    return {**data_hash(config), "phases": [{"name": phase.name, **data_hash(one)} for phase, one in phases_of(config)[1:]]}
+
+
+def continues(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """A run with more phases behind its last goes on in the same `out`."""
+    return only_adds(old, new)
+
+
+def data_hash(config: Config) -> dict[str, Any]:
+    """The catalog's or the tiles' hash, and the plan's version. Raises ValueError unless one source is given."""
     if (config.catalog is None) == (config.tiles is None):
         raise ValueError("pretrain takes either catalog= or tiles=")
     if config.tiles is not None and not isinstance(config.normalise, NoneConfig):
@@ -104,15 +124,28 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    """Train to the end of the schedule. Raises what data/stream.py and pretrain/trainer.py raise, and ValueError."""
+    """Train every phase to the end of its schedule. Raises what data/stream.py and pretrain/trainer.py raise, and ValueError."""
+    phases = phases_of(config)
     hashes = identity(config)
     ranks = open_ranks(config.hardware.device, config.hardware.timeout_s)
     check_shared(journal.out, ranks)
+    rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
+    reached = phase_reached(journal.out / "checkpoints", [(phase, one.schedule.steps) for phase, one in phases], ranks)
+    for phase, one in phases[reached:]:
+        told = _train_phase(phase, one, rows, ranks)
+    close_ranks()
+    patches = sum(one.schedule.steps * one.optim.global_batch for _, one in phases)
+    listed = [{"name": phase.name, "first": phase.first, "steps": one.schedule.steps} for phase, one in phases]
+    return {"pretrain": {**told, "patches": patches, "phases": listed}}
+
+
+def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks) -> dict[str, Any]:
+    """One phase with its own source; what the summary says of it."""
     opened = open_source(config, journal)
     source, table = opened.source, opened.table
     plan = Plan(config.seed, config.optim.global_batch, config.sampler, table)
     facts = {
-        **hashes,
+        **data_hash(config),
         "sampler": asdict(config.sampler),
         "normalise": asdict(config.normalise),
         "data": describe(source, table),
@@ -122,17 +155,19 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
     def batches(start: int) -> Iterator[Batch]:
         streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, journal.path("lost.jsonl")))
-        return pictured(streams[-1], config, journal) if start == 0 else streams[-1]
+        return pictured(streams[-1], config, phase, journal) if start == phase.first else streams[-1]
 
     def reading(backbone: nn.Module, step: int) -> dict[str, float]:
         streams[-1].check_lost(ranks.sum)
-        return streams[-1].stats()
+        counted = streams[-1].stats()
+        del counted["data/wait_fraction"]  # the trainer's own leaves out what watchers take
+        return counted
 
     shared = {field.name: getattr(config, field.name) for field in fields(trainer.TrainConfig)}
-    train_config = trainer.TrainConfig(**shared)
-    rows = tracked(journal, {**train_config.result(), **plain(facts)})
+    probe = online_probe(config, phase, journal, ranks)
+    watchers: list[trainer.Watcher] = [probe, reading] if probe else [reading]
     try:
-        result = trainer.train(train_config, batches, [reading], rows, ranks, facts)
+        result = trainer.train(trainer.TrainConfig(**shared), batches, watchers, journal, ranks, facts, phase)
     except trainer.Preempted:
         close_ranks()
         raise
@@ -143,19 +178,32 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     journal.say(f"what was streamed:\n{tally.text()}")
     for warning in tally.warnings():
         journal.say(warning)
-    close_ranks()
     return {
-        "pretrain": {
-            "steps": result.step,
-            "patches": result.step * config.optim.global_batch,
-            "checkpoint": str(result.checkpoint.relative_to(journal.out)),
-            "last": result.row,
-            "streamed": tally.mix(),
-            "ineligible": opened.ineligible,
-            "data": facts["data"],
-            "transductive": opened.transductive,
-        }
+        "steps": result.step,
+        "checkpoint": str(result.checkpoint.relative_to(journal.out)),
+        "last": result.row,
+        "streamed": tally.mix(),
+        "ineligible": opened.ineligible,
+        "data": facts["data"],
+        "transductive": opened.transductive,
+        **({"online": probe.summary()} if probe else {}),
     }
+
+
+def online_probe(config: Config, phase: Phase, journal: Journal, ranks: Ranks) -> Online | None:
+    """The watcher of monitor.labelled; None, and a line that says so, without. Raises ValueError, DatasetError."""
+    labelled, every = config.monitor.labelled, config.monitor.labelled_every
+    if labelled is None:
+        journal.say("no kNN or linear probe while it trains: monitor.labelled= names no labelled set")
+        return None
+    if every % config.monitor.every:
+        raise ValueError(f"monitor.labelled_every={every} is not a multiple of monitor.every={config.monitor.every}")
+    catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
+    patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
+    views, sampler = config.views, config.sampler
+    architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)
+    end, precision = phase.first + config.schedule.steps, config.optim.precision
+    return Online(patches, architecture, precision, config.online, every, end, journal, ranks)
 
 
 def open_source(config: Config, journal: Journal) -> Opened:
@@ -206,13 +254,15 @@ def describe(source: SlideSource | TileSource, table: SlideTable) -> dict[str, A
     }
 
 
-def pictured(batches: Iterator[Batch], config: Config, journal: Journal) -> Iterator[Batch]:
+def pictured(batches: Iterator[Batch], config: Config, phase: Phase, journal: Journal) -> Iterator[Batch]:
     """The same batches; the first one's patches and views are also pictures, because people should look before they train."""
     first = next(batches)
     if journal.main:
-        Image.fromarray(patch_sheet(first.pixels[:SHEET_PATCHES].numpy(), SHEET_COLUMNS)).save(journal.path("patches.png"))
+        name = f"-{phase.name}" if phase.index else ""
+        sheet = patch_sheet(first.pixels[:SHEET_PATCHES].numpy(), SHEET_COLUMNS)
+        Image.fromarray(sheet).save(journal.path(f"patches{name}.png"))
         seen = view_sheet(first.pixels[:VIEWED_PATCHES], config.seed, first.slots[:VIEWED_PATCHES], config.views)
-        Image.fromarray(seen).save(journal.path("views.png"))
+        Image.fromarray(seen).save(journal.path(f"views{name}.png"))
     yield first
     yield from batches
 

@@ -58,24 +58,24 @@ def identity(config: Config) -> dict[str, Any]:
     """The bytes behind the names: weights and data."""
     store = Store(config.storage)
     encoder = open_encoder(config.encoder, store, "cpu", config.precision)
-    return {"encoder_hash": encoder.hash, "data_hash": open_dataset(config, store).hash}
+    patches = open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store)
+    return {"encoder_hash": encoder.hash, "data_hash": patches.hash}
 
 
-def open_dataset(config: Config, store: Store) -> LabelledPatches:
+def open_dataset(dataset: DatasetConfig, data_root: str, catalog: str, cut: CutConfig, store: Store) -> LabelledPatches:
     """Raises DatasetError for an unknown name or a set that cannot be used."""
-    if config.dataset.name == "cohort":
-        catalog = open_catalog(config.catalog, store)
-        return open_cohort(join(config.data_root, "patches.parquet"), catalog, store, config.dataset, config.cut)
-    if config.dataset.name == "folder":
-        return open_folder(Path(config.data_root).expanduser(), config.dataset)
-    raise DatasetError(f"dataset.name is {config.dataset.name!r}: expected cohort or folder")
+    if dataset.name == "cohort":
+        return open_cohort(join(data_root, "patches.parquet"), open_catalog(catalog, store), store, dataset, cut)
+    if dataset.name == "folder":
+        return open_folder(Path(data_root).expanduser(), dataset)
+    raise DatasetError(f"dataset.name is {dataset.name!r}: expected cohort or folder")
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     check_pool(config.probe.pool)
     store = Store(config.storage)
     device = open_ranks(config.device).device
-    patches = open_dataset(config, store)
+    patches = open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store)
     encoder = open_encoder(config.encoder, store, device, config.precision)
     floor = random_floor_spec(config.encoder)
     numbers = range(config.floors.initialisations if floor is not None else 0)

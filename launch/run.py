@@ -80,9 +80,11 @@ def invoke(command: str, overrides: list[str]) -> dict[str, Any]:
     journal = Journal(out, composed.config.logging, main)
     with _alone(out, main):
         state = _read_state(out)
-        if state is not None and state["identity"] != identity:
-            raise Refused(_difference(command, out, state, result, facts))
-        if state is not None and state["status"] == "done" and not getattr(composed.module, "REPEATS", False):
+        grown = state is not None and state["identity"] != identity and _grows(composed, command, state, result, facts)
+        if state is not None and state["identity"] != identity and not grown:
+            hint = getattr(composed.module, "CONTINUES", "")
+            raise Refused(_difference(command, out, state, result, facts, hint))
+        if state is not None and not grown and state["status"] == "done" and not getattr(composed.module, "REPEATS", False):
             journal.say(f"{command}: {out} already holds this result; nothing to do")
             return json.loads((out / "summary.json").read_text())
         if main:
@@ -133,14 +135,20 @@ def _forget_empty(out: Path) -> None:
         (out / "config.yaml").unlink()
 
 
-def _difference(command: str, out: Path, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> str:
+def _difference(command: str, out: Path, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any], hint: str) -> str:
     if state["command"] != command:
         return f"{out} holds a result of `histoscale {state['command']}`; give another out="
     old = flatten({**state["result"], "facts": state["facts"]})
     new = flatten({**plain(result), "facts": facts})
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     listed = "; ".join(f"{key.removeprefix('facts.')}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-    return f"{out} holds a result of other keys ({listed}); give another out=, or the old values to continue"
+    return f"{out} holds a result of other keys ({listed}); give another out=, or the old values to continue{hint}"
+
+
+def _grows(composed: Composed, command: str, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> bool:
+    """Whether a command that can be continued by more (`pretrain` by phases) finds its own beginning in `out`."""
+    continues = getattr(composed.module, "continues", None)
+    return continues is not None and state["command"] == command and continues(state, {"result": plain(result), "facts": facts})
 
 
 def _note_changes(out: Path, composed: Composed, journal: Journal) -> None:

@@ -66,11 +66,11 @@ def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
 
 
 @lru_cache(maxsize=64)
-def position_matrix(source: tuple[int, int], target: tuple[int, int], device: torch.device) -> Tensor:
-    """float32 [h*w, H*W]: bicubic antialiased resizing of a table on grid `source` to grid `target`, timm's convention."""
+def position_matrix(source: tuple[int, int], target: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[h*w, H*W]: bicubic antialiased resizing of a table on grid `source` to grid `target`, timm's convention."""
     cells = source[0] * source[1]
-    table = torch.eye(cells).view(1, cells, *source)
-    return F.interpolate(table, size=target, mode="bicubic", antialias=True).view(cells, -1).t().contiguous().to(device)
+    table = torch.eye(cells, dtype=torch.float64).view(1, cells, *source)
+    return F.interpolate(table, size=target, mode="bicubic", antialias=True).view(cells, -1).t().contiguous().to(device, dtype)
 
 
 def positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
@@ -84,7 +84,7 @@ def positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | N
     source = (vit.patch_embed.grid_size[0], vit.patch_embed.grid_size[1])
     if grid != source:
         with torch.autocast(table.device.type, enabled=False):
-            table = position_matrix(source, grid, table.device).to(table.dtype) @ table
+            table = position_matrix(source, grid, table.dtype, table.device) @ table
     return (vit.pos_embed[:, :prefix] if prefix else None), table
 
 

@@ -179,6 +179,19 @@ def load_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: R
     _load(state.path, dict(tensors), no_dist=ranks.world == 1)
 
 
+def stored_tensors(state: CheckpointState) -> dict[str, Tensor]:
+    """Name -> an empty tensor of its whole shape and dtype, without memory."""
+    return _stored(state.path)
+
+
+def fill_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill these tensors, sharded ones too, with those of the same names; what else the checkpoint holds is left aside.
+
+    Raises CheckpointError for a name that is not there; shapes are the caller's to compare.
+    """
+    _load(state.path, dict(tensors), no_dist=ranks.world == 1)
+
+
 def read_tensors(state: CheckpointState, prefix: str) -> dict[str, Tensor]:
     """Whole tensors on the CPU whose names begin with `prefix`, under the rest of their names; in one process.
 

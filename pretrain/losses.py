@@ -1,15 +1,19 @@
 """Self-supervised losses and teacher targets: pure functions of tensors, at least float32 inside.
 
 Sources: DINO arXiv 2104.14294, iBOT 2111.07832, DINOv2 2304.07193 with Sinkhorn-Knopp of SwAV 2006.09882, KoLeo 1806.03198,
-KDE as a regulariser 2408.00738. `across` is the process group whose rows count as one batch; None is this process alone.
+KDE as a regulariser 2408.00738, Gram anchoring 2508.10104. `across` is the process group whose rows count as one batch; None is
+this process alone.
 """
 
 import math
+import warnings
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from histoscale.data.ranks import gather
 
 Across = dist.ProcessGroup | None
 
@@ -67,11 +71,11 @@ def center_update(logits: Tensor, centre: Tensor, momentum: float, across: Acros
     return momentum * centre + (1 - momentum) * mean
 
 
-def dino_ce(student: Tensor, targets: Tensor, temp: float) -> Tensor:
+def dino_ce(student: Tensor, targets: Tensor, temp: float, local_weight: float = 1.0) -> Tensor:
     """Mean cross-entropy over pairs of a student crop and another global view's target.
 
     student: logits [V + L, B, K], globals first; targets: [V, B, K] probabilities. V(V-1) + VL pairs: none of a view with itself.
-    Raises ValueError when there is no pair.
+    local_weight multiplies the local crops' part of that mean (facebookresearch/dinov3). Raises ValueError when there is no pair.
     """
     views, crops = len(targets), len(student)
     pairs = views * (views - 1) + views * (crops - views)
@@ -81,7 +85,7 @@ def dino_ce(student: Tensor, targets: Tensor, temp: float) -> Tensor:
     total = targets.sum(0)
     globals_ = (log_p[:views] * (total - targets)).sum()
     locals_ = (log_p[views:].sum(0) * total).sum()  # the sum over views is the cross-entropy with the summed targets
-    return -(globals_ + locals_) / (student.shape[1] * pairs)
+    return -(globals_ + local_weight * locals_) / (student.shape[1] * pairs)
 
 
 def ibot_ce(student: Tensor, targets: Tensor, weights: Tensor, crops: int, temp: float) -> Tensor:
@@ -93,34 +97,100 @@ def ibot_ce(student: Tensor, targets: Tensor, weights: Tensor, crops: int, temp:
     return -((log_p * targets).sum(-1) * weights).sum() / crops
 
 
-def koleo(z: Tensor, group: int) -> Tensor:
-    """Kozachenko-Leonenko entropy term: -mean log distance to the nearest neighbour among `group` consecutive rows.
+def _pool(rows: Tensor, size: int | None, across: Across) -> tuple[Tensor, Tensor, Tensor, int]:
+    """This rank's rows [B, D] beside those that they are compared with: `size` consecutive rows in rank order, at most all.
 
-    z: [B, D] class tokens of one global view; float32 inside whatever the dtype, so identical rows stay finite. Groups of one
-    have no neighbour: the value is 0.
+    Returns own rows [g, n, D]; all rows [g, c, D], with gradient to every rank; bool [n, c], true for a row itself and for other
+    pools; the pool's size. Nothing is gathered where pools divide a rank's rows. Raises ValueError when pools do not divide all.
     """
-    if group == 1:
-        return _wide(z).sum() * 0
+    batch, world = len(rows), 1 if across is None else dist.get_world_size(across)
+    size = min(size or batch * world, batch * world)
+    if batch % size == 0:
+        own = rows.unflatten(0, (-1, size))
+        return own, own, torch.eye(size, dtype=torch.bool, device=rows.device), size
+    if batch * world % size:
+        raise ValueError(f"pools of {size} rows do not divide the {batch * world} rows of all ranks: choose a divisor, or null")
+    first = 0 if across is None else dist.get_rank(across) * batch
+    places, all_places = torch.arange(first, first + batch, device=rows.device), torch.arange(batch * world, device=rows.device)
+    itself = places[:, None] == all_places
+    return rows[None], gather(rows, across)[None], itself | (places[:, None] // size != all_places // size), size
+
+
+def _alone(z: Tensor, name: str) -> Tensor:
+    warnings.warn(f"{name} is 0: each row is alone in its pool; raise the pool or the batch", stacklevel=3)
+    return _wide(z).sum() * 0
+
+
+def koleo(z: Tensor, pool: int | None, across: Across = None, neighbours: int = 1) -> Tensor:
+    """Kozachenko-Leonenko entropy term: -mean log distance to the `neighbours` nearest of `pool` consecutive rows (None: all).
+
+    z: [B, D] class tokens of one global view; float32 inside, so identical rows stay finite (15.4 for D = 384) in any dtype.
+    The mean is over this rank's rows; pools may span ranks, and gradients then reach remote neighbours: averaged over ranks,
+    value and gradient are those of the joined rows. A row alone gives 0 with a warning.
+    Raises ValueError for pools that do not divide the rows, or that are no larger than `neighbours`.
+    """
     with torch.autocast(z.device.type, enabled=False):
-        rows = F.normalize(_wide(z), dim=-1, eps=1e-8).unflatten(0, (-1, group))
+        own, rows, apart, size = _pool(F.normalize(_wide(z), dim=-1, eps=1e-8), pool, across)
+        if size == 1:
+            return _alone(z, "KoLeo")
+        if not 0 < neighbours < size:
+            raise ValueError(f"KoLeo over {neighbours} neighbours in pools of {size} rows: expected 1 to {size - 1}")
         with torch.no_grad():
-            similarity = rows @ rows.transpose(1, 2)
-            similarity.diagonal(dim1=1, dim2=2).fill_(-2)
-            nearest = similarity.argmax(-1)
-        neighbours = rows.gather(1, nearest[..., None].expand_as(rows))
-        distance = F.pairwise_distance(rows.flatten(0, 1), neighbours.flatten(0, 1), eps=1e-8)
+            similarity = (own @ rows.transpose(1, 2)).masked_fill(apart, -2)
+            nearest = similarity.topk(neighbours, -1).indices.flatten(1)  # [g, n * k]
+        others = rows.gather(1, nearest[..., None].expand(-1, -1, rows.shape[2])).unflatten(1, (-1, neighbours))
+        distance = F.pairwise_distance(own[:, :, None], others, eps=1e-8)
         return -(distance + 1e-8).log().mean()
 
 
-def kde(z: Tensor, kappa: float, group: int) -> Tensor:
-    """Mean log density on the sphere, to be minimised: mean_i [ logsumexp_{j != i} kappa z_i.z_j - log(group - 1) ].
+def kde(z: Tensor, kappa: float, pool: int | None, across: Across = None) -> Tensor:
+    """Mean log density on the sphere, to be minimised: mean_i [ logsumexp_{j != i} kappa z_i.z_j - log(n - 1) ].
 
-    z: [B, D], in groups of `group` consecutive rows. kappa when collapsed, 0 when orthogonal; 0 for groups of one.
+    z: [B, D]; pools of n rows as in `koleo`. kappa when collapsed, 0 when orthogonal; 0 with a warning for a row alone.
+    The gradient by a unit row is at most 2 kappa / B long, also next to duplicates.
     """
-    if group == 1:
-        return _wide(z).sum() * 0
     with torch.autocast(z.device.type, enabled=False):
-        rows = F.normalize(_wide(z), dim=-1).unflatten(0, (-1, group))
-        itself = torch.eye(group, dtype=torch.bool, device=z.device)
-        density = (kappa * rows @ rows.transpose(1, 2)).masked_fill(itself, -math.inf)
-        return (density.logsumexp(-1) - math.log(group - 1)).mean()
+        own, rows, apart, size = _pool(F.normalize(_wide(z), dim=-1), pool, across)
+        if size == 1:
+            return _alone(z, "KDE")
+        density = (kappa * own @ rows.transpose(1, 2)).masked_fill(apart, -math.inf)
+        return (density.logsumexp(-1) - math.log(size - 1)).mean()
+
+
+def kde_reversed(z: Tensor, kappa: float, pool: int | None, across: Across = None) -> Tensor:
+    """The density term as MedARC-AI/OpenMidnight adds it, for ablations only: its sign rewards collapse, a row meets itself.
+
+    -mean_i log( sum_j exp(kappa z_i.z_j) + 1e-9 ), over pools as in `koleo`.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        own, rows, apart, _ = _pool(F.normalize(_wide(z), dim=-1), pool, across)
+        others = (kappa * own @ rows.transpose(1, 2)).masked_fill(apart, -math.inf).exp().sum(-1)
+        return -(others + (kappa * own.square().sum(-1)).exp() + 1e-9).log().mean()
+
+
+def gram(student: Tensor, target: Tensor, negatives: str = "keep") -> Tensor:
+    """Gram anchoring (arXiv 2508.10104): mean squared difference between the cosines of all pairs of patch tokens.
+
+    student, target: [N, P, D], the pairs of one row of N each; the target has no gradient. Negative cosines are kept, or "both"
+    sides are clamped at 0, or the "teacher" only, with the student's where both are negative (facebookresearch/dinov3).
+    Raises ValueError for another word.
+    """
+    if negatives not in ("keep", "both", "teacher"):
+        raise ValueError(f"gram negatives={negatives!r}: expected keep, both or teacher")
+    with torch.autocast(student.device.type, enabled=False):
+        x, y = F.normalize(_wide(student), dim=-1), F.normalize(_wide(target.detach()), dim=-1)
+        ours, theirs = x @ x.transpose(-1, -2), y @ y.transpose(-1, -2)
+        if negatives == "both":
+            ours, theirs = ours.clamp(min=0), theirs.clamp(min=0)
+        elif negatives == "teacher":
+            ours, theirs = ours.masked_fill((ours < 0) & (theirs < 0), 0), theirs.clamp(min=0)
+        return (ours - theirs).square().mean()
+
+
+@torch.no_grad()
+def regrid(tokens: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Patch tokens [N, H * W, D] of grid `source` -> [N, h * w, D] of grid `target`: bicubic, without antialiasing (ibid.)."""
+    if source == target:
+        return tokens
+    maps = _wide(tokens).transpose(1, 2).unflatten(2, source)
+    return F.interpolate(maps, size=target, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)

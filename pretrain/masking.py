@@ -20,6 +20,7 @@ _ASPECT = (0.3, 1 / 0.3)
 class MaskConfig:
     probability: float  # share of the global crops that are masked
     ratio: list[float]  # least and greatest masked share of a masked crop
+    shift: bool  # move each mask around the grid's edges, so that no place is masked more often (facebookresearch/dinov3)
 
 
 class Masks(NamedTuple):
@@ -56,17 +57,18 @@ def make_masks(config: MaskConfig, seed: int, step: int, slots: Tensor, grid: tu
             wanted[place // group, start + place % group] = size
     parents = draw.keys(seed, "mask", step, slots.cpu())
     crop_keys = torch.stack([draw.fork(parents, f"global/{v}") for v in range(views)]).flatten()
-    masks = torch.from_numpy(block_masks(crop_keys, wanted.flatten(), grid))
+    masks = torch.from_numpy(block_masks(crop_keys, wanted.flatten(), grid, config.shift))
     indices = masks.flatten().nonzero().flatten()
     weights = (1 / torch.from_numpy(wanted).flatten().clamp(min=1).float())[indices // patches]
     return Masks(masks.to(slots.device), indices.to(slots.device), weights.to(slots.device))
 
 
-def block_masks(keys: Tensor, wanted: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def block_masks(keys: Tensor, wanted: np.ndarray, grid: tuple[int, int], shift: bool) -> np.ndarray:
     """One mask per key with exactly `wanted` [n] patches: bool [n, P].
 
     Blocks as in BEiT (arXiv 2106.08254): area uniform in [4, min(missing, P / 2)], log-uniform aspect, uniform corner, taken when
-    they add at least one patch and not too many; what is still missing after ten failures in a row is filled at random.
+    they add at least one patch and not too many; what is still missing after ten failures in a row is filled at random. With
+    `shift` every mask is then rolled around the edges by a uniform number of rows and columns, because blocks favour the middle.
     """
     height, width = grid
     patches = height * width
@@ -97,4 +99,8 @@ def block_masks(keys: Tensor, wanted: np.ndarray, grid: tuple[int, int]) -> np.n
     for row in np.flatnonzero(missing):
         free = np.flatnonzero(~result[chosen[row]])
         result[chosen[row], free[np.argsort(order[row, free], kind="stable")[: missing[row]]]] = True
+    if shift:
+        moves = draw.uniform(draw.fork(keys[torch.from_numpy(chosen)], "shift"), 2).numpy() * grid
+        for row, (down, right) in zip(chosen, moves.astype(int), strict=True):
+            result[row] = np.roll(result[row].reshape(grid), (down, right), (0, 1)).flatten()
     return result

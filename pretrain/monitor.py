@@ -17,12 +17,16 @@ from histoscale.data.ranks import Ranks
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """every: steps between rows of metrics. window: class tokens over which RankMe and correlations are taken (all ranks).
+    """labelled: a folder of labelled patches that online probes are taken on, null for none; labelled_every: steps between them.
+
+    every: steps between rows of metrics. window: class tokens over which RankMe and correlations are taken (all ranks).
 
     Warn when CE/ln K > ce_above, when target entropy/ln K is outside entropy_below .. entropy_above, when the used share of the
     prototypes that could have been used is < used_below, when RankMe/D < rankme_below. stop_on_collapse: a warning ends the run.
     """
 
+    labelled: str | None
+    labelled_every: int
     every: int
     window: int
     ce_above: float

@@ -81,16 +81,19 @@ def parameter_table(named: Iterable[tuple[str, nn.Parameter]], depth: int, confi
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], depth: int, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with one group for each pair of multipliers. Learning rate and decay are set by `set_scheduled` before each step."""
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for row in parameter_table(named, depth, config):
+        backbone = row.name.startswith("backbone.")
         fresh = {"params": [], "lr_multiplier": row.lr, "wd_multiplier": row.weight_decay, "last_layer": row.last_layer}
-        groups.setdefault((row.lr, row.weight_decay, row.last_layer), fresh)["params"].append(row.parameter)
+        group = groups.setdefault((row.lr, row.weight_decay, row.last_layer, backbone), {**fresh, "backbone": backbone})
+        group["params"].append(row.parameter)
     betas = (config.betas[0], config.betas[1])
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=betas, eps=config.eps, weight_decay=0.0, fused=True)
 
 
-def set_scheduled(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer: bool) -> None:
-    """Write this step's values into the groups; `last_layer` false freezes the prototypes (their moments still move)."""
+def set_scheduled(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, last_layer: bool, backbone: bool) -> None:
+    """Write this step's values into the groups; false freezes the prototypes or the backbone (their moments still move)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"] if last_layer or not group["last_layer"] else 0.0
+        moves = (last_layer or not group["last_layer"]) and (backbone or not group["backbone"])
+        group["lr"] = lr * group["lr_multiplier"] if moves else 0.0
         group["weight_decay"] = weight_decay * group["wd_multiplier"]

@@ -23,18 +23,13 @@ from histoscale.data.ranks import Ranks
 from histoscale.data.stream import Batch
 from histoscale.data.views import ViewsConfig, make_views
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.checkpoint import (
-    CheckpointConfig,
-    load_tensors,
-    newest_checkpoint,
-    prune_checkpoints,
-    write_checkpoint,
-)
+from histoscale.pretrain.checkpoint import CheckpointConfig, prune_checkpoints, write_checkpoint
 from histoscale.pretrain.masking import Masks
-from histoscale.pretrain.methods.dinov2 import (
+from histoscale.pretrain.methods import (
     Centres,
     Losses,
     MethodConfig,
+    Scheduled,
     build,
     first_centres,
     losses,
@@ -44,7 +39,9 @@ from histoscale.pretrain.methods.dinov2 import (
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
+from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
 from histoscale.pretrain.schedule import ScheduleConfig
+from histoscale.pretrain.start import StartConfig
 
 Source = Callable[[int], Iterator[Batch]]
 Watcher = Callable[[nn.Module, int], dict[str, float]]
@@ -52,7 +49,7 @@ Watcher = Callable[[nn.Module, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that the loop reads. The result keys are seed, views, model, method, optim and schedule."""
+    """Everything that the loop reads in one phase. The result keys are seed, views, model, method, optim, schedule and start."""
 
     seed: int
     views: ViewsConfig
@@ -60,6 +57,7 @@ class TrainConfig:
     method: MethodConfig
     optim: OptimConfig
     schedule: ScheduleConfig
+    start: StartConfig
     hardware: HardwareConfig
     checkpoint: CheckpointConfig
     monitor: MonitorConfig
@@ -98,50 +96,75 @@ class Collapsed(ValueError):
 
 
 def train(
-    config: TrainConfig, source: Source, watchers: Sequence[Watcher], journal: Journal, ranks: Ranks, facts: Mapping[str, Any]
+    config: TrainConfig,
+    source: Source,
+    watchers: Sequence[Watcher],
+    journal: Journal,
+    ranks: Ranks,
+    facts: Mapping[str, Any],
+    phase: Phase = ONLY,
 ) -> TrainResult:
-    """Train to schedule.steps, or from the newest whole checkpoint in the journal's `checkpoints` on.
+    """Train one phase of schedule.steps, from the newest whole checkpoint in the journal's `checkpoints` on.
 
-    source(step): this rank's batches from that step on. watchers: called with the teacher's backbone and the steps done, at each
-    row of metrics. facts: what else makes the result (sampler, catalog hash); it must equal the checkpoint's.
-    Raises ValueError (a batch that does not divide, a checkpoint of another run), Preempted, NonFinite, Collapsed and
+    source(step): this rank's batches from that step on. watchers: called with the teacher's backbone and the steps done, before
+    the first step and at each row of metrics. facts: what else makes the result (sampler, catalog hash); it must equal the
+    checkpoint's. Steps are counted from the start of the first phase.
+    Raises ValueError (a batch that does not divide, a checkpoint of another run), StartError, Preempted, NonFinite, Collapsed and
     CheckpointError.
     """
-    optim, method, schedule, steps = config.optim, config.method, config.schedule, config.schedule.steps
+    optim, method, schedule, end = config.optim, config.method, config.schedule, phase.first + config.schedule.steps
     check_batch(optim.global_batch, ranks.world, optim.micro_batches, method.group)
     if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every) < 1:
         raise ValueError("checkpoint.every, checkpoint.keep_last and monitor.every must be at least 1")
     set_threads(config.hardware)
+    folder = journal.out / "checkpoints"
+    state = find_state(folder, journal, ranks)
     student, teacher = build(config.model, method, config.seed)
+    said = [] if state else begin(student, teacher, config.start, config.seed)
     parallel = prepare(student, teacher, ranks)
     optimizer = build_optimizer(student.named_parameters(), len(student.backbone.blocks), optim)
     start_moments(optimizer)
     guard = Guard(optimizer, ranks)
     centres = first_centres(method, ranks.device)
     identity = {**config.result(), "facts": plain(facts)}
-    folder = journal.out / "checkpoints"
-    start = _resume(folder, identity, state_tensors(parallel, optimizer, centres), journal, ranks)
-    if start < steps:
-        journal.say(_opening(config, parallel, ranks))
+    prefix = 0 if student.backbone.no_embed_class else student.backbone.num_prefix_tokens
+    tensors = state_tensors(parallel, optimizer, centres)
+    entry = enter(state, phase, identity, config.start, tensors, prefix, said, journal, ranks)
+    start, began = entry.step, entry.began
+    place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
+    if start < end:
+        journal.say(_opening(config, phase, began, parallel, ranks))
     window, meter, recent = Window(config.monitor.window, ranks), Meter(), list[Batch]()
     row: dict[str, float] = {"step": start}
     signs: dict[str, str] = {}
     told: set[str] = set()
 
     def save(step: int) -> None:
+        if step == phase.first and phase.index:
+            return  # the last checkpoint of the phase before it is this state
         tensors = state_tensors(parallel, optimizer, centres)
-        write_checkpoint(folder, step, tensors, {"identity": identity, "phase": 0}, ranks)
+        write_checkpoint(folder, step, tensors, {"identity": identity, "phase": place}, ranks)
         ranks.first(lambda: prune_checkpoints(folder, config.checkpoint))
 
+    def watched(done: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for watcher in watchers:
+            found |= watcher(parallel.bare_teacher.get_submodule("backbone"), done)
+        meter.restart()  # looking is not training
+        return found
+
     batches = source(start)
-    with stop_signals() as asked, journal.progress(steps, "pretrain", "step") as progress:
+    if start == phase.first and start < end and watchers:  # before anything moves: what the weights that it starts from are worth
+        journal.row(step=start, phase=phase.name, **watched(start))
+    with stop_signals() as asked, journal.progress(end, "pretrain", "step") as progress:
         progress.advance(start)
-        for step in range(start, steps):
+        for step in range(start, end):
             batch = meter.wait_for(batches)
             recent.append(dataclasses.replace(batch, pixels=batch.pixels[:0].clone()))  # places, not pixels
-            lr, weight_decay = lr_at(step, optim, schedule), weight_decay_at(step, optim, schedule)
-            now = scheduled(step, method, schedule)
-            set_scheduled(optimizer, lr, weight_decay, now.last_layer)
+            at = step - phase.origin  # where schedules stand
+            lr, weight_decay = lr_at(at, optim, schedule), weight_decay_at(at, optim, schedule)
+            now = scheduled(at, method, schedule)
+            set_scheduled(optimizer, lr, weight_decay, now.last_layer, step - phase.first >= config.start.freeze_backbone_steps)
 
             # Forward and backward of every micro-batch; gradients of all ranks meet in the last one.
             shown: dict[str, Tensor] = {}
@@ -150,7 +173,7 @@ def train(
             for piece in range(optim.micro_batches):
                 rows = slice(piece * share, (piece + 1) * share)
                 with parallel.accumulating(last=piece == optim.micro_batches - 1):
-                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now.teacher_temp)
+                    found, tokens = _losses(config, parallel, batch, rows, step, next_centres, now)
                     (found.total / optim.micro_batches).backward()
                 next_centres = found.centres
                 window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
@@ -169,7 +192,7 @@ def train(
             # Looking, saving and stopping: the only places where the host waits for the device.
             done = step + 1
             stopping = ranks.any(bool(asked))
-            saving = done == steps or stopping or done % config.checkpoint.every == 0
+            saving = done == end or stopping or done % config.checkpoint.every == 0
             if saving or done % config.monitor.every == 0 or step == start:
                 guard.raise_if_tripped(recent, save, journal)
                 recent.clear()
@@ -184,10 +207,9 @@ def train(
                     "teacher_temp": now.teacher_temp,
                     **meter.read(optim.global_batch),
                 }
-                for watcher in watchers:
-                    row |= watcher(parallel.bare_teacher.get_submodule("backbone"), done)
+                row |= watched(done)
                 journal.row(**row)
-                signs = signs_of_collapse(row, done, schedule.warmup_steps, config.monitor)
+                signs = signs_of_collapse(row, at + 1, schedule.warmup_steps, config.monitor)
                 for sign in sorted(signs.keys() - told):  # each is told once, and stays in the rows
                     journal.say(f"step {done}: WARNING, {signs[sign]}")
                 told |= signs.keys()
@@ -195,15 +217,15 @@ def train(
             progress.advance(loss=row["loss"], rate=rate, waiting=waiting)
             if saving:
                 save(done)
-            if stopping and done < steps:
+            if stopping and done < end:
                 raise Preempted(done)
             if signs and config.monitor.stop_on_collapse:
                 raise Collapsed(f"step {done}: {'; '.join(signs.values())} (monitor.stop_on_collapse is set)")
-    return TrainResult(steps, student, teacher, folder / f"step-{steps}", row)
+    return TrainResult(end, student, teacher, folder / f"step-{end}", row)
 
 
 def _losses(
-    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, teacher_temp: float
+    config: TrainConfig, parallel: Parallel, batch: Batch, rows: slice, step: int, centres: Centres, now: Scheduled
 ) -> tuple[Losses, Tensor]:
     """One micro-batch, the batch's `rows`: losses with gradient, and the teacher's class tokens [B, D] of the first view."""
     method, device = config.method, parallel.ranks.device
@@ -218,7 +240,7 @@ def _losses(
         taught = parallel.teacher(views.globals, None, None, indices)
         drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
         learned = parallel.student(views.globals, views.locals, crops, indices, drawn)
-    found = losses(learned, taught, masks, centres, method, teacher_temp, count, parallel.ranks.group)
+    found = losses(learned, taught, masks, centres, method, now, count, parallel.ranks.group)
     return found, taught["features"][: len(slots)]
 
 
@@ -277,6 +299,10 @@ class Meter:
     """Images a second, and the share of time that the loop waited for data, since the last reading."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """What was since the last reading does not count."""
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
@@ -289,7 +315,7 @@ class Meter:
     def read(self, images: int) -> dict[str, float]:
         passed = time.perf_counter() - self.start
         found = {"images_per_s": images * self.steps / passed, "data/wait_fraction": self.waited / passed}
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.restart()
         return found
 
 
@@ -337,29 +363,17 @@ def state_tensors(parallel: Parallel, optimizer: torch.optim.Optimizer, centres:
     return tensors | {f"centres.{name}": x for name, x in centres._asdict().items()}
 
 
-def _resume(folder: Path, identity: Mapping[str, Any], tensors: dict[str, Tensor], journal: Journal, ranks: Ranks) -> int:
-    """Fill the tensors from the newest whole checkpoint and return its step; 0 without one."""
-    state, skipped = ranks.first(lambda: newest_checkpoint(folder))
-    for why in skipped:
-        journal.say(f"ignored a checkpoint that is not whole: {why}")
-    if state is None:
-        return 0
-    differ = sorted(name for name in identity if plain(identity[name]) != state.facts["identity"].get(name))
-    if differ:
-        raise ValueError(f"{state.path} is of a run with other values in {', '.join(differ)}; give another out=")
-    load_tensors(state, tensors, ranks)
-    journal.say(f"continuing from {state.path}")
-    journal.row(resumed=state.step, skipped=skipped)
-    return state.step
-
-
-def _opening(config: TrainConfig, parallel: Parallel, ranks: Ranks) -> str:
-    optim = config.optim
+def _opening(config: TrainConfig, phase: Phase, began: Sequence[str], parallel: Parallel, ranks: Ranks) -> str:
+    optim, schedule = config.optim, config.schedule
     millions = sum(p.numel() for p in parallel.bare_student.parameters()) / 1e6
     together = optim.global_batch // optim.micro_batches
+    freeze = config.start.freeze_backbone_steps
+    frozen = f", the backbone frozen for the first {freeze}" if freeze else ""
+    counted = f"schedules count from step {phase.origin} over {schedule.length} steps"
     return (
+        f"phase {phase.name}, steps {phase.first} to {phase.first + schedule.steps}{frozen}: {'; '.join([*began, counted])}\n"
         f"learning rate {peak_lr(optim):.3g} (base {optim.lr:g}, rule {optim.lr_rule}) for a batch of {optim.global_batch}: "
         f"{ranks.world} processes x {optim.micro_batches} micro-batches x {together // ranks.world}; "
         f"teacher targets are assigned over {together} patches at a time; student {millions:.1f}M parameters, "
-        f"{optim.precision} on {ranks.device.type}, {config.schedule.steps} steps"
+        f"{optim.precision} on {ranks.device.type}"
     )

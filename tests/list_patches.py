@@ -35,7 +35,7 @@ def main(catalog: str, sampler: str, workers: str, start: str, stop: str, out: s
             batch = next(stream)
             columns = (batch.slots, batch.slide, batch.mpp, batch.level, batch.x, batch.y)
             views = draw.keys(SEED, "views", step, batch.slots)
-            masks = make_masks(MaskConfig(0.5, [0.1, 0.5]), SEED, step, batch.slots, (6, 6), VIEWS, GROUP)
+            masks = make_masks(MaskConfig(0.5, [0.1, 0.5], False), SEED, step, batch.slots, (6, 6), VIEWS, GROUP)
             by_slot = masks.crops.unflatten(0, (VIEWS, -1)).transpose(0, 1).flatten(1).int().tolist()
             for row in zip(*(column.tolist() for column in (*columns, views)), by_slot, strict=True):
                 file.write(json.dumps([batch.step, *row]) + "\n")

@@ -14,7 +14,7 @@ from histoscale.data.keys import keys
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.losses import center_targets, dino_ce, ibot_ce, koleo, sinkhorn_targets
-from histoscale.pretrain.methods.dinov2 import Losses, MethodConfig, build, first_centres, losses, masks_at, scheduled
+from histoscale.pretrain.methods import Dinov2Config, Losses, Scheduled, build, first_centres, losses, masks_at, scheduled
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, set_scheduled
 from histoscale.pretrain.schedule import ScheduleConfig
 
@@ -25,9 +25,10 @@ def shipped(kind: type, group: str, name: str):  # type: ignore[no-untyped-def]
 
 HEAD = HeadConfig(prototypes=16, hidden=24, bottleneck=8, scale="trainable", batch_norm=False)
 MODEL: ModelConfig = replace(shipped(ModelConfig, "model", "demo.yaml"), img_size=32, width=24, depth=2, heads=2)
-METHOD: MethodConfig = replace(shipped(MethodConfig, "method", "demo.yaml"), head=HEAD, group=4)
+METHOD: Dinov2Config = replace(shipped(Dinov2Config, "method", "demo.yaml"), head=HEAD, group=4, koleo_pool=4)
 SEPARATE = replace(METHOD, patch_head=replace(HEAD, prototypes=20))
 SLOTS, VIEWS, LOCALS = torch.arange(8), 2, 3
+NOW = Scheduled(teacher_temp=0.05, momentum=0.99, last_layer=True, gram_weight=0.0)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def one_step(
-    model: ModelConfig, method: MethodConfig, slots: Tensor = SLOTS, rows: slice = slice(0, 8), bf16: bool = False
+    model: ModelConfig, method: Dinov2Config, slots: Tensor = SLOTS, rows: slice = slice(0, 8), bf16: bool = False
 ) -> tuple[Losses, torch.nn.Module]:
     """Forward of both branches on fixed noise for the slots, and the losses."""
     student, teacher = build(model, method, 0)
@@ -47,11 +48,11 @@ def one_step(
         with torch.no_grad():
             taught = teacher(globals_, indices=indices)
         learned = student(globals_, locals_, crops, indices, keys(0, "drop", 0, slots))
-    return losses(learned, taught, masks, first_centres(method, "cpu"), method, 0.05, VIEWS), student
+    return losses(learned, taught, masks, first_centres(method, "cpu"), method, NOW, VIEWS), student
 
 
 @pytest.mark.parametrize("method", [METHOD, SEPARATE, replace(METHOD, targets="centering"), replace(METHOD, ibot_weight=0.0)])
-def test_every_parameter_learns_and_terms_add_up(method: MethodConfig) -> None:
+def test_every_parameter_learns_and_terms_add_up(method: Dinov2Config) -> None:
     found, student = one_step(MODEL, method)
     weights = {"dino": method.dino_weight, "ibot": method.ibot_weight, "koleo": method.koleo_weight, "kde": method.kde_weight}
     assert math.isclose(sum(weights[n] * t.item() for n, t in found.terms.items()), found.total.item(), rel_tol=1e-6)
@@ -66,7 +67,7 @@ def test_terms_are_the_pure_functions_of_the_outputs() -> None:
     masks = masks_at(MODEL, SEPARATE, 0, 0, SLOTS, 32, VIEWS)
     assert masks is not None
     taught, learned = teacher(globals_, indices=masks.indices), student(globals_, locals_, masks.crops, masks.indices)
-    found = losses(learned, taught, masks, first_centres(SEPARATE, "cpu"), SEPARATE, 0.05, VIEWS)
+    found = losses(learned, taught, masks, first_centres(SEPARATE, "cpu"), SEPARATE, NOW, VIEWS)
     targets = sinkhorn_targets(taught["cls"], 0.05, 3).view(2, 8, 16)
     patch_targets = sinkhorn_targets(taught["patch"], 0.05, 3)
     assert torch.equal(found.terms["dino"], dino_ce(learned["cls"].view(5, 8, 16), targets, 0.1))
@@ -111,7 +112,7 @@ def test_centring_updates_its_state_after_use() -> None:
     taught = teacher(noise(16, 3, 32, 32), indices=masks.indices)
     learned = student(noise(16, 3, 32, 32), None, masks.crops, masks.indices)
     first = first_centres(method, "cpu")
-    found = losses(learned, taught, masks, first, method, 0.05, VIEWS)
+    found = losses(learned, taught, masks, first, method, NOW, VIEWS)
     assert torch.equal(found.terms["dino"], dino_ce(learned["cls"].view(2, 8, 16),
                        center_targets(taught["cls"], first.cls, 0.05).view(2, 8, 16), 0.1))  # fmt: skip
     assert torch.allclose(found.centres.cls, 0.1 * taught["cls"].mean(0)) and not first.cls.any()
@@ -146,8 +147,8 @@ def test_bf16_is_close_and_its_losses_are_float32() -> None:
 
 def test_scheduled() -> None:
     warming = replace(METHOD, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=80)
-    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10)
-    assert scheduled(0, method, schedule) == (0.04, 0.9, False)
+    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10, None, True)
+    assert scheduled(0, method, schedule) == (0.04, 0.9, False, 0.0)
     assert scheduled(3, method, schedule).last_layer
     end = scheduled(100, method, schedule)
     assert end.teacher_temp == 0.07 and end.momentum == 1.0
@@ -167,10 +168,10 @@ def test_the_loss_falls_on_two_kinds_of_image() -> None:
         masks = masks_at(MODEL, method, 0, step, SLOTS, 32, VIEWS)
         assert masks is not None
         taught, learned = teacher(globals_, indices=masks.indices), student(globals_, locals_, masks.crops, masks.indices)
-        found = losses(learned, taught, masks, first_centres(method, "cpu"), method, 0.05, VIEWS)
+        found = losses(learned, taught, masks, first_centres(method, "cpu"), method, NOW, VIEWS)
         optimizer.zero_grad()
         found.total.backward()
-        set_scheduled(optimizer, 2e-3, 0.04, True)
+        set_scheduled(optimizer, 2e-3, 0.04, last_layer=True, backbone=True)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.1)
@@ -180,7 +181,7 @@ def test_the_loss_falls_on_two_kinds_of_image() -> None:
 def test_batch_norm_is_refused_over_ranks() -> None:
     method = replace(METHOD, head=replace(HEAD, batch_norm=True))
     with pytest.raises(ValueError, match="one process only"):
-        losses({}, {}, None, first_centres(method, "cpu"), method, 0.05, VIEWS, torch.distributed.ProcessGroup(0, 2))
+        losses({}, {}, None, first_centres(method, "cpu"), method, NOW, VIEWS, torch.distributed.ProcessGroup(0, 2))
 
 
 def test_unknown_targets() -> None:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig, build
+from histoscale.pretrain.methods import MethodConfig, build
 from histoscale.pretrain.optim import (
     OptimConfig,
     build_optimizer,
@@ -96,7 +96,7 @@ def test_frozen_prototypes_stay_bit_identical_while_their_moments_move() -> None
     optimizer = build_optimizer([("head.mlp.0.weight", weight), ("head.last_direction", last)], 2, D2)
     for step in range(3):
         weight.grad, last.grad = torch.ones(3, 3), torch.ones(3, 3)
-        set_scheduled(optimizer, 1e-2, 0.4, last_layer=step == 2)
+        set_scheduled(optimizer, 1e-2, 0.4, last_layer=step == 2, backbone=True)
         optimizer.step()
         assert torch.equal(last, torch.ones(3, 3)) == (step < 2)
         assert optimizer.state[last]["exp_avg"].abs().sum() > 0
@@ -104,7 +104,7 @@ def test_frozen_prototypes_stay_bit_identical_while_their_moments_move() -> None
 
 
 def test_scheduled_values() -> None:
-    schedule = ScheduleConfig("d2_v1", 100, 10)
+    schedule = ScheduleConfig("d2_v1", 100, 10, None, True)
     config = replace(OPTIM, lr=1e-3, lr_rule="none", lr_start=1e-5, lr_final=1e-6, weight_decay=[0.04, 0.4])
     assert lr_at(0, config, schedule) == 1e-5 and lr_at(9, config, schedule) == lr_at(10, config, schedule) == 1e-3
     assert lr_at(100, config, schedule) == 1e-6

@@ -14,7 +14,7 @@ from torch import nn
 
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
-from histoscale.pretrain.methods.dinov2 import build
+from histoscale.pretrain.methods import build
 from histoscale.pretrain.parallel import Parallel, prepare
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)

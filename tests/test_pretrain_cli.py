@@ -17,6 +17,7 @@ from PIL import Image
 
 from histoscale.data.keys import key
 from histoscale.launch.config import ConfigError, load
+from histoscale.launch.phases import phases_of
 from histoscale.launch.run import Refused, invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 
@@ -121,6 +122,73 @@ def test_ready_tiles_are_a_source(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "tiles" / slide / f"{i}.png")
     summary = invoke("pretrain", [*SMALL, f"tiles={tmp_path / 'tiles'}", f"out={tmp_path / 'run'}", "schedule.steps=2"])
     assert summary["pretrain"]["data"]["slides"] == 2 and summary["pretrain"]["transductive"] is None
+
+
+NEXT = [
+    "phases.next.schedule.steps=2", "phases.next.schedule.restart=true", "phases.next.schedule.warmup_steps=0",
+    "phases.next.optim.lr=1e-4", "phases.next.optim.weight_decay=[0.1,0.1]", "phases.next.method.teacher_temp=[0.04,0.04]",
+    "phases.next.method.teacher_temp_warmup_steps=0", "phases.next.method.momentum=[0.99,0.99]",
+    "phases.next.method.freeze_last_layer_steps=0", "phases.next.start.branch=both", "phases.next.start.heads=true",
+    "phases.next.start.moments=true", "phases.next.views.global_px=64", "phases.next.model.img_size=64",
+    "phases.next.roles=[train,test]",
+]  # fmt: skip
+
+
+def test_a_finished_run_goes_on_with_a_phase_and_ends_as_one_that_had_it_from_the_start(tmp_path: Path, catalog: Path) -> None:
+    """The phase has more slides, another view size and a resized position table."""
+    pretrain(tmp_path / "grown", catalog)
+    with pytest.raises(Refused, match="schedule.steps.*a new phase"):
+        pretrain(tmp_path / "grown", catalog, "schedule.steps=6")
+    grown = pretrain(tmp_path / "grown", catalog, *NEXT)["pretrain"]
+    whole = pretrain(tmp_path / "whole", catalog, *NEXT)["pretrain"]
+    assert grown["steps"] == whole["steps"] == 6 and grown["patches"] == whole["patches"] == 48
+    assert whole["phases"] == [{"name": "base", "first": 0, "steps": 4}, {"name": "next", "first": 4, "steps": 2}]
+    one, other = tensors(tmp_path / "grown"), tensors(tmp_path / "whole")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert one["teacher.backbone.pos_embed"].shape[1] == 1 + 8 * 8
+    assert {path.name for path in (tmp_path / "whole").glob("*.png")} >= {"patches.png", "patches-next.png", "views-next.png"}
+    with pytest.raises(Refused, match="phases.next.optim.lr"):
+        pretrain(tmp_path / "grown", catalog, *NEXT, "phases.next.optim.lr=1e-5")
+    with pytest.raises(Refused, match="phases.next"):
+        pretrain(tmp_path / "grown", catalog)
+    invoke("release", [f"checkpoint={tmp_path / 'whole'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
+    assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True).patch_embed.img_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["phases.next.schedule.steps=2"], r"phases.next must say what continues .* start.moments \(True in the phase before\)"),
+        ([*NEXT, "phases.next.optim.learning=1"], "phases.next.optim.learning is no key of a phase"),
+        ([*NEXT, "phases.next.storage.deadline_s=1"], "phases.next.storage is no key of a phase"),
+        ([*NEXT, "phases.next.optim.lr=fast"], "phases.next: optim.lr = 'fast'"),
+        ([*NEXT, "phases.next.start.weights=x"], "a later phase continues the one before it"),
+        ([*NEXT, "phases.next.schedule.restart=false"], "restart=false goes on .* give schedule.horizon"),
+        ([item.replace("next", "base") for item in NEXT], "the first phase's, base"),
+    ],
+)
+def test_a_phase_that_leaves_open_what_continues_is_refused(tmp_path: Path, catalog: Path, more: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pretrain(tmp_path, catalog, *more)
+
+
+def test_schedules_that_go_on_count_from_where_they_began() -> None:
+    """A phase within one long schedule keeps its horizon and its origin; what belongs to one phase alone is not inherited."""
+    keys = ["schedule.steps=4", "schedule.horizon=10", "start.weights=w", "start.freeze_backbone_steps=2"]
+    inner = [f"phases.b.{key}" for key in ("schedule.steps=3", "schedule.restart=false", "start.branch=both", "start.heads=true",
+                                          "start.moments=true", "sampler.mpps=[1.0]", "sampler.weights=[1]")]  # fmt: skip
+    (_, a), (b, second), (c, third) = phases_of(load("pretrain", [*SMALL, "catalog=c", "out=o", *keys, *inner, *NEXT]).config)
+    assert (b.first, b.origin, c.first, c.origin) == (4, 0, 7, 7)
+    assert (second.schedule.length, third.schedule.length) == (10, 2) and second.sampler.mpps == third.sampler.mpps == [1.0]
+    assert a.start.weights == "w" and second.start.weights is None and second.start.freeze_backbone_steps == 0
+
+
+@pytest.mark.parametrize("phase", ["high_resolution", "gram"])
+def test_phases_that_come_with_us_follow_a_recipe(phase: str) -> None:
+    config = load("pretrain", ["recipe=midnight_vitg14", f"phase=[{phase}]", "catalog=c", "out=o"]).config
+    (_, _), (_, second) = phases_of(config)
+    assert second.views.global_px % second.model.patch_size == 0 == second.views.local_px % second.model.patch_size
+    assert second.optim.global_batch % (second.method.group * second.optim.micro_batches) == 0
 
 
 @pytest.mark.slow

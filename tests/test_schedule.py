@@ -11,7 +11,7 @@ T, W = 50, 10
 
 
 def values(preset: str, warmup: int = W) -> list[float]:
-    config = ScheduleConfig(preset, T, warmup)
+    config = ScheduleConfig(preset, T, warmup, None, True)
     return [cosine(step, config, warmup, 0.0, 2.0, 0.5) for step in range(T + 3)]
 
 
@@ -43,12 +43,20 @@ def test_teacher_temperature() -> None:
 
 
 def test_a_constant_stays_exactly_constant() -> None:
-    config = ScheduleConfig("d2_v1", T, 0)
+    config = ScheduleConfig("d2_v1", T, 0, None, True)
     assert {cosine(step, config, 0, 0.994, 0.994, 0.994) for step in range(T + 1)} == {0.994}
+
+
+@pytest.mark.parametrize("preset", ["d2_v1", "d3_v2"])
+def test_a_horizon_beyond_the_run_leaves_it_on_its_way(preset: str) -> None:
+    """A run of 20 steps on a horizon of T has the first 20 values of a run of T; a horizon within it ends in a flat tail."""
+    short, tail = ScheduleConfig(preset, 20, W, T, True), ScheduleConfig(preset, T + 3, W, T, True)
+    assert [cosine(step, short, W, 0.0, 2.0, 0.5) for step in range(20)] == values(preset)[:20]
+    assert [cosine(step, tail, W, 0.0, 2.0, 0.5) for step in range(T + 3)] == values(preset)
 
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="schedule.preset='cosine'"):
-        cosine(0, ScheduleConfig("cosine", T, W), W, 0, 1, 0)
+        cosine(0, ScheduleConfig("cosine", T, W, None, True), W, 0, 1, 0)
     with pytest.raises(ValueError, match="60 steps does not fit"):
-        cosine(0, ScheduleConfig("d2_v1", T, 60), 60, 0, 1, 0)
+        cosine(0, ScheduleConfig("d2_v1", T, 60, None, True), 60, 0, 1, 0)

@@ -24,11 +24,12 @@ from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.masking import MaskConfig
-from histoscale.pretrain.methods.dinov2 import MethodConfig
+from histoscale.pretrain.methods import Dinov2Config
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.schedule import ScheduleConfig
+from histoscale.pretrain.start import StartConfig
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
@@ -45,22 +46,27 @@ CONFIG = TrainConfig(
         architecture="vit_tiny_patch16_224", img_size=32, patch_size=8, width=48, depth=2, heads=3, mlp_ratio=None, registers=0,
         layer_scale=None, drop_path=0.2,
     ),
-    method=MethodConfig(
-        group=4, head=HEAD, patch_head=None, mask=MaskConfig(probability=0.5, ratio=[0.1, 0.5]), dino_weight=1.0, ibot_weight=1.0,
-        koleo_weight=0.1, kde_weight=0.0, kde_kappa=5.0, targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9,
-        student_temp=0.1, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
+    method=Dinov2Config(
+        kind="dinov2", group=4, head=HEAD, patch_head=None, mask=MaskConfig(probability=0.5, ratio=[0.1, 0.5], shift=False),
+        dino_weight=1.0, local_weight=1.0, ibot_weight=1.0, koleo_weight=0.1, koleo_pool=4, koleo_neighbours=1, kde_weight=0.0,
+        kde_kappa=5.0, kde_pool=4, kde_reversed=False, gram=None,
+        targets="sinkhorn", sinkhorn_iterations=3, centre_momentum=0.9, student_temp=0.1,
+        teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=5, momentum=[0.9, 1.0], freeze_last_layer_steps=0,
+    ),
+    start=StartConfig(
+        weights=None, branch="both", heads=True, moments=True, resize="timm", may_lack=[], may_ignore=[], freeze_backbone_steps=0,
     ),
     optim=OptimConfig(
         global_batch=24, micro_batches=1, precision="fp32", lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.1],
         groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
     ),
-    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2),
+    schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2, horizon=None, restart=True),
     hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
-        every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98, used_below=0.02, rankme_below=0.02,
-        stop_on_collapse=False,
+        labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
+        used_below=0.02, rankme_below=0.02, stop_on_collapse=False,
     ),
 )  # fmt: skip
 
