@@ -32,7 +32,7 @@ def hsv(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sector = np.where(value == red, (green - blue) / safe, from_green)
     hue = np.rint(np.where(chroma == 0, 0, sector) * 30).astype(np.int16)
     saturation = np.rint(chroma / np.maximum(value, 1).astype(np.float32) * 255).astype(np.int16)
-    return np.where(hue < 0, hue + 180, hue) % 180, saturation, value
+    return np.where(hue < 0, hue + 180, hue), saturation, value
 
 
 def passes(patches: Sequence[np.ndarray], config: PixelFilterConfig) -> np.ndarray:

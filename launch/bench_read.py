@@ -16,7 +16,7 @@ from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import read_manifest
 from histoscale.data.plan import Plan, Visit
-from histoscale.data.readers.codec import decode_tile, with_tables
+from histoscale.data.readers.codec import decode_tile, jpegparts, with_tables
 from histoscale.data.readers.pyramid import Canvas, Damage, Level, Reader
 from histoscale.data.readers.region import touched
 from histoscale.data.readers.scale import Scale, read_scaled
@@ -73,6 +73,7 @@ def read(config: "Config", journal: Journal) -> dict[str, Any]:
         "rates": {name: vars(rate) for name, rate in found.items()},
         "ratios": ratios,
         "filter_refused": refused,
+        "jpeg_in_place": jpegparts is not None,
         "slides": len(catalog),
         "catalog": catalog.hash,
     }
@@ -260,7 +261,7 @@ def _tiles(notes: list[Asked]) -> list[tuple[Level, bytes, int]] | None:
         if reader.layout.kind != "tiff":
             return None
         level = reader.layout.levels[number]
-        numbers = [tile.number for tile in touched(level, x, y, width, height, reduce, wanted)]
+        numbers = touched(level, x, y, width, height, reduce, wanted).numbers.tolist()
         spans = [(int(level.offsets[t]), int(level.offsets[t] + level.counts[t])) for t in numbers if level.counts[t]]
         found += [(level, data, reduce) for data in reader.store.ranges(reader.uri, spans)]  # type: ignore[attr-defined]
     return found
@@ -303,5 +304,6 @@ def _text(config: "Config", rates: dict[str, Rate], ratios: dict[str, float], re
     for name, rate in sorted(rates.items(), key=lambda item: -item[1].median):
         lines.append(f"  {words[name]:<55} {rate.median:8.0f} [{rate.low:.0f}, {rate.high:.0f}]")
     lines += [f"  {words[a]} / {words[b]}: {value:.2f}" for (a, b), value in ((n.split("/"), v) for n, v in ratios.items())]
+    lines.append(f"  JPEG: {'in place' if jpegparts else 'whole tiles, copied (jpegparts is not compiled)'}")
     lines.append(f"  the pixel filter refused {refused:.1%} of the patches of the stream; {os.cpu_count()} cores")
     return "\n".join(lines)

@@ -6,7 +6,8 @@
     python3 launch/up.py test all           every test, lint and types: what CI runs
     python3 launch/up.py <command> key=value …   any command of histoscale
 
-NO_UV=1 forces pip. The environment is .venv beside this folder; it is made again when pyproject.toml or constraints.txt change.
+NO_UV=1 forces pip. The environment is .venv beside this folder; it is made again when pyproject.toml,
+constraints.txt or the C source change.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 EXTRAS = "test,lint,hf,s3,gcs,obstore"
+COMPILED = "data/readers/jpegparts.c"
 DOWNLOAD = "about 2.7 GB to download, 6 GB on disk"
 
 
@@ -31,7 +33,7 @@ def say(text: str) -> None:
 
 def stamp() -> str:
     """What the environment was made from: files, extras and the Python that runs this script."""
-    content = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    content = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", COMPILED))
     return hashlib.sha256(content + EXTRAS.encode() + sys.version.encode()).hexdigest()
 
 

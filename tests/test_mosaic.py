@@ -37,13 +37,13 @@ def test_parts_are_the_whole_and_no_tile_is_decoded_twice(
     damage: list[Damage] = []
     whole = read_scaled(reader, scale, 96, 64, 5 * side, 4 * side, damage)
     decoded: list[int] = []
-    original = TiffReader._decode
+    original = TiffReader._paint
 
-    def noted(self: TiffReader, *given: Any) -> np.ndarray:
-        decoded.append(given[2])
+    def noted(self: TiffReader, *given: Any) -> list[int]:
+        decoded.extend(given[2].numbers[given[4]].tolist())
         return original(self, *given)
 
-    monkeypatch.setattr(TiffReader, "_decode", noted)
+    monkeypatch.setattr(TiffReader, "_paint", noted)
     draw = np.random.default_rng(3)
     mosaic = Mosaic(reader, scale, 96, 64, np.ones((4, 5), bool), side)
     left = draw.permutation(20).tolist()

@@ -10,6 +10,11 @@ from PIL import Image
 
 from histoscale.data.readers.pyramid import DecodeError, Level
 
+try:  # compiled where the machine that installs has a C compiler and libjpeg-turbo's headers; same pixels, faster
+    from histoscale.data.readers import jpegparts
+except ImportError:
+    jpegparts = None  # type: ignore[assignment]
+
 _APP0, _APP14, _SOS = 0xE0, 0xEE, 0xDA
 _PLAIN = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # SOF markers
@@ -31,6 +36,28 @@ class _Head(NamedTuple):
 
 
 _heads: dict[tuple[bytes, str], _Head] = {}  # by tables and colour: the last one
+
+
+def paint(pixels: np.ndarray, tiles: list[memoryview], places: np.ndarray, level: Level, reduce: int) -> dict[int, str]:
+    """Decodes a part of each tile into its place in `pixels`, uint8 [h, w, 3]; why, of the tiles that are damaged, by index.
+
+    places: int64 [n, 6]: left, top, right, bottom of the part (px of the tile / reduce) and its corner x, y in `pixels`.
+    """
+    if level.compression == "jpeg" and jpegparts is not None:
+        ycbcr = level.colour == "ycbcr"
+        found = jpegparts.paint(pixels, tiles, places, level.tables, ycbcr, level.tile_width, level.tile_height, reduce)
+        return {i: f"damaged jpeg data of {len(tiles[i])} bytes: {why}" for i, why in found.items()}
+    # A tile is copied before the next one is decoded: one buffer serves them all.
+    scratch = np.empty((level.tile_height // reduce, level.tile_width // reduce, 3), np.uint8)
+    reasons = {}
+    for i, (left, top, right, bottom, x, y) in enumerate(places.tolist()):
+        try:
+            tile = decode_tile(tiles[i], level, reduce, scratch)
+        except DecodeError as error:
+            reasons[i] = str(error)
+            continue
+        pixels[y : y + bottom - top, x : x + right - left] = tile[top:bottom, left:right]
+    return reasons
 
 
 def decode_tile(data: bytes | memoryview, level: Level, reduce: int = 1, scratch: np.ndarray | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ class Mosaic:
         self.height, self.width = fits.shape[0] * side_px, fits.shape[1] * side_px
         reduce = reduction(scale, reader.layout.levels[scale.level])
         self._piecewise = reader.layout.kind == "tiff" and scale.factor == reduce and x % reduce == 0 == y % reduce
-        self._canvas = Canvas(np.empty((self.height, self.width, 3), np.uint8), set()) if self._piecewise else None
+        self._canvas = Canvas(np.empty((self.height, self.width, 3), np.uint8), set(), fits) if self._piecewise else None
         self._damage: list[Damage] = []  # of all that was painted: later cells may share a tile
         self._readable: np.ndarray | None = None
         self.pixels = self._canvas.pixels if self._canvas is not None else np.empty((0, 0, 3), np.uint8)

@@ -73,10 +73,12 @@ class Damage:
 
 
 class Canvas(NamedTuple):
-    """A region that is read in parts. pixels: uint8 [height, width, 3], of which nothing is set yet; painted: tiles that are."""
+    """A region that is read in parts. pixels: uint8 [height, width, 3], of which nothing is set yet; painted: tiles that are.
+    ever: bool [rows, columns], the cells that may be wanted some time."""
 
     pixels: np.ndarray
     painted: set[int]
+    ever: np.ndarray
 
 
 class Reader(Protocol):

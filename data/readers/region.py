@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from histoscale.data.readers.codec import decode_tile
+from histoscale.data.readers.codec import paint
 from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, Level, Reader
 from histoscale.data.readers.vendor import FREE, Gate, OpenSlideReader
 from histoscale.data.storage import Store
@@ -13,42 +13,98 @@ _GAP = 32 << 10  # bytes between wanted tiles of a row that are cheaper to read 
 
 
 class Touched(NamedTuple):
-    """A tile that a region needs. x, y: its corner; left, top, right, bottom: its part inside region and level. (Reduced) px."""
+    """The n tiles that a region needs, row by row. numbers: int64 [n], of the level. places: int64 [n, 6], in (reduced) px: left,
+    top, right, bottom of the part inside the tile, and its corner x, y in the region."""
 
-    number: int
-    x: int
-    y: int
-    left: int
-    top: int
-    right: int
-    bottom: int
+    numbers: np.ndarray
+    places: np.ndarray
+
+    def some(self, chosen: np.ndarray) -> "Touched":
+        """Those with these indices, or where a mask is true."""
+        return Touched(self.numbers[chosen], self.places[chosen])
+
+
+_NONE = Touched(np.empty(0, np.int64), np.empty((0, 6), np.int64))
 
 
 def touched(
-    table: Level, x: int, y: int, width: int, height: int, reduce: int = 1, wanted: np.ndarray | None = None
-) -> list[Touched]:
-    """The tiles under a region (`Reader.region` says in which units), row by row. Padding of border tiles lies outside."""
-    left, right = max(x, 0), min(x + width, table.width // reduce)
-    top, bottom = max(y, 0), min(y + height, table.height // reduce)
-    if left >= right or top >= bottom:
-        return []
-    wide, high = table.tile_width // reduce, table.tile_height // reduce
-    cell_height, cell_width = (height, width) if wanted is None else (height // wanted.shape[0], width // wanted.shape[1])
-    columns = [
-        (column, column * wide, max(column * wide, left), min(column * wide + wide, right))
-        for column in range(left // wide, (right - 1) // wide + 1)
-    ]
-    found = []
-    for row in range(top // high, (bottom - 1) // high + 1):
-        y0, y1 = max(row * high, top), min(row * high + high, bottom)
-        line: list[bool] = []  # of the columns of cells, which are wanted in this row of tiles
-        if wanted is not None:
-            across = wanted[(y0 - y) // cell_height : (y1 - y - 1) // cell_height + 1]
-            line = np.asarray(across.any(axis=0)).tolist()
-        for column, start, x0, x1 in columns:
-            if wanted is None or any(line[(x0 - x) // cell_width : (x1 - x - 1) // cell_width + 1]):
-                found.append(Touched(row * table.columns + column, start, row * high, x0, y0, x1, y1))
-    return found
+    table: Level,
+    x: int,
+    y: int,
+    width: int,
+    height: int,
+    reduce: int = 1,
+    wanted: np.ndarray | None = None,
+    ever: np.ndarray | None = None,
+) -> Touched:
+    """The tiles under a region (`Reader.region` says in which units). Padding of border tiles lies outside.
+
+    wanted, ever: bool [rows, columns] of the region's cells. Tiles that touch no wanted one are left out; of the others, outer
+    rows and columns of cells that will not be wanted ever.
+    """
+    right, bottom = min(x + width, table.width // reduce), min(y + height, table.height // reduce)
+    if max(x, 0) >= right or max(y, 0) >= bottom:
+        return _NONE
+    columns, left, right_of, column_cells = _along(x, right, table.tile_width // reduce, width, wanted, 1)
+    rows, top, bottom_of, row_cells = _along(y, bottom, table.tile_height // reduce, height, wanted, 0)
+    shape = len(rows), len(columns)
+    places = np.empty((*shape, 4), np.int64)  # left, top, right, bottom in the region
+    places[..., 0], places[..., 1], places[..., 2], places[..., 3] = left, top[:, None], right_of, bottom_of[:, None]
+    numbers = (rows * table.columns)[:, None] + columns
+    keep = np.ones(shape, bool)
+    if wanted is not None:
+        sums = _sums(wanted)
+        keep = _count(sums, *row_cells, *column_cells) > 0
+        if ever is None or not ever.all():
+            sums = sums if ever is None else _sums(ever)
+            _shrink(places, sums, row_cells, column_cells, height // wanted.shape[0], width // wanted.shape[1])
+    chosen = places[keep]
+    row, column = np.divmod(numbers[keep], table.columns)
+    found = np.empty((len(chosen), 6), np.int64)
+    found[:, 4:] = chosen[:, :2]
+    found[:, 0:4:2] = chosen[:, 0:4:2] + (x - column * (table.tile_width // reduce))[:, None]
+    found[:, 1:4:2] = chosen[:, 1:4:2] + (y - row * (table.tile_height // reduce))[:, None]
+    return Touched(numbers[keep], found)
+
+
+Cells = tuple[np.ndarray, np.ndarray]  # first cell, and the one after the last
+
+
+def _along(
+    start: int, stop: int, tile: int, side: int, wanted: np.ndarray | None, axis: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Cells]:
+    """Of the tiles along one axis: numbers, first and last + 1 pixel in the region, and which cells they reach."""
+    numbers = np.arange(max(start, 0) // tile, (stop - 1) // tile + 1)
+    first = np.maximum(numbers * tile, max(start, 0)) - start
+    last = np.minimum(numbers * tile + tile, stop) - start
+    cell = side if wanted is None else side // wanted.shape[axis]
+    return numbers, first, last, (first // cell, (last - 1) // cell + 1)
+
+
+def _sums(cells: np.ndarray) -> np.ndarray:
+    """The integral image of bool [rows, columns]."""
+    sums = np.zeros((cells.shape[0] + 1, cells.shape[1] + 1), np.int64)
+    cells.cumsum(0).cumsum(1, out=sums[1:, 1:])
+    return sums
+
+
+def _count(sums: np.ndarray, top: np.ndarray, below: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """int [rows of tiles, columns of tiles]: how many true cells each tile reaches."""
+    down = sums[below] - sums[top]
+    return down[:, right] - down[:, left]
+
+
+def _shrink(places: np.ndarray, sums: np.ndarray, rows: Cells, columns: Cells, high: int, wide: int) -> None:
+    """Takes from the parts of the tiles, in place, an outer row or column of cells that holds none that may be wanted."""
+    (top, below), (left, right) = rows, columns
+    for side, cells, edge in (
+        (0, (top, below, left, left + 1), (left + 1) * wide),
+        (1, (top, top + 1, left, right), ((top + 1) * high)[:, None]),
+        (2, (top, below, right - 1, right), (right - 1) * wide),
+        (3, (below - 1, below, left, right), ((below - 1) * high)[:, None]),
+    ):
+        better = np.maximum if side < 2 else np.minimum
+        np.copyto(places[..., side], better(places[..., side], edge), where=_count(sums, *cells) == 0)
 
 
 def open_reader(uri: str, layout: Layout, store: Store, decoding: Gate = FREE) -> Reader:
@@ -83,61 +139,65 @@ class TiffReader:
         if not table.reducible(reduce):
             sides = f"{table.tile_width}x{table.tile_height}"
             raise ValueError(f"{self.uri}, level {level}: tiles of {sides} px do not divide by {reduce}")
-        tiles = touched(table, x, y, width, height, reduce, wanted)
+        tiles = touched(table, x, y, width, height, reduce, wanted, None if canvas is None else canvas.ever)
         if canvas is not None:
-            tiles = [tile for tile in tiles if tile.number not in canvas.painted]
-        parts = self._fetch(table, [tile.number for tile in tiles])
+            tiles = tiles.some(np.array([number not in canvas.painted for number in tiles.numbers.tolist()], bool))
+        data = self._fetch(table, tiles.numbers)
         with self.decoding:
             if canvas is not None:
                 out = canvas.pixels
-                canvas.painted.update(tile.number for tile in tiles)
+                canvas.painted.update(tiles.numbers.tolist())
             else:
                 out = np.empty((height, width, 3), np.uint8)
-                if sum((tile.right - tile.left) * (tile.bottom - tile.top) for tile in tiles) < width * height:
+                if _area(tiles) < width * height:
                     out[:] = WHITE
-            # A tile is copied before the next one is decoded: one buffer serves them all.
-            scratch = np.empty((table.tile_height // reduce, table.tile_width // reduce, 3), np.uint8)
-            for tile in tiles:
-                if tile.number not in parts:
-                    out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = WHITE
-                    continue
-                try:
-                    pixels = self._decode(table, level, tile.number, parts[tile.number], reduce, scratch)
-                except DecodeError:
-                    if damage is None:
-                        raise
-                    damage.append(Damage(tile.left - x, tile.top - y, tile.right - x, tile.bottom - y))
-                    out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = WHITE
-                    continue
-                inside = pixels[tile.top - tile.y : tile.bottom - tile.y, tile.left - tile.x : tile.right - tile.x]
-                out[tile.top - y : tile.bottom - y, tile.left - x : tile.right - x] = inside
+            there = [i for i, one in enumerate(data) if one]
+            blank = [i for i, one in enumerate(data) if not one]
+            blank += self._paint(out, level, tiles, data, there, reduce, damage)
+            for left, top, right, bottom, to_x, to_y in tiles.places[blank].tolist():
+                out[to_y : to_y + bottom - top, to_x : to_x + right - left] = WHITE
         return out
 
-    def _fetch(self, table: Level, numbers: list[int]) -> dict[int, memoryview]:
-        """Bytes of the tiles that exist; tiles that follow one another in the file come as one range."""
-        offsets, counts = table.offsets.take(numbers).tolist(), table.counts.take(numbers).tolist()
-        spans: list[tuple[int, int]] = []
-        places: list[tuple[int, int, int, int]] = []  # tile, span, start inside the span, count
-        for number, offset, count in zip(numbers, offsets, counts, strict=True):
-            if count == 0:
-                continue
-            if spans and 0 <= offset - spans[-1][1] <= _GAP:
-                spans[-1] = (spans[-1][0], offset + count)
-            else:
-                spans.append((offset, offset + count))
-            places.append((number, len(spans) - 1, offset - spans[-1][0], count))
-        parts = [memoryview(data) for data in self.store.ranges(self.uri, spans)] if spans else []
-        return {number: parts[span][start : start + count] for number, span, start, count in places}
+    def _paint(
+        self, out: np.ndarray, level: int, tiles: Touched, data: list[memoryview], there: list[int], reduce: int,
+        damage: list[Damage] | None,
+    ) -> list[int]:  # fmt: skip
+        """Decodes the tiles that are there into the region; those that cannot be decoded are noted and returned.
 
-    def _decode(
-        self, table: Level, level: int, number: int, data: memoryview, reduce: int, scratch: np.ndarray
-    ) -> np.ndarray:
-        """Damaged bytes are fetched once more: a bad transfer passes, damage at rest stays."""
-        try:
-            return decode_tile(data, table, reduce, scratch)
-        except DecodeError:
-            again = self._fetch(table, [number])
-            try:
-                return decode_tile(again[number], table, reduce, scratch)
-            except DecodeError as error:
-                raise DecodeError(f"{self.uri}, level {level}, tile {number}: {error}") from error
+        Damaged bytes are fetched once more: a bad transfer passes, damage at rest stays.
+        """
+        table = self.layout.levels[level]
+        reasons = paint(out, [data[i] for i in there], tiles.places[there], table, reduce)
+        if not reasons:
+            return []
+        again = [there[i] for i in reasons]
+        numbers, places = tiles.numbers[again], tiles.places[again]
+        reasons = paint(out, self._fetch(table, numbers), places, table, reduce)
+        for i, reason in reasons.items():
+            if damage is None:
+                raise DecodeError(f"{self.uri}, level {level}, tile {numbers[i]}: {reason}")
+            left, top, right, bottom, to_x, to_y = places[i].tolist()
+            damage.append(Damage(to_x, to_y, to_x + right - left, to_y + bottom - top))
+        return [again[i] for i in reasons]
+
+    def _fetch(self, table: Level, numbers: np.ndarray) -> list[memoryview]:
+        """Bytes of the tiles, none of those that are missing; tiles that follow one another in the file come as one range."""
+        offsets, counts = table.offsets[numbers].tolist(), table.counts[numbers].tolist()
+        spans: list[list[int]] = []
+        places: list[tuple[int, int]] = []  # span, start inside the span
+        for offset, count in zip(offsets, counts, strict=True):
+            if count and spans and 0 <= offset - spans[-1][1] <= _GAP:
+                spans[-1][1] = offset + count
+            elif count:
+                spans.append([offset, offset + count])
+            places.append((len(spans) - 1, offset - spans[-1][0] if count else 0))
+        wanted = [(start, stop) for start, stop in spans]
+        parts = [memoryview(part) for part in self.store.ranges(self.uri, wanted)] if spans else []
+        pairs = zip(places, counts, strict=True)
+        return [parts[span][start : start + count] if count else memoryview(b"") for (span, start), count in pairs]
+
+
+def _area(tiles: Touched) -> int:
+    """Pixels of the region that the tiles cover."""
+    left, top, right, bottom = tiles.places.T[:4]
+    return int(((right - left) * (bottom - top)).sum())

@@ -1,0 +1,258 @@
+/* Parts of JPEG tiles, decoded straight into a region with libjpeg-turbo.
+
+   Outside the wanted part only the entropy code is read: no inverse DCT, no colours, no copy of the tile. The rest of the scan is
+   read to its end all the same, because damage often shows only there. Pixels equal those of the whole tile, bit for bit: where
+   chroma is interpolated, one block more on each side is decoded. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <jpeglib.h>
+#include <jerror.h>
+
+#ifndef LIBJPEG_TURBO_VERSION
+#error "libjpeg-turbo is needed: other libjpegs can neither crop nor skip while they decode"
+#endif
+#if JPEG_LIB_VERSION >= 70
+#define DCT_WIDTH(component) ((component)->DCT_h_scaled_size)
+#define DCT_HEIGHT(component) ((component)->DCT_v_scaled_size)
+#define MIN_DCT_WIDTH(c) ((c)->min_DCT_h_scaled_size)
+#define MIN_DCT_HEIGHT(c) ((c)->min_DCT_v_scaled_size)
+#else
+#define DCT_WIDTH(component) ((component)->DCT_scaled_size)
+#define DCT_HEIGHT(component) ((component)->DCT_scaled_size)
+#define MIN_DCT_WIDTH(c) ((c)->min_DCT_scaled_size)
+#define MIN_DCT_HEIGHT(c) ((c)->min_DCT_scaled_size)
+#endif
+
+#define ROWS 16 /* row pointers that are given at a time; libjpeg fills at most 4 */
+
+/* What a part needs, in pixels of the (reduced) tile, and its corner in the region. */
+typedef struct {
+    int64_t left, top, right, bottom, x, y;
+} Place;
+
+/* Everything that all tiles of a call share. */
+typedef struct {
+    unsigned char *pixels; /* uint8 [height, width, 3] */
+    int64_t width, height;
+    const unsigned char *tables;
+    unsigned long tables_size;
+    J_COLOR_SPACE colour;
+    JDIMENSION tile_width, tile_height;
+    unsigned int reduce;
+    unsigned char *scratch; /* a row of a tile */
+} Region;
+
+typedef struct {
+    struct jpeg_error_mgr standard;
+    jmp_buf escape;
+    char text[JMSG_LENGTH_MAX];
+} Errors;
+
+static void fail(j_common_ptr c) {
+    Errors *errors = (Errors *)c->err;
+    errors->standard.format_message(c, errors->text);
+    longjmp(errors->escape, 1);
+}
+
+/* A warning is damage: libjpeg would go on with grey blocks. Not so for what JFIF and Adobe markers say: the layout decides. */
+static void warn(j_common_ptr c, int level) {
+    if (level < 0 && c->err->msg_code != JWRN_ADOBE_XFORM && c->err->msg_code != JWRN_JFIF_MAJOR) fail(c);
+}
+
+static void refuse(Errors *errors, const char *format, unsigned a, unsigned b, unsigned wanted_a, unsigned wanted_b) {
+    snprintf(errors->text, sizeof errors->text, format, a, b, wanted_a, wanted_b);
+    longjmp(errors->escape, 1);
+}
+
+/* Leaves the frame header read and checked. */
+static void begin(j_decompress_ptr c, Errors *errors, const Region *region, const unsigned char *data, unsigned long size) {
+    if (region->tables_size) {
+        jpeg_mem_src(c, region->tables, region->tables_size);
+        jpeg_read_header(c, FALSE);
+    }
+    jpeg_mem_src(c, data, size);
+    jpeg_read_header(c, TRUE);
+    if (c->image_width != region->tile_width || c->image_height != region->tile_height)
+        refuse(errors, "its image is %ux%u, expected %ux%u", c->image_width, c->image_height, region->tile_width, region->tile_height);
+    if (c->num_components == 3)
+        c->jpeg_color_space = region->colour;
+    else if (c->num_components != 1)
+        refuse(errors, "it has %u components, expected 3", c->num_components, 0, 0, 0);
+    c->out_color_space = JCS_RGB;
+    c->scale_num = 1;
+    c->scale_denom = region->reduce;
+    jpeg_start_decompress(c);
+}
+
+/* Rows and columns beside a part that interpolated chroma looks at: one block of the coarsest component. */
+static void margins(j_decompress_ptr c, JDIMENSION *across, JDIMENSION *down) {
+    *across = *down = 0;
+    for (int i = 0; i < c->num_components; i++) {
+        jpeg_component_info *component = &c->comp_info[i];
+        if (component->h_samp_factor * DCT_WIDTH(component) != c->max_h_samp_factor * MIN_DCT_WIDTH(c) ||
+            component->v_samp_factor * DCT_HEIGHT(component) != c->max_v_samp_factor * MIN_DCT_HEIGHT(c)) {
+            *across = c->max_h_samp_factor * MIN_DCT_WIDTH(c);
+            *down = c->max_v_samp_factor * MIN_DCT_HEIGHT(c);
+        }
+    }
+}
+
+static void read_row(j_decompress_ptr c, unsigned char *row) {
+    JSAMPROW rows[1] = {row};
+    jpeg_read_scanlines(c, rows, 1);
+}
+
+static void paint_tile(j_decompress_ptr c, Errors *errors, const Region *region, const unsigned char *data, unsigned long size,
+                       const Place *place) {
+    begin(c, errors, region, data, size);
+    JDIMENSION across, down, start = 0, width = c->output_width;
+    margins(c, &across, &down);
+    JDIMENSION left = place->left, top = place->top, right = place->right, bottom = place->bottom;
+    JDIMENSION first = left > across ? left - across : 0, last = right + across < width ? right + across : width;
+    if (first > 0 || last < width) {
+        start = first, width = last - first;
+        jpeg_crop_scanline(c, &start, &width);
+    }
+    if (top > down) jpeg_skip_scanlines(c, top - down);
+    while (c->output_scanline < top) read_row(c, region->scratch);
+    unsigned char *out = region->pixels + (place->y * region->width + place->x) * 3;
+    if (start == left && width == right - left)
+        while (c->output_scanline < bottom) {
+            JSAMPROW rows[ROWS];
+            JDIMENSION count = bottom - c->output_scanline < ROWS ? bottom - c->output_scanline : ROWS;
+            for (JDIMENSION i = 0; i < count; i++) rows[i] = out + (c->output_scanline - top + i) * region->width * 3;
+            jpeg_read_scanlines(c, rows, count);
+        }
+    else
+        while (c->output_scanline < bottom) {
+            unsigned char *row = out + (c->output_scanline - top) * region->width * 3;
+            read_row(c, region->scratch);
+            memcpy(row, region->scratch + (left - start) * 3, (right - left) * 3);
+        }
+    if (c->output_scanline + 1 < c->output_height) jpeg_skip_scanlines(c, c->output_height - 1 - c->output_scanline);
+    while (c->output_scanline < c->output_height) read_row(c, region->scratch); /* skipping to the end would not read it */
+    jpeg_finish_decompress(c);
+}
+
+/* Paints one tile; on damage leaves the reason. Its decompressor is its own: tables of another tile must not serve one that lacks
+   them. */
+static void try_tile(const Region *region, const Py_buffer *tile, const Place *place, char *reason) {
+    struct jpeg_decompress_struct c = {0};
+    Errors errors = {0};
+    c.err = jpeg_std_error(&errors.standard);
+    errors.standard.error_exit = fail;
+    errors.standard.emit_message = warn;
+    if (setjmp(errors.escape)) {
+        memcpy(reason, errors.text, sizeof errors.text);
+    } else {
+        if (tile->len == 0) refuse(&errors, "it is empty", 0, 0, 0, 0);
+        jpeg_create_decompress(&c);
+        paint_tile(&c, &errors, region, tile->buf, tile->len, place);
+    }
+    jpeg_destroy_decompress(&c);
+}
+
+/* -1 with an exception set unless every part lies inside its tile and inside the region. */
+static int check_places(const Region *region, const Place *places, Py_ssize_t count) {
+    int64_t width = region->tile_width / region->reduce, height = region->tile_height / region->reduce;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const Place *p = &places[i];
+        if (p->left < 0 || p->top < 0 || p->left >= p->right || p->top >= p->bottom || p->right > width || p->bottom > height ||
+            p->x < 0 || p->y < 0 || p->x + p->right - p->left > region->width || p->y + p->bottom - p->top > region->height) {
+            PyErr_Format(PyExc_ValueError, "place %zd is outside its tile of %lld x %lld px or outside the region", i, (long long)width,
+                         (long long)height);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+static PyObject *reasons_of(char (*reasons)[JMSG_LENGTH_MAX], Py_ssize_t count) {
+    PyObject *found = PyDict_New();
+    for (Py_ssize_t i = 0; found && i < count; i++) {
+        if (!reasons[i][0]) continue;
+        PyObject *number = PyLong_FromSsize_t(i), *text = PyUnicode_DecodeLatin1(reasons[i], strlen(reasons[i]), NULL);
+        if (!number || !text || PyDict_SetItem(found, number, text) < 0) Py_CLEAR(found);
+        Py_XDECREF(number);
+        Py_XDECREF(text);
+    }
+    return found;
+}
+
+/* The tiles as buffers; -1 with an exception set, and none held. */
+static int hold(PyObject *list, Py_buffer *tiles, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (PyObject_GetBuffer(PyList_GET_ITEM(list, i), &tiles[i], PyBUF_SIMPLE) < 0) {
+            while (i-- > 0) PyBuffer_Release(&tiles[i]);
+            return -1;
+        }
+    return 0;
+}
+
+PyDoc_STRVAR(paint_doc,
+"paint(pixels, tiles, places, tables, ycbcr, tile_width, tile_height, reduce) -> dict[int, str]\n\n"
+"Decode a part of each JPEG tile into its place in pixels, uint8 [height, width, 3], C-contiguous.\n\n"
+"tiles: list of n bytes-like objects. places: int64 [n, 6]: left, top, right, bottom of the part, px of the tile divided by\n"
+"`reduce` (1, 2, 4 or 8), and its corner x, y in pixels. tables: shared JPEG tables, or b''. ycbcr: whether the samples are YCbCr\n"
+"or RGB, whatever the markers say. Returns why the tiles that are damaged are; their place may hold anything.\n"
+"Raises ValueError for places outside, TypeError and BufferError for what is no such array.");
+
+static PyObject *paint(PyObject *module, PyObject *arguments) {
+    PyObject *array, *list, *found = NULL;
+    Py_buffer pixels = {0}, placed, tables;
+    int ycbcr, tile_width, tile_height, reduce;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "OO!y*y*piii", &array, &PyList_Type, &list, &placed, &tables, &ycbcr, &tile_width, &tile_height,
+                          &reduce))
+        return NULL;
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    Py_buffer *tiles = PyMem_Calloc(count ? count : 1, sizeof *tiles);
+    char(*reasons)[JMSG_LENGTH_MAX] = PyMem_Calloc(count ? count : 1, sizeof *reasons);
+    unsigned char *scratch = NULL;
+    if (!tiles || !reasons) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    if (PyObject_GetBuffer(array, &pixels, PyBUF_ND | PyBUF_WRITABLE) < 0) goto done;
+    if (pixels.ndim != 3 || pixels.itemsize != 1 || pixels.shape[2] != 3 || placed.len != count * (Py_ssize_t)sizeof(Place) ||
+        (reduce != 1 && reduce != 2 && reduce != 4 && reduce != 8) || tile_width < reduce || tile_height < reduce ||
+        tile_width % reduce || tile_height % reduce) {
+        PyErr_SetString(PyExc_ValueError, "expected pixels uint8 [height, width, 3], places int64 [n, 6] of n tiles, and reduce 1, 2, 4 or "
+                                          "8 that divides the sides of a tile");
+        goto done;
+    }
+    scratch = PyMem_Malloc((size_t)tile_width * 3);
+    if (!scratch) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Region region = {pixels.buf, pixels.shape[1], pixels.shape[0], tables.buf, tables.len, ycbcr ? JCS_YCbCr : JCS_RGB,
+                     tile_width, tile_height, reduce, scratch};
+    if (check_places(&region, placed.buf, count) < 0 || hold(list, tiles, count) < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++) try_tile(&region, &tiles[i], (const Place *)placed.buf + i, reasons[i]);
+    Py_END_ALLOW_THREADS
+    for (Py_ssize_t i = 0; i < count; i++) PyBuffer_Release(&tiles[i]);
+    found = reasons_of(reasons, count);
+done:
+    if (pixels.obj) PyBuffer_Release(&pixels);
+    PyMem_Free(scratch);
+    PyMem_Free(reasons);
+    PyMem_Free(tiles);
+    PyBuffer_Release(&placed);
+    PyBuffer_Release(&tables);
+    return found;
+}
+
+static PyMethodDef methods[] = {{"paint", paint, METH_VARARGS, paint_doc}, {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "jpegparts", "Parts of JPEG tiles, decoded straight into a region.", -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_jpegparts(void) {
+    return PyModule_Create(&definition);
+}
