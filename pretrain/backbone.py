@@ -1,6 +1,6 @@
 """A timm vision transformer, and one forward of it that adds mask tokens, any grid and batch-subset stochastic depth."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -9,10 +9,11 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from histoscale.data import keys as draw
+from histoscale.pretrain.blocks import join_blocks
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
         vit = timm.create_model(config.architecture, pretrained=False, **timm_arguments(config))
     if vit.cls_token is None or vit.pos_embed is None:
         raise ValueError(f"model.architecture={config.architecture!r} has no class token or no learned positions")
-    return cast(VisionTransformer, vit)
+    joined = cast(VisionTransformer, vit)
+    join_blocks(joined)
+    return joined
 
 
 @lru_cache(maxsize=64)
@@ -116,6 +119,25 @@ def forward_tokens(
     masks: bool [B, N], patches whose embedding becomes mask_token [1, D] before the position is added (arXiv 2304.07193).
     kept: from `kept_rows` (2 * depth branches): branch outputs of those rows only, scaled by B / kept (stochastic depth, ibid.).
     """
+    return forward_views(vit, [x], [masks], mask_token, [kept])[0]
+
+
+def forward_views(
+    vit: VisionTransformer,
+    views: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    mask_token: Tensor | None,
+    kept: Sequence[Tensor | None],
+) -> list[tuple[Tensor, Tensor]]:
+    """`forward_tokens` of several resolutions; every block is called once, with the tokens of all of them."""
+    tokens = [vit.norm_pre(_embed(vit, x, mask, mask_token)) for x, mask in zip(views, masks, strict=True)]
+    for depth, block in enumerate(vit.blocks):
+        tokens = block(tokens, [None if rows is None else rows[2 * depth : 2 * depth + 2] for rows in kept])
+    tokens = [vit.norm(x) for x in tokens]
+    return [(x[:, 0], x[:, vit.num_prefix_tokens :]) for x in tokens]
+
+
+def _embed(vit: VisionTransformer, x: Tensor, masks: Tensor | None, mask_token: Tensor | None) -> Tensor:
     size = vit.patch_embed.patch_size
     grid = (x.shape[2] // size[0], x.shape[3] // size[1])
     tokens = vit.patch_embed(x).flatten(1, 2)
@@ -125,24 +147,4 @@ def forward_tokens(
     prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
     if at_prefix is not None:
         prefix = prefix + at_prefix
-    tokens = vit.norm_pre(torch.cat([prefix.expand(len(x), -1, -1), tokens + at_patches], 1))
-    for depth, block in enumerate(cast(Iterable[Block], vit.blocks)):
-        if kept is None:
-            tokens = block(tokens)
-        else:
-            part = tokens[kept[2 * depth]]
-            tokens = _add_kept(tokens, kept[2 * depth], block.ls1(block.attn(block.norm1(part))))
-            part = tokens[kept[2 * depth + 1]]
-            tokens = _add_kept(tokens, kept[2 * depth + 1], block.ls2(block.mlp(block.norm2(part))))
-    tokens = vit.norm(tokens)
-    return tokens[:, 0], tokens[:, vit.num_prefix_tokens :]
-
-
-def fuse_attention(vit: VisionTransformer, fused: bool) -> None:
-    """One kernel for attention, or explicit products: on a CPU the kernel's bf16 backward takes some four times as long."""
-    for block in cast(Iterable[Block], vit.blocks):
-        block.attn.fused_attn = fused  # type: ignore[assignment]
-
-
-def _add_kept(tokens: Tensor, rows: Tensor, update: Tensor) -> Tensor:
-    return tokens.index_add(0, rows, (update * (len(tokens) / len(rows))).to(tokens.dtype))
+    return torch.cat([prefix.expand(len(x), -1, -1), tokens + at_patches], 1)

@@ -124,7 +124,7 @@ def train(
     state = find_state(folder, journal, ranks)
     student, teacher = build(config.model, method, config.seed)
     said = [] if state else begin(student, teacher, config.start, config.seed)
-    parallel = prepare(student, teacher, ranks)
+    parallel = prepare(student, teacher, config.hardware, optim.precision, ranks)
     optimizer = build_optimizer(student.named_parameters(), len(student.backbone.blocks), optim)
     start_moments(optimizer)
     guard = Guard(optimizer, ranks)
@@ -155,8 +155,9 @@ def train(
 
     def watched(done: int) -> dict[str, float]:
         found: dict[str, float] = {}
-        for watcher in watchers:
-            found |= watcher(parallel.bare_teacher.get_submodule("backbone"), done)
+        with parallel.watched() as backbone:
+            for watcher in watchers:
+                found |= watcher(backbone, done)
         meter.restart()  # looking is not training
         return found
 

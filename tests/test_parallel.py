@@ -15,9 +15,13 @@ from torch import nn
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.methods import build
-from histoscale.pretrain.parallel import Parallel, prepare
+from histoscale.pretrain.parallel import HardwareConfig, Parallel, prepare
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
+HARDWARE = HardwareConfig(
+    device="cpu", threads=1, deterministic=True, timeout_s=60.0, attention="auto", compile=False, activation_checkpointing=False,
+    shard_over="none", reshard_after_forward=True,
+)  # fmt: skip
 PROGRAM = Path(__file__).with_name("train_tiny.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
@@ -32,7 +36,7 @@ def branches() -> tuple[nn.Module, nn.Module]:
 
 
 def with_gradients() -> Parallel:
-    parallel = prepare(*branches(), ALONE)
+    parallel = prepare(*branches(), HARDWARE, "fp32", ALONE)
     for i, parameter in enumerate(parallel.bare_student.parameters()):
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 10.0**i
     return parallel
@@ -42,7 +46,7 @@ def test_prepare_refuses_a_teacher_that_is_no_copy() -> None:
     student, teacher = branches()
     nn.init.zeros_(teacher["head"].weight)  # type: ignore[index]
     with pytest.raises(ValueError, match="not a copy"):
-        prepare(student, teacher, ALONE)
+        prepare(student, teacher, HARDWARE, "fp32", ALONE)
 
 
 def test_the_method_builds_a_teacher_that_is_a_copy() -> None:
@@ -50,7 +54,7 @@ def test_the_method_builds_a_teacher_that_is_a_copy() -> None:
     assert spec is not None and spec.loader is not None
     tiny = module_from_spec(spec)
     spec.loader.exec_module(tiny)
-    parallel = prepare(*build(tiny.CONFIG.model, tiny.CONFIG.method, 0), ALONE)
+    parallel = prepare(*build(tiny.CONFIG.model, tiny.CONFIG.method, 0), HARDWARE, "fp32", ALONE)
     assert not any(p.requires_grad for p in parallel.bare_teacher.parameters()) and not parallel.bare_teacher.training
     named = parallel.tensors()
     assert all(torch.equal(x, named["teacher." + name.removeprefix("student.")]) for name, x in named.items() if name[0] == "s")
@@ -79,7 +83,7 @@ def test_an_unknown_clip_scope_is_named() -> None:
 
 
 def test_the_teacher_moves_by_the_formula_and_stands_at_zero() -> None:
-    parallel = prepare(*branches(), ALONE)
+    parallel = prepare(*branches(), HARDWARE, "fp32", ALONE)
     with torch.no_grad():
         for parameter in parallel.bare_student.parameters():
             parameter.add_(1.0)

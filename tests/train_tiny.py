@@ -62,7 +62,10 @@ CONFIG = TrainConfig(
         groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,
     ),
     schedule=ScheduleConfig(preset="d2_v1", steps=20, warmup_steps=2, horizon=None, restart=True),
-    hardware=HardwareConfig(device="cpu", threads=1, deterministic=True, timeout_s=120.0),
+    hardware=HardwareConfig(
+        device="cpu", threads=1, deterministic=True, timeout_s=120.0, attention="sdpa", compile=False,
+        activation_checkpointing=False, shard_over="none", reshard_after_forward=True,
+    ),
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
         labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
@@ -132,7 +135,7 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return None if text == "null" else text
+    return {"null": None, "true": True, "false": False}.get(text, text)
 
 
 if __name__ == "__main__":

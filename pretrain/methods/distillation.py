@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histoscale.data import keys as draw
-from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_tokens, fuse_attention, kept_rows
+from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_views, kept_rows
 from histoscale.pretrain.heads import Head, HeadConfig
 from histoscale.pretrain.losses import Across, center_targets, center_update, dino_ce, sinkhorn_targets
 from histoscale.pretrain.schedule import ScheduleConfig, cosine, linear_then_flat
@@ -98,11 +98,11 @@ class Branch(nn.Module):
         Returns features [V * B, D] (class tokens of the globals), cls [(V + L) * B, K], and with indices patch [M, K_p]; a dense
         branch also dense [V * B, P, D].
         """
-        fuse_attention(self.backbone, globals_.device.type != "cpu" or not torch.is_autocast_enabled("cpu"))
-        features, patches = self._tokens(globals_, masks, keys, "global")
-        rows = [features]
+        views, views_masks, views_kept = [globals_], [masks], [self._kept(globals_, keys, "global")]
         if locals_ is not None and len(locals_):
-            rows.append(self._tokens(locals_, None, keys, "local")[0])
+            views, views_masks, views_kept = [*views, locals_], [masks, None], [*views_kept, self._kept(locals_, keys, "local")]
+        (features, patches), *others = forward_views(self.backbone, views, views_masks, self.mask_token, views_kept)
+        rows = [features, *(cls for cls, _ in others)]
         found = {"features": features, "dense": patches} if self.dense else {"features": features}
         if indices is None:
             return {**found, "cls": self.head(torch.cat(rows))}
@@ -112,13 +112,12 @@ class Branch(nn.Module):
         logits = self.head(torch.cat([*rows, chosen]))
         return {**found, "cls": logits[: -len(chosen)], "patch": logits[-len(chosen) :]}
 
-    def _tokens(self, views: Tensor, masks: Tensor | None, keys: Tensor | None, name: str) -> tuple[Tensor, Tensor]:
-        kept = None
-        if keys is not None and self.drop_path > 0:
-            crops = len(views) // len(keys)
-            rows = torch.cat([draw.fork(keys, f"{name}/{crop}") for crop in range(crops)])
-            kept = kept_rows(rows, crops, self.group, self.drop_path, 2 * len(self.backbone.blocks))
-        return forward_tokens(self.backbone, views, masks, self.mask_token, kept)
+    def _kept(self, views: Tensor, keys: Tensor | None, name: str) -> Tensor | None:
+        if keys is None or self.drop_path == 0:
+            return None
+        crops = len(views) // len(keys)
+        rows = torch.cat([draw.fork(keys, f"{name}/{crop}") for crop in range(crops)])
+        return kept_rows(rows, crops, self.group, self.drop_path, 2 * len(self.backbone.blocks))
 
 
 def with_teacher(student: Branch) -> tuple[Branch, Branch]:
