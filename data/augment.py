@@ -5,6 +5,8 @@ All images are float32 [n, 3, h, w] in [0, 1]; parameters have one entry a row.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,12 @@ from torch.nn import functional
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
 OPERATIONS = 4  # of the colour jitter: brightness, contrast, saturation, hue
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values as a tensor that must not be written to. Made once: to copy a few numbers to a device makes the host wait."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def resize_taps(start: Tensor, length: Tensor, flip: Tensor, target: int, taps: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +116,7 @@ def turn_hue(x: Tensor, turns: Tensor) -> Tensor:
     hue = torch.where(value == red, (green - blue).mul_(scale), torch.where(value == green, from_green, from_blue))
     hue += turns[:, None, None]
     # distance on the circle from where each channel is lowest: red at 1/2, green at 5/6, blue at 1/6
-    k = hue[:, None] - torch.tensor([3 / 6, 5 / 6, 1 / 6], device=x.device)[:, None, None]
+    k = hue[:, None] - constant((3 / 6, 5 / 6, 1 / 6), x.device)[:, None, None]
     k -= k.round()
     return k.abs_().mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None]).neg_().add_(value[:, None])
 

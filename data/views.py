@@ -90,7 +90,7 @@ def make_undistorted(pixels: Tensor, seed: int, step: int, slots: Tensor, config
     keys = torch.cat([draw.fork(keys, f"global/{i}") for i in range(config.global_count)])
     source = augment.lines(pixels)
     area, longest = crop_area("global", config.global_px, config.global_scale, source.shape[2], config)
-    mean, std = (torch.tensor(v, device=source.device)[:, None, None] for v in (config.mean, config.std))
+    mean, std = (augment.constant(tuple(v), source.device)[:, None, None] for v in (config.mean, config.std))
     with torch.autocast(pixels.device.type, enabled=False):
         boxes = crop_boxes(keys, source.shape[2], area, config.ratio)
         return augment.crop(source, boxes, symmetries(keys, config), px, longest).sub_(mean).div_(std)
@@ -120,7 +120,7 @@ def _views(source: Tensor, parents: Tensor, seed: int, step: int, kind: Kind, co
     sigma, blur_on = spread(keys, "sigma", *config.blur.sigma_px), chosen(keys, "blur", kind.blur_p)
     solarize_on = chosen(keys, "solarize", kind.solarize_p)
     orders = [jitter_order(seed, step, f"{kind.name}/{i}") for i in range(count)]
-    mean, std = (torch.tensor(v, device=source.device)[:, None, None] for v in (config.mean, config.std))
+    mean, std = (augment.constant(tuple(v), source.device)[:, None, None] for v in (config.mean, config.std))
 
     def run(views: range) -> Tensor:
         at = slice(views.start * batch, views.stop * batch)
@@ -178,7 +178,7 @@ def crop_area(name: str, px: int, scale: Sequence[float], side: int, config: Vie
 
 def chosen(keys: Tensor, purpose: str, p: Sequence[float]) -> Tensor:
     """True with probability p: bool [n]; p has one entry, or one for each run of n / len(p) rows."""
-    threshold = torch.tensor(p, device=keys.device).repeat_interleave(len(keys) // len(p))
+    threshold = augment.constant(tuple(p), keys.device).repeat_interleave(len(keys) // len(p))
     return draw.uniform(draw.fork(keys, purpose), 1)[:, 0] < threshold
 
 
@@ -216,13 +216,13 @@ def symmetries(keys: Tensor, config: ViewsConfig) -> Tensor:
 def hed_draws(keys: Tensor, sigma_od: float) -> Tensor:
     """Factor and shift of each stain: float32 [n, 2, 3]."""
     moved = sigma_od * (2 * draw.uniform(draw.fork(keys, "hed"), 6) - 1).unflatten(1, (2, 3))
-    return moved + torch.tensor([[1.0], [0.0]], device=keys.device)
+    return moved + augment.constant(((1.0,), (0.0,)), keys.device)
 
 
 def jitter_draws(keys: Tensor, config: ViewsConfig) -> Tensor:
     """Factors of brightness, contrast and saturation (never negative), and the turn of hue: float32 [n, 4]."""
-    strength = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue], device=keys.device)
-    centre = torch.tensor([1.0, 1.0, 1.0, 0.0], device=keys.device)
+    strength = augment.constant((config.brightness, config.contrast, config.saturation, config.hue), keys.device)
+    centre = augment.constant((1.0, 1.0, 1.0, 0.0), keys.device)
     lowest = torch.where(centre > 0, (centre - strength).clamp(min=0), -strength)
     return lowest + (centre + strength - lowest) * draw.uniform(draw.fork(keys, "jitter"), 4)
 

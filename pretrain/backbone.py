@@ -86,7 +86,7 @@ def positions(vit: VisionTransformer, grid: tuple[int, int]) -> tuple[Tensor | N
     table = vit.pos_embed[:, prefix:]
     source = (vit.patch_embed.grid_size[0], vit.patch_embed.grid_size[1])
     if grid != source:
-        with torch.autocast(table.device.type, enabled=False):
+        with torch.autocast("cpu" if table.is_meta else table.device.type, enabled=False):  # meta tensors know no autocast
             table = position_matrix(source, grid, table.dtype, table.device) @ table
     return (vit.pos_embed[:, :prefix] if prefix else None), table
 

@@ -23,6 +23,7 @@ class MonitorConfig:
 
     Warn when CE/ln K > ce_above, when target entropy/ln K is outside entropy_below .. entropy_above, when the used share of the
     prototypes that could have been used is < used_below, when RankMe/D < rankme_below. stop_on_collapse: a warning ends the run.
+    peak_tflops: of one device at optim.precision, dense; rows then have the MFU.
     """
 
     labelled: str | None
@@ -35,6 +36,7 @@ class MonitorConfig:
     used_below: float
     rankme_below: float
     stop_on_collapse: bool
+    peak_tflops: float | None
 
 
 def rankme_cov(z: Tensor) -> Tensor:
@@ -47,8 +49,14 @@ def rankme_cov(z: Tensor) -> Tensor:
 
 
 def rankme_sv(z: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of uncentred z [N, D] (arXiv 2210.02885): float64 scalar."""
-    return _entropy_rank(torch.linalg.svdvals(z.double()) + 1e-12)
+    """exp of the entropy of the singular values of uncentred z [N, D], normalised, plus 1e-7 each: float64 scalar.
+
+    arXiv 2210.02885. From the eigenvalues of z'z: a factorisation of all rows would cost N / D times as much.
+    """
+    z = z.double()
+    values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()[-min(z.shape) :]
+    p = values / values.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp()
 
 
 def _entropy_rank(weights: Tensor) -> Tensor:
@@ -56,11 +64,18 @@ def _entropy_rank(weights: Tensor) -> Tensor:
     return (-(p * p.log()).sum()).exp()
 
 
-def odcorr_abs(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute off-diagonal Pearson correlation of the features z [N, D], and how many of D were constant (left out).
+def mean_cosine(z: Tensor) -> Tensor:
+    """Mean cosine over the pairs of different rows of z [N, D], uncentred: float64 scalar, at initialisation near 1."""
+    z = torch.nn.functional.normalize(z.double(), dim=1)
+    return (z.sum(0).square().sum() - z.square().sum()) / max(len(z) * (len(z) - 1), 1)
 
-    Our own definition (arXiv 2404.15217 names the measure but gives no formula); its floor for N independent rows is
-    sqrt(2 / (pi N)).
+
+def odcorr(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean absolute and mean squared off-diagonal Pearson correlation of the features z [N, D], and how many of D were constant
+    (left out).
+
+    Our own definition (arXiv 2404.15217 names the measure but gives no formula); the floor of the first for N independent rows
+    is sqrt(2 / (pi N)), that of the second 1 / N.
     """
     z = z.double() - z.double().mean(0)
     deviation = z.square().mean(0).sqrt()
@@ -68,9 +83,10 @@ def odcorr_abs(z: Tensor) -> tuple[Tensor, Tensor]:
     z = z[:, moving] / deviation[moving]
     width = z.shape[1]
     if width < 2:
-        return z.new_tensor(math.nan), (~moving).sum()
-    correlation = z.T @ z / len(z)
-    return (correlation.abs().sum() - correlation.diagonal().abs().sum()) / (width * (width - 1)), (~moving).sum()
+        return z.new_tensor(math.nan), z.new_tensor(math.nan), (~moving).sum()
+    correlation = (z.T @ z / len(z)).fill_diagonal_(0)
+    pairs = width * (width - 1)
+    return correlation.abs().sum() / pairs, correlation.square().sum() / pairs, (~moving).sum()
 
 
 class Window:
@@ -92,13 +108,17 @@ class Window:
     def read(self) -> dict[str, float]:
         """Read-outs over all ranks; every rank must call it. The prototype counts start anew."""
         tokens = self.ranks.concat(torch.cat(list(self.tokens)))
-        rank, (correlation, constant) = float(rankme_cov(tokens)), odcorr_abs(tokens)
+        by_cov, by_sv, (absolute, squared, constant) = float(rankme_cov(tokens)), float(rankme_sv(tokens)), odcorr(tokens)
         found = {
-            "rankme_cov": rank,
-            "rankme_cov_of_width": rank / tokens.shape[1],
+            "rankme_cov": by_cov,
+            "rankme_cov_of_width": by_cov / tokens.shape[1],
+            "rankme_sv": by_sv,
+            "rankme_sv_of_width": by_sv / tokens.shape[1],
             "rankme_n": len(tokens),
-            "odcorr_abs": float(correlation),
+            "odcorr_abs": float(absolute),
+            "odcorr_sq": float(squared),
             "constant_features": int(constant),
+            "mean_cosine": float(mean_cosine(tokens)),
         }
         for head, counts in self.chosen.items():
             total = self.ranks.sum(counts)

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from histoscale.data.stream import Batch
 from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig, prune_checkpoints, write_checkpoint
+from histoscale.pretrain.flops import flops_a_patch
 from histoscale.pretrain.masking import Masks
+from histoscale.pretrain.meter import Meter
 from histoscale.pretrain.methods import (
     Centres,
     GramTeacher,
@@ -141,7 +142,10 @@ def train(
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
-    window, meter, recent = Window(config.monitor.window, ranks), Meter(), list[Batch]()
+    window, recent = Window(config.monitor.window, ranks), list[Batch]()
+    peak = None if config.monitor.peak_tflops is None else config.monitor.peak_tflops * 1e12
+    flops = None if peak is None else flops_a_patch(config.model, method, config.views)
+    meter = Meter(ranks.device, flops, peak)
     row: dict[str, float] = {"step": start}
     signs: dict[str, str] = {}
     told: set[str] = set()
@@ -184,8 +188,9 @@ def train(
             for piece in range(optim.micro_batches):
                 rows = slice(piece * share, (piece + 1) * share)
                 with parallel.accumulating(last=piece == optim.micro_batches - 1):
-                    found, tokens = _losses(config, parallel, anchor, batch, rows, step, next_centres, now)
+                    found, tokens = _losses(config, parallel, anchor, batch, rows, step, next_centres, now, meter)
                     (found.total / optim.micro_batches).backward()
+                    meter.lap("backward")
                 next_centres = found.centres
                 window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
                 for name, value in _scalars(found).items():
@@ -197,7 +202,9 @@ def train(
             parallel.clip(optim.clip_scope, optim.clip_value, norms)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            meter.lap("optimiser")
             parallel.update_teacher((1 - now.momentum) * guard.healthy)
+            meter.lap("ema")
             centres = guard.choose(next_centres, centres)
 
             # Looking, saving and stopping: the only places where the host waits for the device.
@@ -216,7 +223,7 @@ def train(
                     "weight_decay": weight_decay,
                     "teacher_momentum": now.momentum,
                     "teacher_temp": now.teacher_temp,
-                    **meter.read(optim.global_batch),
+                    **meter.read(optim.global_batch, ranks.world),
                 }
                 row |= watched(done)
                 journal.row(**row)
@@ -244,6 +251,7 @@ def _losses(
     step: int,
     centres: Centres,
     now: Scheduled,
+    meter: Meter,
 ) -> tuple[Losses, Tensor]:
     """One micro-batch, the batch's `rows`: losses with gradient, and the teacher's class tokens [B, D] of the first view."""
     method, device = config.method, parallel.ranks.device
@@ -254,17 +262,22 @@ def _losses(
     count = config.views.global_count
     masks = masks_at(config.model, method, config.seed, step, slots, views.globals.shape[-1], count)  # drawn on the CPU
     masks = None if masks is None else Masks(*(x.to(device, non_blocking=True) for x in masks))
+    meter.lap("views")
     crops, indices = (None, None) if masks is None else (masks.crops, masks.indices)
     with autocast(config.optim.precision, device):
         taught = parallel.teacher(views.globals, None, None, indices)
+        meter.lap("teacher")
         drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
         learned = parallel.student(views.globals, views.locals, crops, indices, drawn)
+        meter.lap("student")
         dense = None
         if anchor is not None and now.gram_weight > 0:
             px, side = anchor.config.px, config.views.global_px // config.model.patch_size
             seen = views.globals if px is None else make_undistorted(pixels, config.seed, step, on_device, config.views, px)
             dense = anchor(seen, (side, side))
+            meter.lap("teacher")
     found = losses(learned, taught, masks, centres, method, now, count, parallel.ranks.group, dense)
+    meter.lap("losses")
     return found, taught["features"][: len(slots)]
 
 
@@ -317,30 +330,6 @@ class Guard:
             f"step {step}: a loss or gradient is not finite; nothing was updated. {path} names the patches, and the checkpoint "
             f"step-{step} is the state before it: the same command replays the step"
         )
-
-
-class Meter:
-    """Images a second, and the share of time that the loop waited for data, since the last reading."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """What was since the last reading does not count."""
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        start = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - start
-        self.steps += 1
-        return batch
-
-    def read(self, images: int) -> dict[str, float]:
-        passed = time.perf_counter() - self.start
-        found = {"images_per_s": images * self.steps / passed, "data/wait_fraction": self.waited / passed}
-        self.restart()
-        return found
 
 
 @contextmanager

@@ -69,7 +69,7 @@ CONFIG = TrainConfig(
     checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
     monitor=MonitorConfig(
         labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
-        used_below=0.02, rankme_below=0.02, stop_on_collapse=False,
+        used_below=0.02, rankme_below=0.02, stop_on_collapse=False, peak_tflops=1.0,
     ),
 )  # fmt: skip
 
