@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import two_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from histoscale.pretrain.losses import gram, kde, kde_reversed, koleo, regrid
 
@@ -217,6 +218,24 @@ def test_gram_is_computed_in_float32_at_least(dtype: torch.dtype) -> None:
     value = gram(x, y)
     assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.allclose(value.double(), restated.gram(x.double(), y.double()), rtol=1e-6)
+
+
+def test_gram_holds_nothing_larger_than_the_pairs_of_a_crop() -> None:
+    """The cosines of all crops together would take (N P)^2 numbers, 2.5 GB for 64 patches of 196 tokens."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            self.numel = max(self.numel, *(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out])
+                                           if isinstance(x, Tensor)), 0)  # fmt: skip
+            return out
+
+    x, y = noise(16, 9, 4).requires_grad_(), noise(16, 9, 4, seed=1)
+    with Largest() as largest:
+        gram(x, y).backward()
+    assert largest.numel == 16 * 9 * 9
 
 
 def test_regrid_is_bicubic_without_antialiasing() -> None:

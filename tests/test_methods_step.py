@@ -10,6 +10,7 @@ from torch import Tensor
 
 from histoscale.data.keys import fork, keys
 from histoscale.pretrain.backbone import ModelConfig, kept_rows
+from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.methods import (
     Centres,
     DinoConfig,
@@ -54,8 +55,10 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def one_step(model: ModelConfig, method: MethodConfig, dtype: torch.dtype) -> Step:
-    """Ours in `dtype`, theirs in float64, on the same weights, views, masks and rows kept by stochastic depth."""
+def one_step(model: ModelConfig, method: MethodConfig, dtype: torch.dtype, device: str = "cpu", bf16: bool = False) -> Step:
+    """Ours in `dtype` on `device`, theirs in float64 on the CPU, on the same weights, views, masks and rows kept by stochastic
+    depth. bf16: our forward under autocast.
+    """
     student, teacher = (branch.double() for branch in build(model, method, 0))
     frozen = build_gram_teacher(model, method)
     with torch.no_grad():  # away from the symmetric start, and from each other
@@ -73,20 +76,23 @@ def one_step(model: ModelConfig, method: MethodConfig, dtype: torch.dtype) -> St
     now = Scheduled(teacher_temp=TEMP, momentum=0.9, last_layer=True, gram_weight=0.7 if frozen else 0.0)
 
     for module in (student, teacher, frozen):
-        module and module.to(dtype)
-    taught, learned = teacher(globals_, indices=indices), student(globals_, locals_, crops, indices, drawn)
-    target = frozen(globals_, (4, 4)) if frozen else None
-    ours = losses(learned, taught, masks, centres, method, now, VIEWS, gram=target)
+        module and module.to(device, dtype)
+    large, small, hidden, at, rows = (x if x is None else x.to(device) for x in (globals_, locals_, crops, indices, drawn))
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        taught, learned = teacher(large, indices=at), student(large, small, hidden, at, rows)
+        target = frozen(large, (4, 4)) if frozen else None
+    placed = None if masks is None else Masks(*(x.to(device) for x in masks))
+    ours = losses(learned, taught, placed, Centres(*(x.to(device) for x in centres)), method, now, VIEWS, gram=target)
     ours.total.backward()
 
-    weights = {name: p.detach().double().requires_grad_() for name, p in student.named_parameters()}
+    weights = {name: p.detach().cpu().double().requires_grad_() for name, p in student.named_parameters()}
     shape = (model.patch_size, 2, model.architecture.startswith("vit_giant"))
     kept = []
     for count, name in ((VIEWS, "global"), (LOCALS, "local")):
         rows = torch.cat([fork(drawn, f"{name}/{i}") for i in range(count)])
         kept.append(kept_rows(rows, count, method.group, model.drop_path, 4))
     with torch.no_grad():
-        fixed = {name: p.double() for name, p in teacher.named_parameters()}
+        fixed = {name: p.cpu().double() for name, p in teacher.named_parameters()}
         t_cls, t_patches = restated.vit(fixed, globals_.double(), *shape)
     s_cls, s_patches = restated.vit(weights, globals_.double(), *shape, masks=crops, kept=kept[0])
     s_local, _ = restated.vit(weights, locals_.double(), *shape, kept=kept[1])
@@ -109,16 +115,17 @@ def one_step(model: ModelConfig, method: MethodConfig, dtype: torch.dtype) -> St
         terms["kde"] = sum(restated.kde(z, method.kde_kappa, method.kde_pool or B) for z in s_cls.chunk(VIEWS))  # type: ignore[assignment]
         total = total + terms["ibot"] + 0.1 * terms["koleo"] + 0.05 * terms["kde"]
         if frozen:
-            held = {name: p.double() for name, p in frozen.named_parameters()}
+            held = {name: p.cpu().double() for name, p in frozen.named_parameters()}
             terms["gram"] = restated.gram(s_patches, restated.vit(held, globals_.double(), *shape)[1])
             total = total + 0.7 * terms["gram"]
     total.backward()
-    grads = {name: (p.grad, weights[name].grad) for name, p in student.named_parameters()}
-    assert all(a is not None and b is not None for a, b in grads.values())
+    gradients = {name: (p.grad, weights[name].grad) for name, p in student.named_parameters()}
+    grads = {name: (a.cpu(), b) for name, (a, b) in gradients.items() if a is not None and b is not None}
+    assert grads.keys() == gradients.keys()
     centre = 0.9 * centres.cls.double() + 0.1 * t_logits.mean(0) if method.targets == "centering" else centres.cls.double()
-    pairs = {name: (ours.terms[name], value.detach()) for name, value in terms.items()}
+    pairs = {name: (ours.terms[name].cpu(), value.detach()) for name, value in terms.items()}
     assert ours.terms.keys() == terms.keys()
-    return Step((ours.total.detach(), total.detach()), pairs, grads, (ours.centres.cls, centre))  # type: ignore[arg-type]
+    return Step((ours.total.detach().cpu(), total.detach()), pairs, grads, (ours.centres.cls.cpu(), centre))
 
 
 CASES: dict[str, tuple[ModelConfig, MethodConfig]] = {
@@ -147,3 +154,29 @@ def test_in_float32_terms_agree_to_5e6_and_gradients_to_1e5(name: str) -> None:
     for parameter, (got, wanted) in step.gradients.items():
         assert got.dtype == torch.float32, parameter
         assert (got.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max(), parameter
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("name", CASES)
+def test_on_an_accelerator_terms_agree_to_1e5_and_gradients_to_1e4(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions use it unless told not to
+    step = one_step(*CASES[name], torch.float32, device)
+    for ours, theirs in (step.total, *step.terms.values()):
+        assert abs(ours.double() - theirs) <= 1e-5 * abs(theirs), name
+    for parameter, (got, wanted) in step.gradients.items():
+        assert (got.double() - wanted).abs().max() <= 1e-4 * wanted.abs().max(), parameter
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("name", CASES)
+def test_under_bf16_terms_agree_to_a_hundredth_and_stay_float32(name: str, device: str) -> None:
+    step = one_step(*CASES[name], torch.float32, device, bf16=True)
+    for term, (ours, theirs) in {"total": step.total, **step.terms}.items():
+        assert ours.dtype == torch.float32, term
+        assert abs(ours.double() - theirs) <= 1e-2 * theirs.abs().clamp(min=1), term  # KoLeo and KDE go through zero
+    assert all(got.dtype == torch.float32 for got, _ in step.gradients.values())
