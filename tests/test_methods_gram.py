@@ -12,6 +12,7 @@ from torch import Tensor
 from histoscale.data.views import make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig, forward_tokens
 from histoscale.pretrain.losses import regrid
+from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.methods import (
     Dinov2Config,
     GramConfig,
@@ -89,11 +90,12 @@ def test_only_a_student_that_needs_them_gives_patch_features() -> None:
 
 def test_tokens_and_scope() -> None:
     x, y = noise(4, 9, 6), noise(4, 9, 6, seed=1)
-    masks = noise(4, 9, seed=2) > 0.5
+    crops = noise(4, 9, seed=2) > 0.5
+    masks = Masks(crops, crops.flatten().nonzero().flatten(), torch.ones(int(crops.sum())))
     whole = replace(GRAM, scope="batch")
     assert torch.allclose(gram_term(x, y, masks, GRAM), restated.gram(x, y), rtol=1e-5)
     assert torch.allclose(gram_term(x, y, masks, whole), restated.gram(x.reshape(1, 36, 6), y.reshape(1, 36, 6)), rtol=1e-5)
-    for tokens, chosen in (("masked", masks), ("unmasked", ~masks)):
+    for tokens, chosen in (("masked", crops), ("unmasked", ~crops)):
         found = gram_term(x, y, masks, replace(whole, tokens=tokens))
         assert torch.allclose(found, restated.gram(x[chosen][None], y[chosen][None]), rtol=1e-5)
     with pytest.raises(ValueError, match="tokens=masked needs masks"):

@@ -114,7 +114,7 @@ def losses(
     if method.gram is not None and now.gram_weight > 0:
         if gram is None:
             raise ValueError("method.gram is on at this step, and no features of the Gram teacher were given")
-        terms["gram"] = gram_term(student["dense"], gram, None if masks is None else masks.crops, method.gram)
+        terms["gram"] = gram_term(student["dense"], gram, masks, method.gram)
         weighted.append(now.gram_weight * terms["gram"])
     detached = {name: term.detach() for name, term in terms.items()}
     return Losses(torch.stack(weighted).sum(), detached, Centres(cls_centre, patch_centre), read)

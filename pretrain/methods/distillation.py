@@ -177,12 +177,14 @@ def read_outs(name: str, ce: Tensor, targets: Tensor, student: Tensor, taught: T
     every = max(len(student) // _SAMPLE, 1)
     log_q, p = F.log_softmax(student[::every].to(targets.dtype) / temp, -1), taught[::every]
     entropy = torch.special.entr(p).sum(-1)
+    chosen = targets.argmax(-1)
+    used = torch.zeros(prototypes, dtype=torch.long, device=chosen.device).index_add_(0, chosen, torch.ones_like(chosen))
     return {
         f"{name}/ce": ce.detach() / scale,
         f"{name}/target_entropy": torch.special.entr(targets).sum(-1).mean() / scale,
         f"{name}/student_entropy": torch.special.entr(log_q.exp()).sum(-1).mean() / scale,
         f"{name}/kl": (-(p * log_q).sum(-1) - entropy).mean() / scale,
-        f"{name}/prototypes": torch.bincount(targets.argmax(-1), minlength=prototypes),
+        f"{name}/prototypes": used,
     }
 
 

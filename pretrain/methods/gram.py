@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_tokens
 from histoscale.pretrain.losses import gram, regrid
+from histoscale.pretrain.masking import Masks
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,16 @@ def takes_teacher(step: int, config: GramConfig | None) -> bool:
     return every is not None and passed % every == 0 and passed // every <= config.refreshes
 
 
-def gram_term(student: Tensor, target: Tensor, masks: Tensor | None, config: GramConfig) -> Tensor:
+def gram_term(student: Tensor, target: Tensor, masks: Masks | None, config: GramConfig) -> Tensor:
     """The unweighted term from patch features [V * B, P, D] of the student's masked pass and of the Gram teacher.
 
-    masks: bool [V * B, P]. Raises ValueError when a part of the tokens is asked for and nothing is masked.
+    Raises ValueError when a part of the tokens is asked for and nothing is masked.
     """
     if config.tokens != "all":
         if masks is None:
             raise ValueError(f"method.gram.tokens={config.tokens} needs masks: set it to all, or method.ibot_weight above 0")
-        chosen = (masks if config.tokens == "masked" else ~masks).flatten().nonzero().flatten()
+        visible = masks.crops.numel() - len(masks.indices)  # sorted first; nonzero() would have the device waited for
+        chosen = masks.indices if config.tokens == "masked" else masks.crops.flatten().int().argsort(stable=True)[:visible]
         student, target = student.flatten(0, 1)[chosen][None], target.flatten(0, 1)[chosen][None]
     elif config.scope == "batch":
         student, target = student.flatten(0, 1)[None], target.flatten(0, 1)[None]
