@@ -22,7 +22,7 @@ from histoscale.data.ranks import Ranks
 from histoscale.data.stream import Batch
 from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.checkpoint import CheckpointConfig, prune_checkpoints, write_checkpoint
+from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.flops import flops_a_patch
 from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.meter import Meter
@@ -44,6 +44,7 @@ from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
 from histoscale.pretrain.phase import ONLY, Phase, begin, begin_gram, enter, find_state
+from histoscale.pretrain.saving import Saver
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 
@@ -142,6 +143,7 @@ def train(
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
+    saver = Saver(folder, config.checkpoint, ranks)
     window, recent = Window(config.monitor.window, ranks), list[Batch]()
     peak = None if config.monitor.peak_tflops is None else config.monitor.peak_tflops * 1e12
     flops = None if peak is None else flops_a_patch(config.model, method, config.views)
@@ -154,8 +156,7 @@ def train(
         if step == phase.first and phase.index:
             return  # the last checkpoint of the phase before it is this state
         tensors = state_tensors(parallel, optimizer, centres, anchor)
-        write_checkpoint(folder, step, tensors, {"identity": identity, "phase": place}, ranks)
-        ranks.first(lambda: prune_checkpoints(folder, config.checkpoint))
+        saver.save(step, tensors, {"identity": identity, "phase": place})
 
     def watched(done: int) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -168,7 +169,7 @@ def train(
     batches = source(start)
     if start == phase.first and start < end and watchers:  # before anything moves: what the weights that it starts from are worth
         journal.row(step=start, phase=phase.name, **watched(start))
-    with stop_signals() as asked, journal.progress(end, "pretrain", "step") as progress:
+    with stop_signals() as asked, saver, journal.progress(end, "pretrain", "step") as progress:
         progress.advance(start)
         for step in range(start, end):
             batch = meter.wait_for(batches)

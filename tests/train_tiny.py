@@ -66,7 +66,7 @@ CONFIG = TrainConfig(
         device="cpu", threads=1, deterministic=True, timeout_s=120.0, attention="sdpa", compile=False,
         activation_checkpointing=False, shard_over="none", reshard_after_forward=True,
     ),
-    checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
+    checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None, asynchronous=True),
     monitor=MonitorConfig(
         labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
         used_below=0.02, rankme_below=0.02, stop_on_collapse=False, peak_tflops=1.0,
