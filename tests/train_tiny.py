@@ -24,15 +24,20 @@ from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.masking import MaskConfig
-from histoscale.pretrain.methods import Dinov2Config
+from histoscale.pretrain.methods import Dinov2Config, GramConfig
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
+from histoscale.pretrain.phase import ONLY, Phase
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
+GRAM = GramConfig(
+    weight=2.0, warmup_steps=0, first_step=0, source="teacher", refresh_every=2, refreshes=1, px=None, tokens="all",
+    scope="image", negatives="keep",
+)  # fmt: skip
 CONFIG = TrainConfig(
     seed=0,
     views=ViewsConfig(
@@ -114,17 +119,29 @@ def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) ->
 
 
 def main(out: Path, overrides: list[str]) -> TrainResult:
-    """key=value on TrainConfig's dotted keys; besides them data_seed=, kill_at=STEP, stop_at=STEP (SIGTERM), stop_rank=."""
+    """key=value on TrainConfig's dotted keys; besides them data_seed=, kill_at=STEP, stop_at=STEP (SIGTERM), stop_rank=, and
+    second=STEP for a second phase that begins there, with a Gram teacher."""
     values = {name: _value(text) for name, text in (item.split("=", 1) for item in overrides)}
     data_seed, stop_rank = values.pop("data_seed", 0), values.pop("stop_rank", 0)
     killed, stopped = values.pop("kill_at", -1), values.pop("stop_at", -1)
+    second = values.pop("second", 0)
     config = with_keys(CONFIG, **values)
+    if second:
+        config = with_keys(config, **{"method.gram": GRAM})
     torch.set_num_threads(1)
     ranks = open_ranks("cpu", config.hardware.timeout_s)
     source = synthetic(data_seed, config, ranks)
     if ranks.rank == stop_rank:
         source = kill_at(stopped, kill_at(killed, source, signal.SIGKILL), signal.SIGTERM)
-    result = train(config, source, [], journal_in(out, ranks), ranks, {"data_seed": data_seed})
+    result = train(
+        config,
+        source,
+        [],
+        journal_in(out, ranks),
+        ranks,
+        {"data_seed": data_seed},
+        Phase(1, "second", second, second) if second else ONLY,
+    )
     close_ranks()
     return result
 
