@@ -34,6 +34,7 @@ from histoscale.pretrain.methods import (
     Scheduled,
     build,
     build_gram_teacher,
+    check_pools,
     first_centres,
     gram_takes_teacher,
     losses,
@@ -119,6 +120,7 @@ def train(
     """
     optim, method, schedule, end = config.optim, config.method, config.schedule, phase.first + config.schedule.steps
     check_batch(optim.global_batch, ranks.world, optim.micro_batches, method.group)
+    check_pools(method, optim.global_batch // optim.micro_batches)
     if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every) < 1:
         raise ValueError("checkpoint.every, checkpoint.keep_last and monitor.every must be at least 1")
     set_threads(config.hardware)
