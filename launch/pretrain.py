@@ -40,6 +40,7 @@ from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
 from histoscale.launch.phases import only_adds, phases_of
 from histoscale.launch.probe import open_dataset
+from histoscale.launch.trackers import tracked
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
@@ -276,34 +277,6 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     ranks.first(lambda: probe.unlink(missing_ok=True))
     if blind:
         raise ValueError(f"out={out} is not one folder for all processes: rank {blind[0]} does not see what rank 0 writes there")
-
-
-class Tracked(Journal):
-    """The journal, whose rows also go to Weights & Biases."""
-
-    def __init__(self, journal: Journal, values: dict[str, Any]) -> None:
-        super().__init__(journal.out, journal.config, journal.main)
-        import wandb  # half a second, and not everywhere
-
-        self.tracker = wandb.init(
-            project=journal.config.wandb_project,
-            mode="online" if journal.config.wandb == "online" else "offline",
-            dir=journal.out,
-            config=values,
-            settings=wandb.Settings(x_disable_meta=True),  # it would keep the command line, which may hold a credential
-        )
-
-    def row(self, **values: Any) -> None:
-        super().row(**values)
-        if "loss" in values:
-            self.tracker.log(plain(values), step=values["step"])
-
-
-def tracked(journal: Journal, values: dict[str, Any]) -> Journal:
-    """The journal itself, or one that also logs to Weights & Biases, as logging.wandb says."""
-    if journal.config.wandb not in ("off", "offline", "online"):
-        raise ValueError(f"logging.wandb is {journal.config.wandb!r}: expected off, offline or online")
-    return Tracked(journal, values) if journal.main and journal.config.wandb != "off" else journal
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ def synthetic(data_seed: int, config: TrainConfig, ranks: Ranks) -> Callable[[in
 
 
 def journal_in(out: Path, ranks: Ranks) -> Journal:
-    return Journal(out, JournalConfig(progress="off", interval_s=10.0, wandb="off", wandb_project="test"), ranks.main)
+    config = JournalConfig(progress="off", interval_s=10.0, wandb="off", wandb_project="test", tensorboard=False)
+    return Journal(out, config, ranks.main)
 
 
 def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) -> Callable[[int], Iterator[Batch]]:
