@@ -238,6 +238,36 @@ def test_a_run_starts_from_a_checkpoint_of_another(first: Path, tmp_path: Path) 
         assert read_checkpoint(out).facts["phase"]["began"][0] == f"starts from {weights}, step {step}"
 
 
+def test_rotary_positions_train_on_through_a_phase_of_another_size(tmp_path: Path) -> None:
+    """DINOv3's backbone has no table to resize: everything continues; rows are dropped, blocks recomputed, to the same loss."""
+    model = {
+        "model.architecture": "vit_small_patch16_dinov3",
+        "model.layer_scale": 1.0,
+        "model.registers": 4,
+        "model.mlp_ratio": 4.0,
+    }
+    config = tiny.with_keys(FIRST, **model)
+    go(tmp_path / "run", config)
+    again = tiny.with_keys(config, **{"hardware.activation_checkpointing": True, "hardware.attention": "packed"})
+    go(tmp_path / "again", again)
+    for step, row in rows(tmp_path / "run").items():
+        assert rows(tmp_path / "again")[step]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    larger = {
+        "views.global_px": 64,
+        "model.img_size": 64,
+        "schedule.steps": 2,
+        "schedule.horizon": None,
+        "schedule.warmup_steps": 0,
+    }
+    go(tmp_path / "run", tiny.with_keys(config, **larger), SECOND)
+    assert tensors(tmp_path / "run", 6)["optimizer.backbone.reg_token.step"] == 6
+    assert not any("resized" in line for line in read_checkpoint(tmp_path / "run").facts["phase"]["began"])
+    moved = differing(tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 4))
+    assert {"student.backbone.blocks.0.attn.qkv.weight", "student.backbone.reg_token", "teacher.backbone.blocks.1.gamma_2"} <= {
+        *moved
+    }
+
+
 @pytest.mark.parametrize(("weights", "said"), [(None, "starts from fresh weights (seed 0)")])
 def test_what_begins_is_said(tmp_path: Path, weights: str | None, said: str) -> None:
     go(tmp_path, tiny.with_keys(FIRST, **{"schedule.steps": 1}))
