@@ -44,7 +44,7 @@ from histoscale.pretrain.methods import (
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
-from histoscale.pretrain.phase import ONLY, Phase, begin, begin_gram, enter, find_state
+from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
 from histoscale.pretrain.saving import Saver
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
@@ -136,12 +136,8 @@ def train(
     anchor = build_gram_teacher(config.model, method)
     anchor = None if anchor is None else anchor.to(ranks.device)
     identity = {**config.result(), "facts": plain(facts)}
-    prefix = 0 if student.backbone.no_embed_class else student.backbone.num_prefix_tokens
     tensors = state_tensors(parallel, optimizer, centres, anchor)
-    entry = enter(state, phase, identity, config.start, tensors, prefix, said, journal, ranks)
-    start, began = entry.step, entry.began
-    if anchor is not None and start == phase.first:
-        began = began + begin_gram(anchor, anchor.config, start - phase.origin, state, config.start)
+    start, began = enter(state, phase, identity, config.start, tensors, student.backbone, anchor, said, journal, ranks)
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
