@@ -125,6 +125,15 @@ def test_dropped_rows_are_untouched() -> None:
     assert (cls[some] != start[some]).any(1).all()
 
 
+def test_dropped_rows_hand_their_gradient_through_unchanged() -> None:
+    block, x = build_backbone(replace(TINY, depth=1), 0).blocks[0], noise(8, 10, 48).requires_grad_()
+    upstream = noise(8, 10, 48, seed=1)
+    kept = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]])  # rows of the attention branch, and of the MLP's
+    block([x], [kept])[0].backward(upstream)
+    assert x.grad is not None
+    assert torch.equal(x.grad[6:], upstream[6:]) and (x.grad[:6] != upstream[:6]).flatten(1).any(1).all()
+
+
 def test_stochastic_depth_keeps_the_expectation() -> None:
     vit, x = build_backbone(replace(TINY, depth=1), 0), noise(6, 3, 24, 24)
     vit.norm = torch.nn.Identity()
