@@ -133,14 +133,14 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
     reached = phase_reached(journal.out / "checkpoints", [(phase, one.schedule.steps) for phase, one in phases], ranks)
     for phase, one in phases[reached:]:
-        told = _train_phase(phase, one, rows, ranks)
+        told = _train_phase(phase, one, rows, ranks, phase is phases[-1][0])
     close_ranks()
     patches = sum(one.schedule.steps * one.optim.global_batch for _, one in phases)
     listed = [{"name": phase.name, "first": phase.first, "steps": one.schedule.steps} for phase, one in phases]
     return {"pretrain": {**told, "patches": patches, "phases": listed}}
 
 
-def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks) -> dict[str, Any]:
+def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, last: bool) -> dict[str, Any]:
     """One phase with its own source; what the summary says of it."""
     opened = open_source(config, journal)
     source, table = opened.source, opened.table
@@ -169,6 +169,8 @@ def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks) -
     watchers: list[trainer.Watcher] = [probe, reading] if probe else [reading]
     try:
         result = trainer.train(trainer.TrainConfig(**shared), batches, watchers, journal, ranks, facts, phase)
+        if result.stopping and not last:  # asked to stop in the very last step
+            raise trainer.Preempted(result.step)
     except trainer.Preempted:
         close_ranks()
         raise

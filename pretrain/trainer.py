@@ -76,13 +76,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """steps done, both branches on this rank's device, the last checkpoint and the last row of metrics."""
+    """steps done, both branches on this rank's device, the last checkpoint, the last row of metrics, and whether a signal that
+    came in the last step asks the run to go no further."""
 
     step: int
     student: nn.Module
     teacher: nn.Module
     checkpoint: Path
     row: dict[str, float]
+    stopping: bool
 
 
 class Preempted(Exception):
@@ -149,6 +151,7 @@ def train(
     row: dict[str, float] = {"step": start}
     signs: dict[str, str] = {}
     told: set[str] = set()
+    stopping = False
 
     def save(step: int) -> None:
         if step == phase.first and phase.index:
@@ -238,7 +241,7 @@ def train(
                 raise Preempted(done)
             if signs and config.monitor.stop_on_collapse:
                 raise Collapsed(f"step {done}: {'; '.join(signs.values())} (monitor.stop_on_collapse is set)")
-    return TrainResult(end, student, teacher, folder / f"step-{end}", row)
+    return TrainResult(end, student, teacher, folder / f"step-{end}", row, stopping)
 
 
 def _losses(
