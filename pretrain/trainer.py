@@ -42,7 +42,7 @@ from histoscale.pretrain.methods import (
     scheduled,
 )
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
-from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
+from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, table_text, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
 from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
 from histoscale.pretrain.saving import Saver
@@ -143,6 +143,8 @@ def train(
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
+        table = table_text(student.named_parameters(), len(student.backbone.blocks), optim)
+        ranks.first(lambda: write_atomic(journal.path(f"parameters-{phase.name}.tsv"), table))
     saver = Saver(folder, config.checkpoint, ranks)
     window, recent = Window(config.monitor.window, ranks), list[Batch]()
     peak = None if config.monitor.peak_tflops is None else config.monitor.peak_tflops * 1e12
