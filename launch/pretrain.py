@@ -4,11 +4,13 @@ Examples:
     histoscale pretrain catalog=catalog recipe=demo out=run
     torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
     histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
+    histoscale pretrain catalog=catalog recipe=kaiko_vits16_dino start.weights=model.safetensors out=run     (null: fresh weights)
+    histoscale pretrain catalog=catalog recipe=midnight_vitg14 phase=[high_resolution] out=run     (a phase behind the recipe's)
     histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
     histoscale pretrain "tiles='az://c/train-{000..041}.tar'" out=run    (WebDataset shards; the inner quotes are for the braces)
 
-A recipe sets every group; keys after it change single values. `out` holds patches.png and views.png (of the first batch),
-checkpoints/step-N, metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM
+A recipe sets every group; keys after it change single values; phases.NAME. keys add a phase, also to a run that has ended. `out`
+holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM
 or SIGUSR1 the run saves itself and ends with code 75.
 """
 
