@@ -205,6 +205,9 @@ def online_probe(config: Config, phase: Phase, journal: Journal, ranks: Ranks) -
         raise ValueError(f"monitor.labelled_every={every} is not a multiple of monitor.every={config.monitor.every}")
     catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
     patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
+    dataset = config.online.dataset
+    if config.catalog is not None and dataset.name == "cohort" and dataset.report in config.roles:
+        journal.say(f"the online probes report on patients of the role {dataset.report}, which are trained on")
     views, sampler = config.views, config.sampler
     architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)
     end, precision = phase.first + config.schedule.steps, config.optim.precision
