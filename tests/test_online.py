@@ -193,8 +193,8 @@ def images(folder: Path, splits: tuple[str, ...]) -> Path:
 
 def test_pretrain_probes_a_labelled_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tiles, labelled = images(tmp_path / "tiles", ("x",)), images(tmp_path / "labelled", ("train", "test"))
-    keys = [f"monitor.labelled={labelled}", "monitor.labelled_every=2", "dataset@online.dataset=folder", "online.dataset.report=test",
-            "online.initialisations=1", "online.probe.folds=3"]  # fmt: skip
+    keys = [f"monitor.labelled={labelled}", "monitor.labelled_every=2", "dataset@online.dataset=folder",
+            "online.dataset.report=test", "online.initialisations=1", "online.probe.folds=3"]  # fmt: skip
     found = invoke("pretrain", [*SMALL, f"tiles={tiles}", f"out={tmp_path / 'run'}", *keys])["pretrain"]["online"]
     assert found["steps"] == [0, 2, 4] and len(found["linear"]["points"]) == 3 and found["groups"] == "none"
     assert found["linear"]["last_minus_random"]["low"] < found["linear"]["last_minus_random"]["high"]
