@@ -10,8 +10,8 @@ Examples:
     histoscale pretrain "tiles='az://c/train-{000..041}.tar'" out=run    (WebDataset shards; the inner quotes are for the braces)
 
 A recipe sets every group; keys after it change single values; phases.NAME. keys add a phase, also to a run that has ended. `out`
-holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM
-or SIGUSR1 the run saves itself and ends with code 75.
+holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse
+read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with code 75.
 """
 
 import sys
