@@ -11,7 +11,7 @@ Examples:
 
 A recipe sets every group; keys after it change single values; phases.NAME. keys add a phase, also to a run that has ended. `out`
 holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse
-read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with code 75.
+read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and exits with 75.
 """
 
 import sys
