@@ -77,12 +77,14 @@ def _texts(value: Any, name: str = "") -> list[str]:
 @dataclass(frozen=True)
 class JournalConfig:
     """progress: `auto` draws bars on a terminal and prints plain lines elsewhere; `bar`, `lines`, `off` force it.
-    interval_s: at most one plain line in so many seconds. wandb: `off`, `offline` or `online`; wandb_project: its project."""
+    interval_s: at most one plain line in so many seconds. wandb: `off`, `offline`, `online` or
+    `auto` (online with a key, offline without); wandb_project: its project. tensorboard: whether events are written too."""
 
     progress: str
     interval_s: float
     wandb: str
     wandb_project: str
+    tensorboard: bool
 
 
 class Progress:

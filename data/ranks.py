@@ -3,7 +3,7 @@
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ class Ranks:
     local: int
     device: torch.device
     elastic: bool
+    own: dist.ProcessGroup | None = None  # of `apart`
 
     @property
     def main(self) -> bool:
@@ -33,7 +34,15 @@ class Ranks:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        return dist.group.WORLD if self.world > 1 else None
+        return self.own or (dist.group.WORLD if self.world > 1 else None)
+
+    def apart(self) -> "Ranks":
+        """The same ranks with a group of their own on the CPU, for collectives of a second thread; all ranks call it together."""
+        if self.world == 1:
+            return self
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)  # every rank is in it
+        return replace(self, device=torch.device("cpu"), own=group)
 
     def barrier(self) -> None:
         """All ranks have arrived; on the CPU, so that no device waits."""
@@ -45,14 +54,14 @@ class Ranks:
         if self.world == 1:
             return flag
         value = torch.tensor(int(flag))
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks of a tensor of one shape; a new tensor, without gradient."""
         total = x.detach().clone()
         if self.world > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return total
 
     def mean(self, x: Tensor) -> Tensor:
@@ -68,7 +77,7 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def first(self, make: Callable[[], T]) -> T:
@@ -81,7 +90,7 @@ class Ranks:
                 said = [make(), None]
             except (OSError, ValueError) as error:
                 said = [None, error]
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(said, src=0, group=self.group)
         if said[1] is not None:
             raise said[1]
         return said[0]

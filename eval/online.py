@@ -208,7 +208,7 @@ class Online:
             last = Calls(np.concatenate([calls[name, pool].logs for calls in list(points.values())[-LAST:]]), pool)
             row: dict[str, Any] = {
                 "points": values,
-                "spearman": float(spearmanr(list(points), values).statistic) if len(values) > 2 else None,
+                "spearman": float(spearmanr(list(points), values).statistic) if len(set(values)) > 2 else None,
                 "last": patient_bootstrap(last.statistic(truth), patients, self.config.interval).as_dict(),
             }
             if floor:

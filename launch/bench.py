@@ -1,10 +1,11 @@
-"""How fast: patches per core-second of CPU time, beside the decoder's limit and OpenSlide, in shuffled rounds of one run.
+"""How fast: reading, views and training steps, each beside a limit or a plain implementation, in shuffled rounds of one run.
 
 Examples:
     histoscale bench what=read out=bench                     (draws a synthetic slide first)
     histoscale bench what=read catalog=catalog rounds=9 out=bench
     histoscale bench what=catalog out=bench_catalog          (simulates 100,000 slides: 3 GB in out)
     histoscale bench what=views out=bench_views              (augmentation and stain normalisation, ms a patch)
+    histoscale bench what=train train.recipe=demo out=bench_train    (a training step by part, beside the plainest one)
     histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
     histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
 
@@ -28,13 +29,14 @@ from histoscale.data.views import ViewsConfig
 from histoscale.launch.bench_catalog import ScaleConfig, catalog
 from histoscale.launch.bench_read import read
 from histoscale.launch.bench_remote import RemoteConfig, remote
+from histoscale.launch.bench_train import TrainingConfig, train
 from histoscale.launch.bench_views import views
 
 RESULT = (
     "what", "catalog", "seed", "rounds", "visits", "batch", "sampler", "cohort", "tissue", "catalog_scale", "remote",
-    "views", "macenko", "vahadane", "reinhard",
+    "views", "macenko", "vahadane", "reinhard", "train",
 )  # fmt: skip
-SUBJECTS = {"read": read, "catalog": catalog, "remote": remote, "views": views}
+SUBJECTS = {"read": read, "catalog": catalog, "remote": remote, "views": views, "train": train}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Config:
     cohort: CohortConfig
     catalog_scale: ScaleConfig
     remote: RemoteConfig
+    train: TrainingConfig
     out: str
     logging: JournalConfig
 

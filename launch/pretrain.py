@@ -4,12 +4,14 @@ Examples:
     histoscale pretrain catalog=catalog recipe=demo out=run
     torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
     histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
+    histoscale pretrain catalog=catalog recipe=kaiko_vits16_dino start.weights=model.safetensors out=run     (null: fresh weights)
+    histoscale pretrain catalog=catalog recipe=midnight_vitg14 phase=[high_resolution] out=run     (a phase behind the recipe's)
     histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
     histoscale pretrain "tiles='az://c/train-{000..041}.tar'" out=run    (WebDataset shards; the inner quotes are for the braces)
 
-A recipe sets every group; keys after it change single values. `out` holds patches.png and views.png (of the first batch),
-checkpoints/step-N, metrics.jsonl (losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM
-or SIGUSR1 the run saves itself and ends with code 75.
+A recipe sets every group; keys after it change single values; phases.NAME. keys add a phase, also to a run that has ended. `out`
+holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse
+read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and ends with code 75.
 """
 
 import sys
@@ -40,6 +42,7 @@ from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
 from histoscale.launch.phases import only_adds, phases_of
 from histoscale.launch.probe import open_dataset
+from histoscale.launch.trackers import tracked
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
@@ -132,14 +135,14 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
     reached = phase_reached(journal.out / "checkpoints", [(phase, one.schedule.steps) for phase, one in phases], ranks)
     for phase, one in phases[reached:]:
-        told = _train_phase(phase, one, rows, ranks)
+        told = _train_phase(phase, one, rows, ranks, phase is phases[-1][0])
     close_ranks()
     patches = sum(one.schedule.steps * one.optim.global_batch for _, one in phases)
     listed = [{"name": phase.name, "first": phase.first, "steps": one.schedule.steps} for phase, one in phases]
     return {"pretrain": {**told, "patches": patches, "phases": listed}}
 
 
-def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks) -> dict[str, Any]:
+def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, last: bool) -> dict[str, Any]:
     """One phase with its own source; what the summary says of it."""
     opened = open_source(config, journal)
     source, table = opened.source, opened.table
@@ -168,6 +171,8 @@ def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks) -
     watchers: list[trainer.Watcher] = [probe, reading] if probe else [reading]
     try:
         result = trainer.train(trainer.TrainConfig(**shared), batches, watchers, journal, ranks, facts, phase)
+        if result.stopping and not last:  # asked to stop in the very last step
+            raise trainer.Preempted(result.step)
     except trainer.Preempted:
         close_ranks()
         raise
@@ -200,6 +205,9 @@ def online_probe(config: Config, phase: Phase, journal: Journal, ranks: Ranks) -
         raise ValueError(f"monitor.labelled_every={every} is not a multiple of monitor.every={config.monitor.every}")
     catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
     patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
+    dataset = config.online.dataset
+    if config.catalog is not None and dataset.name == "cohort" and dataset.report in config.roles:
+        journal.say(f"the online probes report on patients of the role {dataset.report}, which are trained on")
     views, sampler = config.views, config.sampler
     architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)
     end, precision = phase.first + config.schedule.steps, config.optim.precision
@@ -276,34 +284,6 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     ranks.first(lambda: probe.unlink(missing_ok=True))
     if blind:
         raise ValueError(f"out={out} is not one folder for all processes: rank {blind[0]} does not see what rank 0 writes there")
-
-
-class Tracked(Journal):
-    """The journal, whose rows also go to Weights & Biases."""
-
-    def __init__(self, journal: Journal, values: dict[str, Any]) -> None:
-        super().__init__(journal.out, journal.config, journal.main)
-        import wandb  # half a second, and not everywhere
-
-        self.tracker = wandb.init(
-            project=journal.config.wandb_project,
-            mode="online" if journal.config.wandb == "online" else "offline",
-            dir=journal.out,
-            config=values,
-            settings=wandb.Settings(x_disable_meta=True),  # it would keep the command line, which may hold a credential
-        )
-
-    def row(self, **values: Any) -> None:
-        super().row(**values)
-        if "loss" in values:
-            self.tracker.log(plain(values), step=values["step"])
-
-
-def tracked(journal: Journal, values: dict[str, Any]) -> Journal:
-    """The journal itself, or one that also logs to Weights & Biases, as logging.wandb says."""
-    if journal.config.wandb not in ("off", "offline", "online"):
-        raise ValueError(f"logging.wandb is {journal.config.wandb!r}: expected off, offline or online")
-    return Tracked(journal, values) if journal.main and journal.config.wandb != "off" else journal
 
 
 if __name__ == "__main__":

@@ -30,13 +30,18 @@ class ModelConfig:
     drop_path: float  # stochastic depth by batch subset, the same rate in every block
 
 
+def rotary(config: ModelConfig) -> bool:
+    """Whether this is a DINOv3 of timm: rotary positions, always LayerScale (arXiv 2508.10104)."""
+    return "dinov3" in config.architecture
+
+
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
     """What `timm.create_model` takes beside the architecture: plain JSON, so a release can carry it."""
     chosen = {"embed_dim": config.width, "depth": config.depth, "num_heads": config.heads, "mlp_ratio": config.mlp_ratio}
     return {
         "img_size": config.img_size,
         "patch_size": config.patch_size,
-        "reg_tokens": config.registers,
+        "num_reg_tokens" if rotary(config) else "reg_tokens": config.registers,
         "init_values": config.layer_scale or 0.0,  # timm drops None and would keep an architecture's own LayerScale
         "dynamic_img_size": True,
         "num_classes": 0,
@@ -48,9 +53,10 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
 def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
     """The timm model with fresh weights drawn from `seed`; the global generator is left as it was.
 
-    Raises ValueError for an architecture that is no plain ViT with class token and learned positions, or sizes that do not fit.
+    Raises ValueError for an architecture that is no plain ViT with class token and learned positions, nor DINOv3's with rotary
+    ones, or sizes that do not fit.
     """
-    known = timm.list_models(module="vision_transformer")
+    known = [*timm.list_models(module="vision_transformer"), *timm.list_models("*dinov3*", module="eva")]
     if config.architecture not in known:
         near = ", ".join(get_close_matches(config.architecture, known, 3)) or "vit_small_patch16_224"
         raise ValueError(f"model.architecture={config.architecture!r} is not one of timm's vision transformers, such as {near}")
@@ -58,11 +64,13 @@ def build_backbone(config: ModelConfig, seed: int) -> VisionTransformer:
         raise ValueError(f"model.img_size={config.img_size} is not a multiple of model.patch_size={config.patch_size}")
     if not 0 <= config.drop_path < 1:
         raise ValueError(f"model.drop_path={config.drop_path} must be in [0, 1)")
+    if rotary(config) and not config.layer_scale:
+        raise ValueError(f"model.architecture={config.architecture!r} has LayerScale: set model.layer_scale, to 1e-5 say")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw.key(seed, "backbone") >> 1)
         vit = timm.create_model(config.architecture, pretrained=False, **timm_arguments(config))
-    if vit.cls_token is None or vit.pos_embed is None:
-        raise ValueError(f"model.architecture={config.architecture!r} has no class token or no learned positions")
+    if vit.cls_token is None or (vit.pos_embed is None and not rotary(config)):
+        raise ValueError(f"model.architecture={config.architecture!r} has no class token, or no positions that are known here")
     joined = cast(VisionTransformer, vit)
     join_blocks(joined)
     return joined
@@ -131,10 +139,25 @@ def forward_views(
 ) -> list[tuple[Tensor, Tensor]]:
     """`forward_tokens` of several resolutions; every block is called once, with the tokens of all of them."""
     tokens = [vit.norm_pre(_embed(vit, x, mask, mask_token)) for x, mask in zip(views, masks, strict=True)]
+    angles = _angles(vit, views)
     for depth, block in enumerate(vit.blocks):
-        tokens = block(tokens, [None if rows is None else rows[2 * depth : 2 * depth + 2] for rows in kept])
+        tokens = block(tokens, [None if rows is None else rows[2 * depth : 2 * depth + 2] for rows in kept], angles)
     tokens = [vit.norm(x) for x in tokens]
     return [(x[:, 0], x[:, vit.num_prefix_tokens :]) for x in tokens]
+
+
+def _angles(vit: VisionTransformer, views: Sequence[Tensor]) -> dict[int, Tensor] | None:
+    """Number of tokens -> sines and cosines of its patches [P, 2 d] in float32, once a forward; None for learned positions.
+
+    Raises ValueError for two grids of as many patches.
+    """
+    if vit.pos_embed is not None:
+        return None
+    size = vit.patch_embed.patch_size
+    grids = {(x.shape[2] // size[0], x.shape[3] // size[1]) for x in views}
+    if len({height * width for height, width in grids}) < len(grids):
+        raise ValueError(f"views of the grids {sorted(grids)} have as many patches: rotary positions could not tell them apart")
+    return {vit.num_prefix_tokens + h * w: vit.rope.get_embed(shape=[h, w]) for h, w in grids}  # type: ignore[union-attr,operator]
 
 
 def _embed(vit: VisionTransformer, x: Tensor, masks: Tensor | None, mask_token: Tensor | None) -> Tensor:
@@ -143,8 +166,8 @@ def _embed(vit: VisionTransformer, x: Tensor, masks: Tensor | None, mask_token: 
     tokens = vit.patch_embed(x).flatten(1, 2)
     if masks is not None and mask_token is not None:
         tokens = torch.where(masks[:, :, None], mask_token.to(tokens.dtype), tokens)
-    at_prefix, at_patches = positions(vit, grid)
+    at_prefix, at_patches = (None, None) if vit.pos_embed is None else positions(vit, grid)
     prefix = torch.cat([token for token in (vit.cls_token, vit.reg_token) if token is not None], 1)
     if at_prefix is not None:
         prefix = prefix + at_prefix
-    return torch.cat([prefix.expand(len(x), -1, -1), tokens + at_patches], 1)
+    return torch.cat([prefix.expand(len(x), -1, -1), tokens if at_patches is None else tokens + at_patches], 1)

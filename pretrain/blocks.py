@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,8 +20,8 @@ _PACKED = ("packed", "varlen", "xformers")
 Residual = Callable[[Tensor, list[torch.Size]], Tensor]
 
 
-class JointBlock(Block):
-    """timm's pre-norm Block that also takes a list of token tensors, one a resolution.
+class JointBlock(nn.Module):
+    """A pre-norm block of timm that also takes a list of token tensors, one a resolution; mixed into timm's own class.
 
     attention: "sdpa" (one fused call a resolution), "math" (explicit products), or with norms and linear layers run once over
     the tokens of all resolutions: "packed" (one fused call a resolution), "varlen" (torch.nn.attention.varlen) and "xformers"
@@ -30,22 +31,27 @@ class JointBlock(Block):
     attention = "sdpa"
     recompute = False
 
-    def forward(self, x: Any, kept: Any = None, **others: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: Any, kept: Any = None, angles: dict[int, Tensor] | None = None, **others: Any) -> Any:
         """Tokens [B_i, N_i, D] of each resolution i -> the same shapes. A plain tensor goes through timm's own forward.
 
         kept: a resolution's rows of each branch, int64 [2, n_i], or None: branch outputs of those rows only, scaled by
-        B_i / n_i (batch-subset stochastic depth, arXiv 2304.07193).
+        B_i / n_i (batch-subset stochastic depth, arXiv 2304.07193). angles: N_i -> sines and cosines of its patches [P_i, 2 d],
+        for rotary positions.
         """
         if isinstance(x, Tensor):
             return super().forward(x, **others)
         kept = [None] * len(x) if kept is None else kept
         if self.recompute and torch.is_grad_enabled():  # nothing in a block draws from a generator, so there is none to restore
-            return checkpoint(self._both, x, kept, use_reentrant=False, preserve_rng_state=False)
-        return self._both(x, kept)
+            return checkpoint(self._both, x, kept, angles, use_reentrant=False, preserve_rng_state=False)
+        return self._both(x, kept, angles)
 
-    def _both(self, x: list[Tensor], kept: list[Tensor | None]) -> list[Tensor]:
+    def _both(self, x: list[Tensor], kept: list[Tensor | None], angles: dict[int, Tensor] | None) -> list[Tensor]:
         run = self._packed if self.attention in _PACKED else self._apart
-        x = run(x, [rows if rows is None else rows[0] for rows in kept], self._attend)
+
+        def attend(tokens: Tensor, shapes: list[torch.Size]) -> Tensor:
+            return self._attend(tokens, shapes, angles)
+
+        x = run(x, [rows if rows is None else rows[0] for rows in kept], attend)
         return run(x, [rows if rows is None else rows[1] for rows in kept], self._project)
 
     def _apart(self, x: list[Tensor], rows: list[Tensor | None], branch: Residual) -> list[Tensor]:
@@ -59,8 +65,19 @@ class JointBlock(Block):
         updates = update.split([shape[0] * shape[1] for shape in shapes])
         return [_add(a, kept, u.view(shape)) for a, kept, u, shape in zip(x, rows, updates, shapes, strict=True)]
 
-    def _attend(self, tokens: Tensor, shapes: list[torch.Size]) -> Tensor:
+    def _attend(self, tokens: Tensor, shapes: list[torch.Size], angles: dict[int, Tensor] | None) -> Tensor:
         """Tokens [B, N, D], or those of several shapes in a row as [T, D] -> the attention branch's output, same shape."""
+        raise NotImplementedError
+
+    def _project(self, tokens: Tensor, shapes: list[torch.Size]) -> Tensor:
+        """The same of the MLP branch."""
+        raise NotImplementedError
+
+
+class PlainBlock(JointBlock, Block):  # type: ignore[misc]
+    """timm's Block: learned positions, added before the first one."""
+
+    def _attend(self, tokens: Tensor, shapes: list[torch.Size], angles: dict[int, Tensor] | None) -> Tensor:
         attn = cast(Attention, self.attn)
         qkv = attn.qkv(self.norm1(tokens)).reshape(-1, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.unbind(1)  # [T, H, d] each
@@ -72,21 +89,38 @@ class JointBlock(Block):
         return self.ls2(self.mlp(self.norm2(tokens)))
 
 
+class RotaryBlock(JointBlock, EvaBlock):  # type: ignore[misc]
+    """timm's EvaBlock as DINOv3 has it (arXiv 2508.10104): patches turn their queries and keys by place, prefixes do not."""
+
+    def _attend(self, tokens: Tensor, shapes: list[torch.Size], angles: dict[int, Tensor] | None) -> Tensor:
+        attn = cast(EvaAttention, self.attn)
+        assert attn.qkv is not None and angles is not None
+        bias = None if attn.q_bias is None else torch.cat([attn.q_bias, cast(Tensor, attn.k_bias), attn.v_bias])
+        qkv = F.linear(self.norm1(tokens), attn.qkv.weight, bias).reshape(-1, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.unbind(1)
+        q, k = (_turn(x, shapes, angles, attn.num_prefix_tokens, attn.rotate_half) for x in (attn.q_norm(q), attn.k_norm(k)))
+        mixed = _ATTEND[self.attention](q.to(v.dtype), k.to(v.dtype), v, shapes)
+        return _scaled(attn.proj(attn.norm(mixed.reshape(*tokens.shape[:-1], -1))), self.gamma_1)
+
+    def _project(self, tokens: Tensor, shapes: list[torch.Size]) -> Tensor:
+        return _scaled(self.mlp(self.norm2(tokens)), self.gamma_2)
+
+
 def join_blocks(vit: VisionTransformer) -> None:
     """Give every block of a timm vision transformer the forward above.
 
     Raises ValueError for blocks of another form (residual post-norm, parallel, gated attention), dropout or drop path.
     """
     for block in cast(Iterable[Block], vit.blocks):
-        plain = type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-        if not plain:
+        known = {(Block, Attention): PlainBlock, (EvaBlock, EvaAttention): RotaryBlock}.get((type(block), type(block.attn)))
+        if known is None or getattr(block.attn, "gate", None) is not None or getattr(block.attn, "qkv", None) is None:
             raise ValueError(f"the blocks of this architecture are {type(block).__name__} with {type(block.attn).__name__}: only "
-                             "timm's pre-norm Block with its plain Attention can be trained here")  # fmt: skip
+                             "timm's pre-norm Block and EvaBlock with their plain attention can be trained here")  # fmt: skip
         random = [name for name, part in block.named_modules() if isinstance(part, nn.Dropout) and part.p > 0]
         random += [name for name in ("drop_path1", "drop_path2") if not isinstance(getattr(block, name), nn.Identity)]
         if random:
             raise ValueError(f"blocks with {', '.join(random)} draw from a global generator: build the model without dropout")
-        block.__class__ = JointBlock
+        block.__class__ = known
 
 
 def choose_attention(wanted: str, device: torch.device, precision: str) -> str:
@@ -120,6 +154,20 @@ def unavailable(wanted: str, device: torch.device, precision: str) -> str | None
 def joint_blocks(module: nn.Module) -> list[JointBlock]:
     """Those of them inside a module, in order."""
     return [part for part in module.modules() if isinstance(part, JointBlock)]
+
+
+def _turn(x: Tensor, shapes: list[torch.Size], angles: dict[int, Tensor], prefix: int, half: bool) -> Tensor:
+    """Rotary positions: queries or keys [T, H, d] of tokens of these shapes, prefix tokens left as they are."""
+    turned = []
+    for part, shape in zip(x.split([shape[0] * shape[1] for shape in shapes]), shapes, strict=True):
+        rows = part.unflatten(0, tuple(shape[:2]))  # [B, N, H, d]
+        patches = apply_rot_embed_cat(rows[:, prefix:], angles[shape[1]][:, None], half=half)
+        turned.append(torch.cat([rows[:, :prefix], patches.to(rows.dtype)], 1).flatten(0, 1))
+    return turned[0] if len(turned) == 1 else torch.cat(turned)
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
+    return x if gamma is None else gamma * x
 
 
 def _pick(x: Tensor, rows: Tensor | None) -> Tensor:

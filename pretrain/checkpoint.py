@@ -1,6 +1,7 @@
 """Checkpoints: `step-N/` of safetensors shards and a `state.json` that vouches for them; nothing is pickled.
 
-A directory whose `state.json` is missing or does not match its shards does not exist for the reader. Writing is synchronous.
+A directory whose `state.json` is missing or does not match its shards does not exist for the reader. Writing beside the training
+is for pretrain/saving.py.
 """
 
 import hashlib
@@ -31,12 +32,14 @@ _NAME = re.compile(r"step-(\d+)")
 class CheckpointConfig:
     """every: a checkpoint each so many steps, and one at the end. keep_last: how many of the newest stay.
 
-    keep_every: those at multiples of so many steps stay for ever; null keeps none beyond keep_last.
+    keep_every: those at multiples of so many steps stay for ever; null keeps none beyond keep_last. asynchronous: training goes
+    on while a copy of the state in host memory is written; false waits for every write.
     """
 
     every: int
     keep_last: int
     keep_every: int | None
+    asynchronous: bool
 
 
 class CheckpointError(OSError):
@@ -67,21 +70,32 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fac
     """
     final = folder / f"step-{step}"
     partial = folder / f"step-{step}.partial"
-    ranks.first(lambda: _empty(partial))
+    try:
+        ranks.first(lambda: _empty(partial))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {final} was not written ({error}); earlier checkpoints are intact") from None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
                 dict(tensors),
                 storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                process_group=ranks.group,
                 no_dist=ranks.world == 1,
             )
     except CheckpointException as error:
         ranks.first(lambda: shutil.rmtree(partial, ignore_errors=True))
         raise CheckpointError(f"checkpoint {final} was not written ({_causes(error)}); earlier checkpoints are intact") from None
 
+    mine = sorted(partial.glob("*.safetensors"))[ranks.rank :: ranks.world]  # reading back is shared as writing was
+    found: list[dict[str, Any] | str] = ranks.objects(_fingerprints(mine))
+    failed = [why for why in found if isinstance(why, str)]
+    if failed:
+        ranks.first(lambda: shutil.rmtree(partial, ignore_errors=True))
+        raise CheckpointError(f"checkpoint {final} was not written ({failed[0]}); earlier checkpoints are intact")
+
     def publish() -> None:
-        shards = {path.name: _fingerprint(path) for path in sorted(partial.glob("*.safetensors"))}
+        shards = {name: value for part in found if isinstance(part, dict) for name, value in sorted(part.items())}
         state = {"format": FORMAT, "step": step, "shards": shards, "facts": plain(facts)}
         try:
             _write_synced(partial / "state.json", scrub(json.dumps(state, indent=2)) + "\n")
@@ -148,9 +162,12 @@ def newest_checkpoint(folder: Path) -> tuple[CheckpointState | None, list[str]]:
     return None, skipped
 
 
-def prune_checkpoints(folder: Path, config: CheckpointConfig) -> list[Path]:
-    """Remove all but the newest `keep_last` and the multiples of `keep_every`; returns what was removed."""
-    older = _steps(folder)[: -config.keep_last]
+def prune_checkpoints(folder: Path, written: int, config: CheckpointConfig) -> list[Path]:
+    """Remove all up to step `written` but the newest `keep_last` of them and multiples of `keep_every`; returns what was removed.
+
+    Later ones, which the reader refused before the run came here, do not count: they would take the place of whole ones.
+    """
+    older = [(step, path) for step, path in _steps(folder) if step <= written][: -config.keep_last]
     gone = [path for step, path in older if not config.keep_every or step % config.keep_every]
     for path in gone:
         (path / "state.json").unlink(missing_ok=True)  # first, so that a kill in between leaves no half checkpoint
@@ -242,8 +259,12 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+def _fingerprints(paths: list[Path]) -> dict[str, Any] | str:
+    """Size and sha256 of each file by name, or why one cannot be read."""
+    try:
+        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    except OSError as error:
+        return str(error)
 
 
 def _sha256(path: Path) -> str:

@@ -46,7 +46,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mlp(x)
-        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # as facebookresearch/dinov2: 1e12 overflows float16
+        x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=eps)
         weight = F.normalize(self.last_direction, dim=-1, eps=1e-12) if self.normalised else self.last_direction
         if self.last_scale is not None:
             weight = weight * self.last_scale

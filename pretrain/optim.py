@@ -79,6 +79,15 @@ def parameter_table(named: Iterable[tuple[str, nn.Parameter]], depth: int, confi
     return table
 
 
+def table_text(named: Iterable[tuple[str, nn.Parameter]], depth: int, config: OptimConfig) -> str:
+    """The table for people: a line a parameter with its shape, both multipliers and what can freeze it; tab-separated."""
+    lines = ["parameter\tshape\tlr\tweight_decay\tfrozen_with"]
+    for row in parameter_table(named, depth, config):
+        frozen = "last layer" if row.last_layer else "backbone" if row.name.startswith("backbone.") else ""
+        lines.append(f"{row.name}\t{'x'.join(map(str, row.parameter.shape))}\t{row.lr:g}\t{row.weight_decay:g}\t{frozen}")
+    return "\n".join(lines) + "\n"
+
+
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], depth: int, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with one group for each pair of multipliers. Learning rate and decay are set by `set_scheduled` before each step."""
     groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from histoscale.pretrain.checkpoint import (
     read_tensors,
     stored_tensors,
 )
-from histoscale.pretrain.methods import GramConfig
+from histoscale.pretrain.methods import GramTeacher
 from histoscale.pretrain.start import StartConfig, StartError, check_start, is_checkpoint, load_start, resize_positions
 
 
@@ -41,8 +41,7 @@ class Phase:
 ONLY = Phase(0, "base", 0, 0)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """Where training goes on: `step`, and what was said when its phase began (kept in every checkpoint of the phase)."""
 
     step: int
@@ -96,23 +95,25 @@ def enter(
     identity: Mapping[str, Any],
     start: StartConfig,
     tensors: Mapping[str, Tensor],
-    prefix: int,
+    backbone: nn.Module,
+    gram: GramTeacher | None,
     said: list[str],
     journal: Journal,
     ranks: Ranks,
 ) -> Entry:
     """Fill the tensors with what this phase goes on from: its own newest checkpoint, or the last one of the phase before.
 
-    said: what `begin` said; prefix: rows of the position table that are no patch. Raises ValueError for a checkpoint of another
-    run or phase, StartError and CheckpointError for tensors that do not fit.
+    said: what `begin` said. Raises ValueError for a checkpoint of another run or phase, StartError and CheckpointError for
+    tensors that do not fit.
     """
+    prefix = 0 if backbone.no_embed_class else int(backbone.num_prefix_tokens)  # type: ignore[arg-type]
     if state is None:
         if phase.index:
             raise ValueError(f"phase {phase.name!r} continues the one before it, and there is no checkpoint of that")
         if is_checkpoint(start.weights):
             other = ranks.first(lambda: read_checkpoint(str(start.weights)))
             said = [f"starts from {start.weights}, step {other.step}", *carry(other, start, tensors, prefix, ranks)]
-        return Entry(phase.first, said)
+        return Entry(phase.first, said + begin_gram(gram, phase, None, start))
     at = state.facts["phase"]
     if at["index"] == phase.index:
         theirs = state.facts["identity"]
@@ -124,21 +125,21 @@ def enter(
         return Entry(state.step, at["began"])
     if at["index"] == phase.index - 1 and state.step == phase.first:
         said = [f"follows phase {at['name']} from step {state.step}", *carry(state, start, tensors, prefix, ranks)]
-        return Entry(phase.first, said)
+        return Entry(phase.first, said + begin_gram(gram, phase, state, start))
     raise ValueError(
         f"{state.path} ends phase {at['name']!r} (number {at['index']}) after {state.step} steps: phase {phase.name!r} (number "
         f"{phase.index}) begins after {phase.first}; give another out="
     )
 
 
-def begin_gram(gram: nn.Module, config: GramConfig, at: int, state: CheckpointState | None, start: StartConfig) -> list[str]:
+def begin_gram(gram: GramTeacher | None, phase: Phase, state: CheckpointState | None, start: StartConfig) -> list[str]:
     """First weights of a Gram teacher that this run's checkpoint does not hold yet; in words.
 
-    at: the step that its schedule stands at. Raises ValueError when it should have been taken from the teacher before, and what
-    load_start raises.
+    Raises ValueError when it should have been taken from the teacher before this phase, and what load_start raises.
     """
-    if state is not None and "gram.backbone.cls_token" in stored_tensors(state):
+    if gram is None or (state is not None and "gram.backbone.cls_token" in stored_tensors(state)):
         return []
+    config, at = gram.config, phase.first - phase.origin
     if config.source != "teacher":
         load_start(gram.get_submodule("backbone"), replace(start, weights=config.source, may_lack=[], may_ignore=[]))
         return [f"the Gram teacher is {config.source}"]

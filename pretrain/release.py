@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -237,8 +237,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 def _check_opens(out: Path, vit: VisionTransformer, model: ModelConfig) -> None:
     """timm must give the same features from the directory, to the bit."""
-    again = timm.create_model(f"local-dir:{out}", pretrained=True)
-    assert isinstance(again, VisionTransformer)
+    again = cast(VisionTransformer, timm.create_model(f"local-dir:{out}", pretrained=True))
     dtype = next(vit.parameters()).dtype
     again.eval().to(dtype)
     x = torch.linspace(-1, 1, 3 * model.img_size**2, dtype=dtype).view(1, 3, model.img_size, model.img_size)

@@ -22,7 +22,7 @@ from histoscale.data.ranks import Ranks
 from histoscale.data.stream import Batch
 from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
-from histoscale.pretrain.checkpoint import CheckpointConfig, prune_checkpoints, write_checkpoint
+from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.flops import flops_a_patch
 from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.meter import Meter
@@ -34,6 +34,7 @@ from histoscale.pretrain.methods import (
     Scheduled,
     build,
     build_gram_teacher,
+    check_pools,
     first_centres,
     gram_takes_teacher,
     losses,
@@ -41,9 +42,10 @@ from histoscale.pretrain.methods import (
     scheduled,
 )
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
-from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, weight_decay_at
+from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, table_text, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
-from histoscale.pretrain.phase import ONLY, Phase, begin, begin_gram, enter, find_state
+from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
+from histoscale.pretrain.saving import Saver
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 
@@ -74,13 +76,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """steps done, both branches on this rank's device, the last checkpoint and the last row of metrics."""
+    """steps done, both branches on this rank's device, the last checkpoint, the last row of metrics, and whether a signal that
+    came in the last step asks the run to go no further."""
 
     step: int
     student: nn.Module
     teacher: nn.Module
     checkpoint: Path
     row: dict[str, float]
+    stopping: bool
 
 
 class Preempted(Exception):
@@ -118,6 +122,7 @@ def train(
     """
     optim, method, schedule, end = config.optim, config.method, config.schedule, phase.first + config.schedule.steps
     check_batch(optim.global_batch, ranks.world, optim.micro_batches, method.group)
+    check_pools(method, optim.global_batch // optim.micro_batches)
     if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every) < 1:
         raise ValueError("checkpoint.every, checkpoint.keep_last and monitor.every must be at least 1")
     set_threads(config.hardware)
@@ -133,15 +138,14 @@ def train(
     anchor = build_gram_teacher(config.model, method)
     anchor = None if anchor is None else anchor.to(ranks.device)
     identity = {**config.result(), "facts": plain(facts)}
-    prefix = 0 if student.backbone.no_embed_class else student.backbone.num_prefix_tokens
     tensors = state_tensors(parallel, optimizer, centres, anchor)
-    entry = enter(state, phase, identity, config.start, tensors, prefix, said, journal, ranks)
-    start, began = entry.step, entry.began
-    if anchor is not None and start == phase.first:
-        began = began + begin_gram(anchor, anchor.config, start - phase.origin, state, config.start)
+    start, began = enter(state, phase, identity, config.start, tensors, student.backbone, anchor, said, journal, ranks)
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
+        table = table_text(student.named_parameters(), len(student.backbone.blocks), optim)
+        ranks.first(lambda: write_atomic(journal.path(f"parameters-{phase.name}.tsv"), table))
+    saver = Saver(folder, config.checkpoint, ranks)
     window, recent = Window(config.monitor.window, ranks), list[Batch]()
     peak = None if config.monitor.peak_tflops is None else config.monitor.peak_tflops * 1e12
     flops = None if peak is None else flops_a_patch(config.model, method, config.views)
@@ -149,13 +153,13 @@ def train(
     row: dict[str, float] = {"step": start}
     signs: dict[str, str] = {}
     told: set[str] = set()
+    stopping = False
 
     def save(step: int) -> None:
         if step == phase.first and phase.index:
             return  # the last checkpoint of the phase before it is this state
         tensors = state_tensors(parallel, optimizer, centres, anchor)
-        write_checkpoint(folder, step, tensors, {"identity": identity, "phase": place}, ranks)
-        ranks.first(lambda: prune_checkpoints(folder, config.checkpoint))
+        saver.save(step, tensors, {"identity": identity, "phase": place})
 
     def watched(done: int) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -168,7 +172,7 @@ def train(
     batches = source(start)
     if start == phase.first and start < end and watchers:  # before anything moves: what the weights that it starts from are worth
         journal.row(step=start, phase=phase.name, **watched(start))
-    with stop_signals() as asked, journal.progress(end, "pretrain", "step") as progress:
+    with stop_signals() as asked, saver, journal.progress(end, "pretrain", "step") as progress:
         progress.advance(start)
         for step in range(start, end):
             batch = meter.wait_for(batches)
@@ -239,7 +243,7 @@ def train(
                 raise Preempted(done)
             if signs and config.monitor.stop_on_collapse:
                 raise Collapsed(f"step {done}: {'; '.join(signs.values())} (monitor.stop_on_collapse is set)")
-    return TrainResult(end, student, teacher, folder / f"step-{end}", row)
+    return TrainResult(end, student, teacher, folder / f"step-{end}", row, stopping)
 
 
 def _losses(

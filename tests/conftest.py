@@ -24,4 +24,5 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "out", JournalConfig(progress="off", interval_s=10, wandb="off", wandb_project="test"))
+    config = JournalConfig(progress="off", interval_s=10, wandb="off", wandb_project="test", tensorboard=False)
+    return Journal(tmp_path / "out", config)

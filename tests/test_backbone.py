@@ -1,18 +1,25 @@
 """The timm backbone: equal to timm's own forward, at any grid, with masks, registers and stochastic depth."""
 
 from dataclasses import replace
-from importlib import resources
 
 import pytest
 import timm
 import torch
-import yaml
-from pydantic import TypeAdapter
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from histoscale.data.keys import keys
-from histoscale.pretrain.backbone import ModelConfig, build_backbone, forward_tokens, kept_rows, positions, timm_arguments
+from histoscale.launch.config import choices, load
+from histoscale.pretrain.backbone import (
+    ModelConfig,
+    build_backbone,
+    forward_tokens,
+    forward_views,
+    kept_rows,
+    positions,
+    timm_arguments,
+)
+from histoscale.pretrain.blocks import joint_blocks
 
 TINY = ModelConfig(
     architecture="vit_tiny_patch16_224", img_size=48, patch_size=8, width=48, depth=2, heads=3, mlp_ratio=2.0,
@@ -20,7 +27,15 @@ TINY = ModelConfig(
 )  # fmt: skip
 REGISTERS = replace(TINY, architecture="vit_small_patch14_reg4_dinov2", registers=4, layer_scale=1e-5)
 SWIGLU = replace(REGISTERS, architecture="vit_giant_patch14_reg4_dinov2", mlp_ratio=4.0)
-CONFIGS = [TINY, REGISTERS, SWIGLU, replace(TINY, registers=2)]
+ROTARY = replace(REGISTERS, architecture="vit_small_patch16_dinov3", mlp_ratio=4.0)
+CONFIGS = [
+    TINY,
+    REGISTERS,
+    SWIGLU,
+    replace(TINY, registers=2),
+    ROTARY,
+    replace(ROTARY, architecture="vit_base_patch16_dinov3_qkvb"),
+]
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -110,6 +125,15 @@ def test_dropped_rows_are_untouched() -> None:
     assert (cls[some] != start[some]).any(1).all()
 
 
+def test_dropped_rows_hand_their_gradient_through_unchanged() -> None:
+    block, x = build_backbone(replace(TINY, depth=1), 0).blocks[0], noise(8, 10, 48).requires_grad_()
+    upstream = noise(8, 10, 48, seed=1)
+    kept = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]])  # rows of the attention branch, and of the MLP's
+    block([x], [kept])[0].backward(upstream)
+    assert x.grad is not None
+    assert torch.equal(x.grad[6:], upstream[6:]) and (x.grad[:6] != upstream[:6]).flatten(1).any(1).all()
+
+
 def test_stochastic_depth_keeps_the_expectation() -> None:
     vit, x = build_backbone(replace(TINY, depth=1), 0), noise(6, 3, 24, 24)
     vit.norm = torch.nn.Identity()
@@ -151,7 +175,32 @@ def test_errors(changes: dict[str, object], message: str) -> None:
 
 
 def test_shipped_models_build() -> None:
-    for file in (resources.files("histoscale.configs") / "model").iterdir():
-        if file.name.endswith(".yaml"):
-            config = TypeAdapter(ModelConfig).validate_python(yaml.safe_load(file.read_text()))
-            assert build_backbone(replace(config, depth=1), 0).patch_embed.patch_size[0] == config.patch_size
+    for name in choices("model"):
+        config = load("pretrain", ["recipe=demo", f"model={name}", "catalog=c", "out=o"]).config.model
+        assert build_backbone(replace(config, depth=1), 0).patch_embed.patch_size[0] == config.patch_size
+
+
+def test_rotary_positions_need_layer_scale_and_grids_that_differ() -> None:
+    with pytest.raises(ValueError, match="dinov3.* has LayerScale"):
+        build_backbone(replace(ROTARY, layer_scale=None), 0)
+    vit = build_backbone(ROTARY, 0)
+    with pytest.raises(ValueError, match="as many patches"):
+        forward_views(vit, [noise(1, 3, 16, 64), noise(1, 3, 32, 32)], [None, None], None, [None, None])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "math", "packed"])
+def test_rotary_blocks_treat_resolutions_and_dropped_rows_apart(attention: str) -> None:
+    """Two resolutions at once are each alone; rows that stochastic depth leaves out are those of one block's identity."""
+    vit = build_backbone(replace(ROTARY, layer_scale=1.0), 0)
+    for block in joint_blocks(vit):
+        block.attention = attention
+    large, small = noise(4, 3, 48, 48), noise(4, 3, 24, 24, seed=1)
+    together = forward_views(vit, [large, small], [None, None], None, [None, None])
+    for found, view in zip(together, (large, small), strict=True):
+        alone = forward_tokens(vit, view)
+        assert torch.allclose(found[0], alone[0], atol=1e-5) and torch.allclose(found[1], alone[1], atol=1e-5)
+    rows = torch.tensor([[0, 2]] * 4)
+    kept = forward_tokens(vit, large, kept=rows)[1]
+    vit.blocks = torch.nn.Sequential()
+    untouched = forward_tokens(vit, large)[1]
+    assert torch.equal(kept[[1, 3]], untouched[[1, 3]]) and not torch.allclose(kept[[0, 2]], untouched[[0, 2]], atol=1e-3)

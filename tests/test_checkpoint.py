@@ -156,7 +156,7 @@ def test_names_shapes_and_types_must_fit_exactly(folder: Path) -> None:
 def test_pruning_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
     for step in (10, 20, 25, 30, 35):
         write_checkpoint(tmp_path, step, {"x": torch.zeros(1)}, {}, ALONE)
-    prune_checkpoints(tmp_path, CheckpointConfig(every=5, keep_last=2, keep_every=20))
+    prune_checkpoints(tmp_path, 35, CheckpointConfig(every=5, keep_last=2, keep_every=20, asynchronous=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-20", "step-30", "step-35"]
 
 

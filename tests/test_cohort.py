@@ -39,7 +39,7 @@ def cohort_config(name: str, **changed: object) -> CohortConfig:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CohortConfig]:
     out = tmp_path_factory.mktemp("cohort")
     config = cohort_config("tiny")
-    write_cohort(out, config, Journal(out, JournalConfig("off", 10, "off", "test")), threads=2)
+    write_cohort(out, config, Journal(out, JournalConfig("off", 10, "off", "test", False)), threads=2)
     return out, config
 
 

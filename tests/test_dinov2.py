@@ -14,7 +14,17 @@ from histoscale.data.keys import keys
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.losses import center_targets, dino_ce, ibot_ce, koleo, sinkhorn_targets
-from histoscale.pretrain.methods import Dinov2Config, Losses, Scheduled, build, first_centres, losses, masks_at, scheduled
+from histoscale.pretrain.methods import (
+    Dinov2Config,
+    Losses,
+    Scheduled,
+    build,
+    check_pools,
+    first_centres,
+    losses,
+    masks_at,
+    scheduled,
+)
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, set_scheduled
 from histoscale.pretrain.schedule import ScheduleConfig
 
@@ -147,7 +157,8 @@ def test_bf16_is_close_and_its_losses_are_float32() -> None:
 
 def test_scheduled() -> None:
     warming = replace(METHOD, teacher_temp=[0.04, 0.07], teacher_temp_warmup_steps=80)
-    method, schedule = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3), ScheduleConfig("d2_v1", 100, 10, None, True)
+    method = replace(warming, momentum=[0.9, 1.0], freeze_last_layer_steps=3)
+    schedule = ScheduleConfig("d2_v1", 100, 10, None, True)
     assert scheduled(0, method, schedule) == (0.04, 0.9, False, 0.0)
     assert scheduled(3, method, schedule).last_layer
     end = scheduled(100, method, schedule)
@@ -187,3 +198,22 @@ def test_batch_norm_is_refused_over_ranks() -> None:
 def test_unknown_targets() -> None:
     with pytest.raises(ValueError, match="targets='softmax'"):
         build(MODEL, replace(METHOD, targets="softmax"), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "message"),
+    [
+        ({"koleo_pool": 64}, 96, "koleo_pool=64 does not divide the 96 slots .*: 48 and 96"),
+        ({"kde_pool": 5, "kde_weight": 0.1}, 16, "kde_pool=5 does not divide the 16 slots .*: 4 and 8"),
+        ({"koleo_pool": 4, "koleo_neighbours": 4}, 16, "koleo_pool=4 leaves each row fewer than 4 others"),
+        ({"kde_pool": 1, "kde_weight": 0.1}, 16, "kde_pool=1 leaves each row fewer than 1 other"),
+    ],
+)
+def test_pools_that_do_not_fit_are_named_before_the_first_step(changes: dict[str, object], slots: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_pools(replace(METHOD, **changes), slots)  # type: ignore[arg-type]
+
+
+def test_pools_that_fit() -> None:
+    for changes, slots in (({"koleo_pool": 64}, 32), ({"koleo_pool": None}, 96), ({"koleo_pool": 64, "koleo_weight": 0.0}, 96)):
+        check_pools(replace(METHOD, **changes), slots)  # type: ignore[arg-type]

@@ -44,6 +44,32 @@ def test_the_last_layer_has_what_its_scale_needs(scale: str, names: set[str]) ->
         assert torch.allclose(head(torch.ones(1, 8)), before, atol=1e-6) == (scale != "none")
 
 
+def test_first_weights() -> None:
+    """Truncated normal of 0.02 with biases at zero, and prototypes of length 1 (facebookresearch/dinov2)."""
+    torch.manual_seed(0)
+    head = Head(64, HeadConfig(prototypes=500, hidden=256, bottleneck=128, scale="trainable", batch_norm=False))
+    for layer in head.mlp:
+        if isinstance(layer, torch.nn.Linear):
+            assert abs(layer.weight.std().item() - 0.02) < 1e-3 and abs(layer.weight.mean().item()) < 1e-3
+            assert layer.weight.abs().max() < 0.1 and not layer.bias.any()
+    assert head.last_scale is not None and (head.last_scale == 1).all()
+    assert abs(head.last_direction.std().item() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 1e-6), (torch.bfloat16, 1e-12), (torch.float32, 1e-12)])
+def test_the_norm_is_bounded_below_by_what_the_precision_can_bear(dtype: torch.dtype, least: float) -> None:
+    """Tokens half as long as the bound come out half as long, and none divides by zero; the norm is taken in float32."""
+    head = Head(6, replace(CONFIG, scale="none"))
+    head.mlp = torch.nn.Sequential()
+    x = torch.zeros(2, 6, dtype=dtype)
+    x[0, 0] = least / 2
+    with torch.no_grad():
+        head.last_direction.copy_(torch.eye(12, 6))
+        logits = head(x)
+    short = x[0, 0].item() / least  # about a half: float16 has few numbers there
+    assert logits.dtype == torch.float32 and abs(logits[0, 0].item() - short) < 1e-5 and not logits[1].any()
+
+
 def test_batch_norm_uses_the_batch_and_keeps_no_state() -> None:
     torch.manual_seed(0)
     head, x = Head(8, replace(CONFIG, batch_norm=True)), torch.randn(6, 8)

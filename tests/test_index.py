@@ -35,7 +35,7 @@ def test_the_seven_real_slides(tmp_path: Path, shared_data: Path, store: Store, 
         "dapi": "ndpi/hamamatsu-DAPI-387.ndpi", "camelyon": "dicom/camelyon16-lowres-jpeg.dcm",
     }  # fmt: skip
     rows = [{"slide_id": k, "uri": str(folder / v), "mpp": "0.25" if k == "tcga" else ""} for k, v in names.items()]
-    logging = JournalConfig("off", 10, "off", "test")
+    logging = JournalConfig("off", 10, "off", "test", False)
     out = tmp_path / "catalog"
     config = Config(manifest(tmp_path / "slides.csv", rows), tissue_config, None, store.config, 0, 2, 400, str(out), logging)
     summary = run(config, Journal(out, logging))["index"]
@@ -118,7 +118,7 @@ def test_a_store_that_fails_stops_the_run(tmp_path: Path, tissue_config: TissueC
 
 def test_not_one_slide_is_an_error(tmp_path: Path, store: Store, tissue_config: TissueConfig) -> None:
     path = manifest(tmp_path / "slides.csv", [{"slide_id": "a", "uri": "none.svs"}])
-    logging = JournalConfig("off", 10, "off", "test")
+    logging = JournalConfig("off", 10, "off", "test", False)
     config = Config(path, tissue_config, None, store.config, 0, 2, 400, str(tmp_path / "out"), logging)
     with pytest.raises(ValueError, match="none of the 1 slides"):
         run(config, Journal(tmp_path / "out", logging))

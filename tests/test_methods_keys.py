@@ -114,7 +114,8 @@ def test_the_list_names_every_key() -> None:
 
 @lru_cache
 def base(method: str) -> list[Any]:
-    return observed({"dinov2": DINOV2, "centred": CENTRED, "dino": DINO}[method])
+    methods: dict[str, MethodConfig] = {"dinov2": DINOV2, "centred": CENTRED, "dino": DINO}
+    return observed(methods[method])
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "head"])

@@ -12,12 +12,14 @@ import online_ranks
 import pytest
 import torch
 import train_tiny
+from PIL import Image
 
 from histoscale.data.ranks import Ranks
 from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.encoder import encoder_of, untrained
 from histoscale.eval.online import Online, chosen_patches
 from histoscale.eval.probe import Standard, fit_linear, knn_log_probabilities
+from histoscale.launch.run import invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.trainer import Preempted, train
 
@@ -156,8 +158,10 @@ def test_any_number_of_ranks_says_the_same(tmp_path: Path, world: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "many")], env=environment, check=True, timeout=300)
     alone = online_ranks.run(tmp_path / "one", ALONE)
+    assert alone.pop("read") == 180
     for rank in range(world):
         row = json.loads((tmp_path / "many" / f"rank-{rank}.json").read_text())
+        assert row.pop("read") == -(-180 // world)  # a share each, however often it looks
         assert row.keys() == alone.keys()
         assert {name: value for name, value in row.items() if "seconds" not in name} == pytest.approx(
             {name: value for name, value in alone.items() if "seconds" not in name}, abs=0.02
@@ -165,3 +169,45 @@ def test_any_number_of_ranks_says_the_same(tmp_path: Path, world: int) -> None:
     ours, theirs = (np.load(tmp_path / name / "online/step-0.npz") for name in ("one", "many"))
     for cell in ("linear cls+mean", "knn cls+mean"):
         assert np.abs(np.exp(ours[cell]) - np.exp(theirs[cell])).max() < 1e-3
+
+
+SMALL = [
+    "recipe=demo", "sampler.patch_px=32", "views.global_px=32", "views.local_px=16", "views.local_count=2", "model.img_size=32",
+    "model.width=48", "model.depth=2", "method.head.prototypes=32", "method.head.hidden=64", "method.group=4",
+    "method.koleo_pool=4", "method.kde_pool=4", "optim.global_batch=8", "schedule.steps=4", "schedule.warmup_steps=1",
+    "monitor.every=1", "stream.workers=0", "stream.threads=1", "hardware.device=cpu", "hardware.threads=1",
+    "logging.progress=lines",
+]  # fmt: skip
+
+
+def images(folder: Path, splits: tuple[str, ...]) -> Path:
+    """`<folder>/<split>/<class>/<image>`: the textures, and slides of ready tiles where there is one split."""
+    patches = online_ranks.labelled()
+    pixels = patches.read(np.arange(96)).transpose(0, 2, 3, 1)
+    for i, patch in enumerate(pixels):
+        place = folder / splits[i // 3 % len(splits)] / "abc"[i % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(patch).save(place / f"{i}.png")
+    return folder
+
+
+def test_pretrain_probes_a_labelled_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiles, labelled = images(tmp_path / "tiles", ("x",)), images(tmp_path / "labelled", ("train", "test"))
+    keys = [f"monitor.labelled={labelled}", "monitor.labelled_every=2", "dataset@online.dataset=folder",
+            "online.dataset.report=test", "online.initialisations=1", "online.probe.folds=3"]  # fmt: skip
+    found = invoke("pretrain", [*SMALL, f"tiles={tiles}", f"out={tmp_path / 'run'}", *keys])["pretrain"]["online"]
+    assert found["steps"] == [0, 2, 4] and len(found["linear"]["points"]) == 3 and found["groups"] == "none"
+    assert found["linear"]["last_minus_random"]["low"] < found["linear"]["last_minus_random"]["high"]
+    assert "step 0: kNN" in (said := capfd.readouterr().err) and "labelled, linear probe: mean of the last 3" in said
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "online/linear_above_random" in row] == [0, 2, 4]
+    with pytest.raises(ValueError, match="labelled_every=3 is not a multiple of monitor.every=2"):
+        invoke(
+            "pretrain", [*SMALL, f"tiles={tiles}", f"out={tmp_path / 'b'}", *keys, "monitor.every=2", "monitor.labelled_every=3"]
+        )
+
+
+def test_without_a_labelled_set_the_run_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tiles = images(tmp_path / "tiles", ("x",))
+    found = invoke("pretrain", [*SMALL, f"tiles={tiles}", f"out={tmp_path / 'run'}", "schedule.steps=2"])["pretrain"]
+    assert "online" not in found and "monitor.labelled= names no labelled set" in capfd.readouterr().err

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,11 @@ from torch import Tensor, nn
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.backbone import build_backbone
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
-from histoscale.pretrain.methods import GramConfig
 from histoscale.pretrain.phase import ONLY, Phase
 from histoscale.pretrain.start import StartError, resize_positions
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
+PROGRAM = Path(__file__).with_name("train_tiny.py")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
 FIRST = tiny.with_keys(
     tiny.CONFIG, **{"schedule.steps": 4, "schedule.horizon": 10, "checkpoint.every": 2, "checkpoint.keep_last": 9}
@@ -235,16 +238,43 @@ def test_a_run_starts_from_a_checkpoint_of_another(first: Path, tmp_path: Path) 
         assert read_checkpoint(out).facts["phase"]["began"][0] == f"starts from {weights}, step {step}"
 
 
+def test_rotary_positions_train_on_through_a_phase_of_another_size(tmp_path: Path) -> None:
+    """DINOv3's backbone has no table to resize: everything continues; rows are dropped, blocks recomputed, to the same loss."""
+    model = {
+        "model.architecture": "vit_small_patch16_dinov3",
+        "model.layer_scale": 1.0,
+        "model.registers": 4,
+        "model.mlp_ratio": 4.0,
+    }
+    config = tiny.with_keys(FIRST, **model)
+    go(tmp_path / "run", config)
+    again = tiny.with_keys(config, **{"hardware.activation_checkpointing": True, "hardware.attention": "packed"})
+    go(tmp_path / "again", again)
+    for step, row in rows(tmp_path / "run").items():
+        assert rows(tmp_path / "again")[step]["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    larger = {
+        "views.global_px": 64,
+        "model.img_size": 64,
+        "schedule.steps": 2,
+        "schedule.horizon": None,
+        "schedule.warmup_steps": 0,
+    }
+    go(tmp_path / "run", tiny.with_keys(config, **larger), SECOND)
+    assert tensors(tmp_path / "run", 6)["optimizer.backbone.reg_token.step"] == 6
+    assert not any("resized" in line for line in read_checkpoint(tmp_path / "run").facts["phase"]["began"])
+    moved = differing(tensors(tmp_path / "run", 2), tensors(tmp_path / "run", 4))
+    assert {"student.backbone.blocks.0.attn.qkv.weight", "student.backbone.reg_token", "teacher.backbone.blocks.1.gamma_2"} <= {
+        *moved
+    }
+
+
 @pytest.mark.parametrize(("weights", "said"), [(None, "starts from fresh weights (seed 0)")])
 def test_what_begins_is_said(tmp_path: Path, weights: str | None, said: str) -> None:
     go(tmp_path, tiny.with_keys(FIRST, **{"schedule.steps": 1}))
     assert read_checkpoint(tmp_path).facts["phase"]["began"] == [said]
 
 
-GRAM = GramConfig(
-    weight=2.0, warmup_steps=0, first_step=0, source="teacher", refresh_every=2, refreshes=1, px=64, tokens="all", scope="image",
-    negatives="keep",
-)  # fmt: skip
+GRAM = dataclasses.replace(tiny.GRAM, px=64)
 
 
 def gram_teacher(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -287,3 +317,31 @@ def test_a_gram_teacher_from_a_checkpoint(copied: Path, first: Path) -> None:
     assert differing({name: x for name, x in found.items() if name != "backbone.pos_embed"}, theirs) == []
     assert torch.equal(found["backbone.pos_embed"][:, 1:], resize_positions(theirs["backbone.pos_embed"][:, 1:], (8, 8), "timm"))
     assert f"the Gram teacher is {source}" in read_checkpoint(copied / "checkpoints/step-5").facts["phase"]["began"]
+
+
+@pytest.mark.slow
+def test_sharded_over_two_ranks_a_phase_is_the_same(tmp_path: Path) -> None:
+    """FSDP2 on two processes: both phases with a resized table and a Gram teacher, against one process, and back to one."""
+    second_phase = ["second=4", "schedule.steps=4", "schedule.warmup_steps=0", "model.img_size=64", "views.global_px=64",
+                    "start.moments=true", "checkpoint.every=2", "optim.lr_start=0.001"]  # fmt: skip
+    runs = {"one": [], "two": ["hardware.shard_over=all"]}
+    launch = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    }
+    for name, keys in runs.items():
+        for phase in (["schedule.steps=4", "checkpoint.every=2"], second_phase):
+            command = [*launch[name], str(PROGRAM), str(tmp_path / name), *phase, *keys]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ours, theirs = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert ours.keys() == theirs.keys() == set(range(1, 9)) and "loss/gram" in theirs[5]
+    for step in ours:
+        for name in ("loss/dino", "loss/ibot", "loss/koleo"):
+            assert theirs[step][name] == pytest.approx(ours[step][name], rel=1e-4), (step, name)
+    found = tensors(tmp_path / "two", 8)
+    assert differing(gram_teacher(found), teacher(tensors(tmp_path / "two", 6))) == []  # taken anew two steps into the phase
+    shutil.rmtree(tmp_path / "two/checkpoints/step-8")
+    subprocess.run([sys.executable, str(PROGRAM), str(tmp_path / "two"), *second_phase], check=True)
+    assert {key: rows(tmp_path / "two")[8][key] for key in ("loss/dino", "loss/gram")} == pytest.approx(
+        {key: ours[8][key] for key in ("loss/dino", "loss/gram")}, rel=1e-3
+    )

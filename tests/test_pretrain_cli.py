@@ -20,6 +20,7 @@ from histoscale.launch.config import ConfigError, load
 from histoscale.launch.phases import phases_of
 from histoscale.launch.run import Refused, invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
+from histoscale.pretrain.trainer import Preempted
 
 SMALL = [
     "recipe=demo", "sampler.mpps=[0.5]", "sampler.weights=[1]", "sampler.patch_px=32", "sampler.grid=2", "views.global_px=32",
@@ -136,6 +137,24 @@ def test_a_finished_run_goes_on_with_a_phase_and_ends_as_one_that_had_it_from_th
         pretrain(tmp_path / "grown", catalog)
     invoke("release", [f"checkpoint={tmp_path / 'whole'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
     assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True).get_parameter("pos_embed").shape[1] == 65
+
+
+def test_a_stop_in_the_last_step_of_a_phase_is_heard(tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from histoscale.launch import pretrain as command
+
+    pictured = command.pictured
+
+    def killed(batches: Any, config: Any, phase: Any, journal: Any) -> Any:
+        for batch in pictured(batches, config, phase, journal):
+            if batch.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(command, "pictured", killed)
+    with pytest.raises(Preempted) as stop:
+        pretrain(tmp_path, catalog, *NEXT)
+    assert stop.value.step == 4 and json.loads((tmp_path / "state.json").read_text())["preempted"]
+    assert pretrain(tmp_path, catalog, *NEXT)["pretrain"]["steps"] == 6
 
 
 @pytest.mark.parametrize(

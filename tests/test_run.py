@@ -44,7 +44,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def compose(command: str, overrides: list[str]) -> Composed:
         values: dict[str, Any] = {"size": 1, "workers": 0, "out": "", "logging": {"progress": "off"}}
         values.update((k, type(values[k])(v)) for k, v in (o.split("=") for o in overrides))
-        logging = JournalConfig(progress="off", interval_s=1, wandb="off", wandb_project="t")
+        logging = JournalConfig(progress="off", interval_s=1, wandb="off", wandb_project="t", tensorboard=False)
         return Composed(module, ToyConfig(values["size"], values["workers"], values["out"], logging), values)
 
     monkeypatch.setattr(run_module, "load", compose)

@@ -28,6 +28,8 @@ VIT = ModelConfig(
 DINOV2 = replace(VIT, architecture="vit_small_patch14_dinov2", img_size=56, patch_size=14, layer_scale=1.0)
 REGISTERS = replace(DINOV2, architecture="vit_small_patch14_reg4_dinov2", registers=4)
 SWIGLU = replace(REGISTERS, architecture="vit_giant_patch14_reg4_dinov2")
+DINOV3 = replace(REGISTERS, architecture="vit_small_patch16_dinov3_qkvb", img_size=64, patch_size=16)
+ROTARY: Any = {"layer_norm_eps": 1e-5, "image_size": 64, "intermediate_size": 192, "num_register_tokens": 4}
 SIZES: Any = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "layer_norm_eps": 1e-6}
 
 
@@ -65,11 +67,21 @@ def transformers_swiglu() -> "PreTrainedModel":
     return hf().Dinov2WithRegistersModel(config)
 
 
+def transformers_dinov3() -> "PreTrainedModel":
+    return hf().DINOv3ViTModel(hf().DINOv3ViTConfig(**{**SIZES, **ROTARY}))
+
+
+def transformers_dinov3_gated() -> "PreTrainedModel":
+    return hf().DINOv3ViTModel(hf().DINOv3ViTConfig(**{**SIZES, **ROTARY, "use_gated_mlp": True, "hidden_act": "silu"}))
+
+
 ORIGINS: list[tuple[Callable[[], "PreTrainedModel"], ModelConfig]] = [
     (transformers_vit, VIT),
     (transformers_dinov2, DINOV2),
     (transformers_registers, REGISTERS),
     (transformers_swiglu, replace(SWIGLU, mlp_ratio=128 * 2 / 48)),
+    (transformers_dinov3, DINOV3),
+    (transformers_dinov3_gated, replace(DINOV3, architecture="vit_huge_plus_patch16_dinov3_qkvb")),
 ]
 
 
@@ -96,7 +108,7 @@ def test_weights_of_transformers_give_their_features(
     assert torch.allclose(patches, expected[:, vit.num_prefix_tokens :], atol=1e-5)
     assert (loaded.mask_token is None) == (make is transformers_vit)
     if loaded.mask_token is not None:
-        assert torch.equal(loaded.mask_token, theirs.state_dict()["embeddings.mask_token"])
+        assert torch.equal(loaded.mask_token, theirs.state_dict()["embeddings.mask_token"].reshape(1, -1))
 
 
 def old_names(name: str) -> str:
@@ -131,7 +143,7 @@ def test_a_vit_with_the_names_of_the_first_transformers(tmp_path: Path) -> None:
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("model", [VIT, DINOV2, REGISTERS, SWIGLU], ids=lambda model: model.architecture)
+@pytest.mark.parametrize("model", [VIT, DINOV2, REGISTERS, SWIGLU, DINOV3], ids=lambda model: model.architecture)
 def test_timms_weights_are_ours_and_ours_are_timms(tmp_path: Path, model: ModelConfig) -> None:
     theirs = timm.create_model(model.architecture, **{**timm_arguments(model), "num_classes": 5}).eval()
     scramble(theirs)
@@ -326,3 +338,28 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch: pytest.MonkeyP
 
 def test_names_that_timm_has_no_word_for_stay(tmp_path: Path) -> None:
     assert set(timm_names({"rope_embed.periods": torch.ones(1), "odd": torch.ones(1)}, {"pos_embed"})) == {"odd"}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_dinov3_names_of_itself_and_biases_of_zero(tmp_path: Path, biased: bool) -> None:
+    """facebookresearch/dinov3's own names; a model without biases takes weights whose biases are all zero, and no others."""
+    model = DINOV3 if biased else replace(DINOV3, architecture="vit_small_patch16_dinov3")
+    source = build_backbone(model, 3).eval()
+    scramble(source)
+    stored = {"mask_token": noise(1, 48), "rope_embed.periods": torch.ones(4)}
+    for name, x in source.state_dict().items():
+        name = re.sub(r"gamma_([12])$", r"ls\1.gamma", name).replace("reg_token", "storage_tokens")
+        if not name.endswith(("q_bias", "v_bias")):
+            stored[name] = x.clone()
+    for depth in range(2):
+        attn = source.get_submodule(f"blocks.{depth}.attn")
+        parts = [attn.q_bias, torch.zeros(48), attn.v_bias] if biased else [torch.zeros(48)] * 3
+        stored[f"blocks.{depth}.attn.qkv.bias"] = torch.cat([x.detach() for x in parts])  # type: ignore[union-attr,arg-type]
+        stored[f"blocks.{depth}.attn.qkv.bias_mask"] = torch.ones(144)
+    save_file(stored, tmp_path / "model.safetensors")
+    vit = started(model, tmp_path)
+    assert all(torch.equal(x, source.state_dict()[name]) for name, x in vit.state_dict().items())
+    if not biased:
+        save_file({**stored, "blocks.0.attn.qkv.bias": torch.ones(144)}, tmp_path / "model.safetensors")
+        with pytest.raises(StartError, match=r"holds blocks.0.attn.qkv.bias, which the model has no place for"):
+            started(model, tmp_path)

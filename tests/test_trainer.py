@@ -86,6 +86,17 @@ def test_the_loss_falls_by_a_tenth_and_every_row_is_whole(undisturbed: Path) -> 
     assert all(names <= row.keys() and None not in row.values() for row in found)
 
 
+def test_what_each_parameter_learns_with_is_written_down(undisturbed: Path) -> None:
+    head, *lines = (undisturbed / "parameters-base.tsv").read_text().splitlines()
+    assert head.split("\t") == ["parameter", "shape", "lr", "weight_decay", "frozen_with"]
+    found = {line.split("\t")[0]: line.split("\t")[1:] for line in lines}
+    state = every_tensor(undisturbed / "checkpoints/step-12")
+    assert found.keys() == {name.removeprefix("student.") for name in state if name.startswith("student.")}
+    assert found["backbone.blocks.0.attn.qkv.weight"] == ["144x48", "0.81", "1", "backbone"]
+    assert found["backbone.norm.bias"] == ["48", "1", "0", "backbone"] and found["mask_token"][1:] == ["0.729", "1", ""]
+    assert found["head.last_direction"] == ["32x32", "1", "1", "last layer"]
+
+
 def test_another_data_seed_gives_another_run(undisturbed: Path, tmp_path: Path, config: TrainConfig, go: Any) -> None:
     go(tmp_path, config, data_seed=1)
     for name in ("loss/dino", "loss/ibot", "loss/koleo"):

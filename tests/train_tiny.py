@@ -24,15 +24,20 @@ from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.masking import MaskConfig
-from histoscale.pretrain.methods import Dinov2Config
+from histoscale.pretrain.methods import Dinov2Config, GramConfig
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
+from histoscale.pretrain.phase import ONLY, Phase
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
+GRAM = GramConfig(
+    weight=2.0, warmup_steps=0, first_step=0, source="teacher", refresh_every=2, refreshes=1, px=None, tokens="all",
+    scope="image", negatives="keep",
+)  # fmt: skip
 CONFIG = TrainConfig(
     seed=0,
     views=ViewsConfig(
@@ -66,7 +71,7 @@ CONFIG = TrainConfig(
         device="cpu", threads=1, deterministic=True, timeout_s=120.0, attention="sdpa", compile=False,
         activation_checkpointing=False, shard_over="none", reshard_after_forward=True,
     ),
-    checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None),
+    checkpoint=CheckpointConfig(every=5, keep_last=3, keep_every=None, asynchronous=True),
     monitor=MonitorConfig(
         labelled=None, labelled_every=1, every=1, window=256, ce_above=0.98, entropy_below=0.02, entropy_above=0.98,
         used_below=0.02, rankme_below=0.02, stop_on_collapse=False, peak_tflops=1.0,
@@ -98,7 +103,8 @@ def synthetic(data_seed: int, config: TrainConfig, ranks: Ranks) -> Callable[[in
 
 
 def journal_in(out: Path, ranks: Ranks) -> Journal:
-    return Journal(out, JournalConfig(progress="off", interval_s=10.0, wandb="off", wandb_project="test"), ranks.main)
+    config = JournalConfig(progress="off", interval_s=10.0, wandb="off", wandb_project="test", tensorboard=False)
+    return Journal(out, config, ranks.main)
 
 
 def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) -> Callable[[int], Iterator[Batch]]:
@@ -114,17 +120,29 @@ def kill_at(step: int, source: Callable[[int], Iterator[Batch]], number: int) ->
 
 
 def main(out: Path, overrides: list[str]) -> TrainResult:
-    """key=value on TrainConfig's dotted keys; besides them data_seed=, kill_at=STEP, stop_at=STEP (SIGTERM), stop_rank=."""
+    """key=value on TrainConfig's dotted keys; besides them data_seed=, kill_at=STEP, stop_at=STEP (SIGTERM), stop_rank=, and
+    second=STEP for a second phase that begins there, with a Gram teacher."""
     values = {name: _value(text) for name, text in (item.split("=", 1) for item in overrides)}
     data_seed, stop_rank = values.pop("data_seed", 0), values.pop("stop_rank", 0)
     killed, stopped = values.pop("kill_at", -1), values.pop("stop_at", -1)
+    second = values.pop("second", 0)
     config = with_keys(CONFIG, **values)
+    if second:
+        config = with_keys(config, **{"method.gram": GRAM})
     torch.set_num_threads(1)
     ranks = open_ranks("cpu", config.hardware.timeout_s)
     source = synthetic(data_seed, config, ranks)
     if ranks.rank == stop_rank:
         source = kill_at(stopped, kill_at(killed, source, signal.SIGKILL), signal.SIGTERM)
-    result = train(config, source, [], journal_in(out, ranks), ranks, {"data_seed": data_seed})
+    result = train(
+        config,
+        source,
+        [],
+        journal_in(out, ranks),
+        ranks,
+        {"data_seed": data_seed},
+        Phase(1, "second", second, second) if second else ONLY,
+    )
     close_ranks()
     return result
 

@@ -23,7 +23,7 @@ MethodConfig = Annotated[DinoConfig | Dinov2Config, Field(discriminator="kind")]
 
 __all__ = [
     "Branch", "Centres", "DinoConfig", "Dinov2Config", "GramConfig", "GramTeacher", "Losses", "MethodConfig", "Scheduled",
-    "build", "build_gram_teacher", "first_centres", "gram_takes_teacher", "losses", "masks_at", "scheduled",
+    "build", "build_gram_teacher", "check_pools", "first_centres", "gram_takes_teacher", "losses", "masks_at", "scheduled",
 ]  # fmt: skip
 
 
@@ -35,6 +35,12 @@ def build(model: ModelConfig, method: MethodConfig, seed: int) -> tuple[Branch, 
     if isinstance(method, DinoConfig):
         return dino.build(model, method, seed)
     return dinov2.build(model, method, seed)
+
+
+def check_pools(method: MethodConfig, slots: int) -> None:
+    """Raises ValueError for pools of KoLeo or KDE that do not divide the slots of a micro-batch over all ranks."""
+    if not isinstance(method, DinoConfig):
+        dinov2.check_pools(method, slots)
 
 
 def build_gram_teacher(model: ModelConfig, method: MethodConfig) -> GramTeacher | None:

@@ -56,6 +56,24 @@ def build(model: ModelConfig, method: Dinov2Config, seed: int) -> tuple[Branch, 
     return with_teacher(Branch(model, method, method.patch_head if masked else None, masked, method.gram is not None, seed))
 
 
+def check_pools(method: Dinov2Config, slots: int) -> None:
+    """Raises ValueError, naming the nearest that do, for pools that do not divide the slots of a micro-batch over all ranks."""
+    for name, weight, pool, least in (
+        ("koleo_pool", method.koleo_weight, method.koleo_pool, method.koleo_neighbours + 1),
+        ("kde_pool", method.kde_weight, method.kde_pool, 2),
+    ):
+        rows = min(pool or slots, slots)
+        if weight and slots % rows:
+            divisors = [d for d in range(1, slots + 1) if slots % d == 0]
+            low, high = max(d for d in divisors if d < rows), min(d for d in divisors if d > rows)
+            raise ValueError(
+                f"method.{name}={pool} does not divide the {slots} slots of a micro-batch over all ranks; "
+                f"the nearest that do: {low} and {high}"
+            )
+        if weight and rows < least and slots > 1:
+            raise ValueError(f"method.{name}={pool} leaves each row fewer than {least - 1} others to compare with: raise it")
+
+
 def masks_at(
     model: ModelConfig, method: Dinov2Config, seed: int, step: int, slots: Tensor, global_px: int, views: int
 ) -> Masks | None:

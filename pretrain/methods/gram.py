@@ -18,7 +18,7 @@ class GramConfig:
     weight: float
     warmup_steps: int  # linear from 0, after first_step
     first_step: int  # the term is off before
-    source: str  # "teacher": a copy of the teacher at first_step; or a checkpoint's folder, whose teacher is taken
+    source: str  # "teacher": a copy of the teacher at first_step; or weights, named as in start.weights
     refresh_every: int | None  # steps after which the teacher of then is copied in its place; null: never
     refreshes: int  # how often at most
     px: int | None  # side of what it sees: the global views' crops, colours unchanged; null: the student's global views
