@@ -1,8 +1,8 @@
 """A catalog of a hundred thousand slides: how fast it opens, what it weighs in memory, and what planning costs beside reading.
 
 The slides are simulated (a few hundred distinct ones under many ids); the tiles that they point to are real JPEG in one file that
-all of them share, so that visits are read and decoded for real where planning is compared with reading. Memory is measured in
-processes that plan, open and place many more visits than one has time to decode.
+all of them share, so that visits are read and decoded for real: where planning is compared with reading, and in the processes
+whose memory is watched.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ _BATCH = 64  # slots of the plan
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """slides: in the simulated catalog, distinct: of them different. visits: planned, opened and placed by `workers` processes
-    while memory is watched. read_visits: read and decoded for the share of planning."""
+    """slides: in the simulated catalog, distinct: of them different. visits: read by `workers` processes while memory is
+    watched. read_visits: read and decoded for the share of planning."""
 
     slides: int
     distinct: int
@@ -203,12 +203,12 @@ def _memory(plan: Plan, source: SlideSource, scale: ScaleConfig, journal: Journa
     workers = []
     for number in range(scale.workers):
         here, there = context.Pipe()
-        process = context.Process(target=_place, args=(plan, source, number, share, there), daemon=True)
+        process = context.Process(target=_work, args=(plan, source, number, share, there), daemon=True)
         process.start()
         there.close()
         workers.append((process, here))
     seen = []
-    with journal.progress(2 * share * scale.workers, "bench", "visits placed") as progress:
+    with journal.progress(2 * share * scale.workers, "bench", "visits read") as progress:
         for stage in range(3):
             for _, pipe in workers:
                 pipe.recv()
@@ -221,17 +221,14 @@ def _memory(plan: Plan, source: SlideSource, scale: ScaleConfig, journal: Journa
     return {"pss_opened_bytes": seen[0], "pss_half_bytes": seen[1], "pss_bytes": seen[2], "visits": 2 * share * scale.workers}
 
 
-def _place(plan: Plan, source: SlideSource, number: int, share: int, pipe: Connection) -> None:
-    """A worker: open the catalog, then plan, open and place its visits in two halves."""
+def _work(plan: Plan, source: SlideSource, number: int, share: int, pipe: Connection) -> None:
+    """A worker: open the catalog, then plan and read its visits in two halves."""
     settle()
     for half in (None, 0, 1):
         if half is not None:
             start = (2 * number + half) * share
             for visit in _visits(plan, start, start + share):
-                opened = source.open_slide(visit.slide)
-                serving = opened.at(visit.mpp)
-                _ = opened.reader.layout.levels[serving.scale.level].counts
-                serving.cells.region(key(visit.key, "region", 0), plan.sampler.grid, plan.sampler.grid**2)
+                source.read(visit)
         pipe.send(None)
         pipe.recv()
 

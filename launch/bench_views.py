@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from histoscale.data.journal import Journal
 from histoscale.data.normalise import slide as normalise
@@ -17,6 +16,8 @@ from histoscale.data.normalise.reinhard import Colours, ReinhardConfig
 from histoscale.data.views import ViewsConfig, make_views
 
 if TYPE_CHECKING:
+    from torchvision.transforms import v2
+
     from histoscale.launch.bench import Config
 
 # a slide's own, as typical as any: what is timed does not depend on them
@@ -84,8 +85,10 @@ def _methods(pixels: Tensor, config: "Config") -> dict[str, Callable[[int], obje
     return found
 
 
-def _torchvision(views: ViewsConfig) -> list[v2.Compose]:
+def _torchvision(views: ViewsConfig) -> "list[v2.Compose]":
     """A transform a view, with the parameters of `views`; it has no HED jitter, and rotates by choice of four."""
+    from torchvision.transforms import InterpolationMode, v2  # 80 MB, which what=catalog would count in each process
+
     flips = [v2.RandomHorizontalFlip(views.hflip), v2.RandomVerticalFlip(views.vflip)]
     turns = [v2.RandomChoice([v2.RandomRotation((a, a)) for a in (0, 90, 180, 270)])] if views.quarter_turns else []
     jitter = v2.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)

@@ -1,6 +1,6 @@
 """Lightly's losses, head and masks (lightly-ai/lightly, MIT) as a second oracle, also for DINO v1.
 
-    pip install --no-deps --target ORACLE lightly==1.6.0; PYTHONPATH=ORACLE pytest tests/oracle_lightly.py
+    pip install --no-deps --target ORACLE lightly==1.6.0; PYTHONPATH=ORACLE pytest tests/test_oracle_lightly.py
 """
 
 import os
