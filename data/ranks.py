@@ -116,8 +116,26 @@ def open_ranks(device: str = "auto", timeout_s: float = 1800.0) -> Ranks:
     if cuda:
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+        backend, waits = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
+        store = _store_of_this_attempt(waits)
+        if store is None:
+            dist.init_process_group(backend, timeout=waits)
+        else:
+            dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
     return Ranks(rank, world, local, place, "TORCHELASTIC_RUN_ID" in os.environ)
+
+
+def _store_of_this_attempt(timeout: timedelta) -> dist.Store | None:
+    """torchrun's store, under names that no process before a restart used. None without torchrun, and with several nodes.
+
+    torchrun shares one store between restarts, where a restarted process finds the addresses of the dead. Nodes count restarts
+    each for itself: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set for torchrun, gives every restart a store of its own.
+    """
+    said = {name: os.environ.get(name) for name in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_WORLD_SIZE")}
+    if said != {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}:
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def close_ranks() -> None:
