@@ -63,8 +63,8 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
     """Markdown, a row a run."""
     lines = [
         "| arm | seed | linear, last three | untrained | difference | Spearman | kNN, last three | untrained | difference | "
-        "CE / ln K | minutes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "Spearman | CE / ln K | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (arm, seed), summary in found.items():
         online, last = summary["pretrain"]["online"], summary["pretrain"]["last"]
@@ -72,6 +72,7 @@ def table(found: dict[tuple[str, int], dict[str, Any]]) -> str:
         lines.append(
             f"| {arm} | {seed} | {linear['last']['value']:.3f} | {linear['random']:.3f} | {_interval(linear)} | "
             f"{linear['spearman']:+.2f} | {knn['last']['value']:.3f} | {knn['random']:.3f} | {_interval(knn)} | "
+            f"{knn['spearman']:+.2f} | "
             f"{last['dino/ce_of_lnk']:.3f} | {summary['run']['seconds'] / 60:.1f} |"
         )
     for arm in ARMS:
