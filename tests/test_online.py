@@ -155,7 +155,9 @@ def test_a_stopped_run_has_every_point(tmp_path: Path) -> None:
 def test_any_number_of_ranks_says_the_same(tmp_path: Path, world: int) -> None:
     """Features are embedded in shares and penalties tried in shares: the sums of products may round otherwise, no more."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", str(PROGRAM)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [str(PROGRAM.parent), os.environ.get("PYTHONPATH")]  # PYTHONSAFEPATH hides the folder of a program
+    siblings = os.pathsep.join(path for path in paths if path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": siblings}
     subprocess.run([*command, str(tmp_path / "many")], env=environment, check=True, timeout=300)
     alone = online_ranks.run(tmp_path / "one", ALONE)
     assert alone.pop("read") == 180
