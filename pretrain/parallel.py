@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.blocks import choose_attention, joint_blocks
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCOPES = ("none", "param", "module", "global")
 
 
@@ -227,12 +227,12 @@ def prepare(student: nn.Module, teacher: nn.Module, hardware: HardwareConfig, pr
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The forward's precision: fp32, or bf16 autocast (weights, moments and what the losses compute stay fp32).
+    """The forward's precision: fp32, or bf16 or fp16 autocast (weights, moments and what the losses compute stay fp32).
 
-    Raises ValueError for another word; fp16 would need loss scaling, which is not built.
+    Raises ValueError for another word.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"optim.precision is {precision!r}: expected {' or '.join(PRECISIONS)} (instead of fp16 use bf16)")
+        raise ValueError(f"optim.precision is {precision!r}: expected {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 

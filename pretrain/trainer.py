@@ -4,7 +4,6 @@ No step waits for the device but those that write a row or a checkpoint.
 """
 
 import dataclasses
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
 from histoscale.pretrain.flops import flops_a_patch
+from histoscale.pretrain.guard import Guard, LossScale
 from histoscale.pretrain.masking import Masks
 from histoscale.pretrain.meter import Meter
 from histoscale.pretrain.methods import (
@@ -95,10 +95,6 @@ class Preempted(Exception):
         self.step = step
 
 
-class NonFinite(ValueError):
-    """A loss or gradient was not finite; weights, moments, centres and teacher are those before that step."""
-
-
 class Collapsed(ValueError):
     """The read-outs say collapse, and monitor.stop_on_collapse is set."""
 
@@ -133,12 +129,13 @@ def train(
     parallel = prepare(student, teacher, config.hardware, optim.precision, ranks)
     optimizer = build_optimizer(student.named_parameters(), len(student.backbone.blocks), optim)
     start_moments(optimizer)
-    guard = Guard(optimizer, ranks)
+    scale = LossScale(optim.loss_scale, optim.precision, ranks.device)
+    guard = Guard(optimizer, scale, ranks)
     centres = first_centres(method, ranks.device)
     anchor = build_gram_teacher(config.model, method)
     anchor = None if anchor is None else anchor.to(ranks.device)
     identity = {**config.result(), "facts": plain(facts)}
-    tensors = state_tensors(parallel, optimizer, centres, anchor)
+    tensors = state_tensors(parallel, optimizer, centres, anchor) | scale.tensors()
     start, began = enter(state, phase, identity, config.start, tensors, student.backbone, anchor, said, journal, ranks)
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
@@ -158,7 +155,7 @@ def train(
     def save(step: int) -> None:
         if step == phase.first and phase.index:
             return  # the last checkpoint of the phase before it is this state
-        tensors = state_tensors(parallel, optimizer, centres, anchor)
+        tensors = state_tensors(parallel, optimizer, centres, anchor) | scale.tensors()
         saver.save(step, tensors, {"identity": identity, "phase": place})
 
     def watched(done: int) -> dict[str, float]:
@@ -193,7 +190,7 @@ def train(
                 rows = slice(piece * share, (piece + 1) * share)
                 with parallel.accumulating(last=piece == optim.micro_batches - 1):
                     found, tokens = _losses(config, parallel, anchor, batch, rows, step, next_centres, now, meter)
-                    (found.total / optim.micro_batches).backward()
+                    (found.total / optim.micro_batches * scale.value).backward()
                     meter.lap("backward")
                 next_centres = found.centres
                 window.add(tokens, {name.split("/")[0]: x for name, x in found.read.items() if name.endswith("/prototypes")})
@@ -201,8 +198,10 @@ def train(
                     shown[name] = shown.get(name, 0) + value / optim.micro_batches
 
             # One update, or none: from the first loss or gradient that is not finite on, nothing moves any more.
+            if scale.used:
+                parallel.scale_gradients(1 / scale.value)
             norms = parallel.norms()
-            guard.check(torch.stack([shown["loss"], *norms.values()]), step)
+            guard.check(shown["loss"], norms, step)
             parallel.clip(optim.clip_scope, optim.clip_value, norms)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -227,6 +226,7 @@ def train(
                     "weight_decay": weight_decay,
                     "teacher_momentum": now.momentum,
                     "teacher_temp": now.teacher_temp,
+                    **guard.read(),
                     **meter.read(optim.global_batch, ranks.world),
                 }
                 row |= watched(done)
@@ -289,51 +289,6 @@ def _scalars(found: Losses) -> dict[str, Tensor]:
     """What a row of metrics shows of one micro-batch; still on the device."""
     shares = {f"{name}_of_lnk": value for name, value in found.read.items() if not name.endswith("/prototypes")}
     return {"loss": found.total.detach(), **{f"loss/{name}": value for name, value in found.terms.items()}, **shares}
-
-
-class Guard:
-    """Finds what is not finite on the device, and makes every update from then on do nothing until the host looks.
-
-    AdamW's fused step leaves weights and moments alone while `tripped` is 1 (the flag that gradient scalers use).
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.tripped = torch.zeros((), device=ranks.device)
-        self.step = torch.full((), -1.0, device=ranks.device)
-        optimizer.grad_scale, optimizer.found_inf = None, self.tripped  # type: ignore[attr-defined]
-
-    @property
-    def healthy(self) -> Tensor:
-        return 1 - self.tripped
-
-    def check(self, values: Tensor, step: int) -> None:
-        """values: this rank's loss and gradient norms; all ranks trip together."""
-        bad = self.ranks.sum((~values.isfinite().all()).float()).clamp(max=1)
-        self.step.copy_(torch.where((self.tripped == 0) & (bad > 0), step, self.step))
-        self.tripped.copy_(torch.maximum(self.tripped, bad))
-
-    def choose(self, fresh: Centres, kept: Centres) -> Centres:
-        """The fresh centres, or the kept ones once tripped."""
-        return Centres(*(torch.where(self.tripped > 0, old, new) for new, old in zip(fresh, kept, strict=True)))
-
-    def raise_if_tripped(self, recent: Sequence[Batch], save: Callable[[int], None], journal: Journal) -> None:
-        """Waits for the device. Before raising NonFinite: a checkpoint of the state before that step, and its patches."""
-        step = int(self.step)
-        if step < 0:
-            return
-        batch = next(batch for batch in recent if batch.step == step)
-        save(step)
-        named = {name: getattr(batch, name).tolist() for name in ("slots", "slide", "mpp", "level", "x", "y")}
-        parts = self.ranks.objects(named)
-        path = journal.path(f"nonfinite-step-{step}.json")
-        if self.ranks.main:
-            whole = {name: [value for part in parts for value in part[name]] for name in named}
-            write_atomic(path, json.dumps({"step": step, **whole}) + "\n")
-        raise NonFinite(
-            f"step {step}: a loss or gradient is not finite; nothing was updated. {path} names the patches, and the checkpoint "
-            f"step-{step} is the state before it: the same command replays the step"
-        )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from histoscale.data.keys import keys
 from histoscale.pretrain.backbone import ModelConfig, forward_tokens
+from histoscale.pretrain.guard import LossScaleConfig
 from histoscale.pretrain.heads import HeadConfig
 from histoscale.pretrain.losses import dino_ce, ibot_ce, koleo, sinkhorn_targets
 from histoscale.pretrain.masking import MaskConfig, block_masks
@@ -248,7 +249,8 @@ def test_parameter_groups(clone: Path) -> None:
     student, _ = build(MODEL, METHOD, 0)
     vit, head, patch_head, names = theirs_from(student.double())
     config = OptimConfig(
-        global_batch=64, micro_batches=1, precision="fp32", lr=1.0, lr_rule="none", lr_start=0.0, lr_final=0.0,
+        global_batch=64, micro_batches=1, precision="fp32", loss_scale=LossScaleConfig(1.0, 1),
+        lr=1.0, lr_rule="none", lr_start=0.0, lr_final=0.0,
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.4], groups="d2",
         layer_decay=0.9, patch_lr=0.2, clip_scope="none", clip_value=1.0,
     )  # fmt: skip

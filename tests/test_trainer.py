@@ -19,9 +19,10 @@ from torch import nn
 
 from histoscale.data.ranks import Ranks
 from histoscale.pretrain.checkpoint import newest_checkpoint, read_checkpoint, read_tensors
+from histoscale.pretrain.guard import NonFinite
 from histoscale.pretrain.monitor import MonitorConfig, signs_of_collapse
 from histoscale.pretrain.parallel import autocast
-from histoscale.pretrain.trainer import Collapsed, NonFinite, Preempted, TrainConfig, TrainResult, check_batch, train
+from histoscale.pretrain.trainer import Collapsed, Preempted, TrainConfig, TrainResult, check_batch, train
 
 PROGRAM = Path(__file__).with_name("train_tiny.py")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
@@ -209,9 +210,9 @@ def test_a_batch_that_does_not_divide_names_the_nearest(batch: int, world: int, 
         check_batch(batch, world, micro, group)
 
 
-def test_fp16_is_refused_with_what_to_use() -> None:
-    with pytest.raises(ValueError, match="'fp16'.*bf16"):
-        autocast("fp16", torch.device("cpu"))
+def test_an_unknown_precision_names_those_that_are() -> None:
+    with pytest.raises(ValueError, match="'fp8'.*fp32, bf16, fp16"):
+        autocast("fp8", torch.device("cpu"))
 
 
 def row_of(**values: float) -> dict[str, float]:
