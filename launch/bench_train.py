@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
 from pathlib import Path
@@ -37,17 +37,6 @@ if TYPE_CHECKING:
 SHARED = ("teacher", "student", "losses", "backward", "optimiser", "ema")  # parts that the plain step has too
 PLAIN = Path(__file__).resolve().parents[1] / "tests" / "plain_step.py"
 Times = dict[str, float]  # milliseconds a step, by part
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """recipe, overrides: of `pretrain`. steps: timed in a round, after one that warms up. plain: whether tests/plain_step.py
-    runs beside it."""
-
-    recipe: str
-    overrides: list[str]
-    steps: int
-    plain: bool
 
 
 def train(config: "Config", journal: Journal) -> dict[str, Any]:
