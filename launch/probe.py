@@ -83,7 +83,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     colour = open_encoder("colour", store, device)
     mine, *others = embed_patches([encoder, *untrained, colour], patches, config.batch, journal.path("features"), journal)
     found = compare(mine, others[:-1], others[-1], patches, config.probe, config.floors, config.interval)
-    effective = None if patches.mpp is None else encoder.effective_mpp(patches.mpp, patches.size_px)
+    effective = None if patches.mpp is None or patches.size_px is None else encoder.effective_mpp(patches.mpp, patches.size_px)
     seen = "unknown" if effective is None else f"{effective:.4g} µm/px"
     journal.say(f"{encoder.name} on {patches.name}: patches of {patches.size_px} px, the encoder sees {seen}")
     journal.say(found.table())

@@ -13,7 +13,7 @@ import train_tiny
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.eval.datasets.cohort import CutConfig
-from histoscale.eval.datasets.patches import DatasetConfig, LabelledPatches
+from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetConfig, LabelledPatches
 from histoscale.eval.encoder import trained_architecture, untrained
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.probe import ProbeConfig
@@ -45,8 +45,9 @@ def labelled() -> LabelledPatches:
     pixels = pixels.clip(0, 255).astype(np.uint8)
     sites = np.full(n, "a")
     return LabelledPatches(
-        "textures", ("a", "b", "c"), labels, roles, patients, sites, "patient", 0.5, 32, "h", lambda rows: pixels[rows]
-    )
+        "textures", ("a", "b", "c"), labels, roles, patients, sites, "patient", 0.5, 32, "h", lambda rows: pixels[rows],
+        patients, np.full(n, ""), USAGE_OF_OWN,
+    )  # fmt: skip
 
 
 def watcher(out: Path, ranks: Ranks, every: int, steps: int, **changed: Any) -> Online:

@@ -15,7 +15,7 @@ from histoscale.data.catalog import Catalog
 from histoscale.data.journal import Journal
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
-from histoscale.eval.datasets.patches import LabelledPatches
+from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
 from histoscale.eval.embed import EmbedError, GridConfig, PipeConfig, embed_patches, embed_slides, tile_slide
 from histoscale.eval.encoder import Encoder
 
@@ -150,7 +150,8 @@ def test_patch_features_are_cached_by_encoder_and_data(tmp_path: Path, journal: 
         return pixels[rows]
 
     labels, words = np.zeros(10, int), np.full(10, "w")
-    patches = LabelledPatches("x", ("u",), labels, words, words, words, "patient", None, 8, "d", read_rows)
+    groups = words, words, words, "patient"
+    patches = LabelledPatches("x", ("u",), labels, *groups, None, 8, "d", read_rows, words, words, USAGE_OF_OWN)
     first = embed_patches([encoder("e1"), encoder("e2")], patches, 4, tmp_path, journal)
     assert reads == [4, 4, 2]  # one pass for both encoders
     np.testing.assert_array_equal(first[0].cls, pixels[:, :, 0, 0])

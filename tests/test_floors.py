@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from histoscale.eval.compare import Comparison, compare
-from histoscale.eval.datasets.patches import LabelledPatches
+from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
 from histoscale.eval.embed import Vectors
 from histoscale.eval.floors import Calls, FloorsConfig, better, forest_log_probabilities
 from histoscale.eval.probe import ProbeConfig
@@ -34,7 +34,8 @@ def patches_of(seed: int = 0, train: int = 24, report: int = 24, external: int =
     roles = np.repeat(["train"] * train + ["report"] * report + ["external"] * external, 10)
     patients = np.repeat([f"P{i}" for i in range(count)], 10)
     labels = rng.integers(0, 3, 10 * count)
-    return LabelledPatches("x", ("u", "v", "w"), labels, roles, patients, roles, "patient", 0.5, 8, "d", lambda rows: np.empty(0))
+    return LabelledPatches("x", ("u", "v", "w"), labels, roles, patients, roles, "patient", 0.5, 8, "d", lambda rows: np.empty(0),
+                           patients, roles, USAGE_OF_OWN)  # fmt: skip
 
 
 def vectors(labels: np.ndarray, signal: float, seed: int, width: int = 6) -> Vectors:

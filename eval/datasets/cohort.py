@@ -11,6 +11,7 @@ from histoscale.data.catalog import Catalog
 from histoscale.data.readers.scale import choose_scale, read_scaled
 from histoscale.data.storage import Store
 from histoscale.eval.datasets.patches import (
+    USAGE_OF_OWN,
     DatasetConfig,
     DatasetError,
     LabelledPatches,
@@ -89,6 +90,9 @@ def open_cohort(uri: str, catalog: Catalog, store: Store, config: DatasetConfig,
             "cut", catalog.hash, mpp, size_px, cut.mpp_tolerance, cut.max_upsample, slides, x, y, labels, *classes, *roles
         ),
         read=read,
+        blocks=patients,
+        slide_ids=np.array([str(slide_id) for slide_id in table["slide_id"]]),
+        usage=USAGE_OF_OWN,
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from histoscale.eval.datasets.patches import (
+    USAGE_OF_OWN,
     DatasetConfig,
     DatasetError,
     LabelledPatches,
@@ -61,6 +62,9 @@ def open_folder(root: Path, config: DatasetConfig) -> LabelledPatches:
         size_px=side,
         hash=hash_of("folder", stamps, classes, labels, *roles, *patients),
         read=read,
+        blocks=patients,
+        slide_ids=np.full(len(rows), ""),
+        usage=USAGE_OF_OWN,
     )
 
 

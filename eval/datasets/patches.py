@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-ROLES = ("train", "report", "external")  # choices see train alone; report and external are only ever scored
+# Choices see train, and select where a set has an official part for that; report and external are only ever scored.
+ROLES = ("train", "select", "report", "external")
+NEEDED = ("train", "report")
 
-Reading = Callable[[np.ndarray], np.ndarray]  # rows int64 [b] -> uint8 [b, 3, S, S]
+# rows int64 [b] -> b images uint8 [3, h, w]; one array [b, 3, S, S] where all have one size
+Reading = Callable[[np.ndarray], Sequence[np.ndarray] | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,38 @@ class DatasetConfig:
     mpp: float | None
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a protocol may do with the parts of a set.
+
+    choose: how the honest protocol chooses: `folds` (inner folds of train, by block), `select` (the official part for it) or
+    `outer` (the set has no test part: grouped folds over everything that is labelled are reported).
+    eva_select: the role that eva selects its checkpoint on; eva_report: the roles that eva reports, first the one it ranks by.
+    positive: the class whose probability AUROC, F1 and operating points of a binary set look at; None with more classes.
+    """
+
+    choose: str
+    eva_select: str
+    eva_report: tuple[str, ...]
+    positive: str | None
+
+
+USAGE_OF_OWN = Usage(choose="folds", eva_select="report", eva_report=("report",), positive=None)
+
+
 class DatasetError(ValueError):
     """A labelled set that cannot be used; the message names the file, the column or the ids."""
 
 
 @dataclass(frozen=True)
 class LabelledPatches:
-    """n patches of S px. labels: int64 [n] into `classes`. roles: [n] of ROLES. groups: what `patients` holds (`patient`,
-    `slide`, or `none` where nothing is known). mpp: nominal µm per pixel, None where unknown. hash: of everything that
-    makes the pixels and labels."""
+    """n patches of S px, or images of any size. labels: int64 [n] into `classes`. roles: [n] of ROLES, "" for rows of no role.
+
+    patients, groups: what an interval resamples, and what that is (`patient`, `slide`, `core`, or `none` where nothing is known
+    and every image is its own). blocks: what no fold may split, as coarse as `patients` or coarser. slide_ids: of the source
+    slides, "" where unknown: looked up in a pretraining catalog. mpp: nominal µm per pixel, None where unknown.
+    size_px: side of the square patches, None where images differ. hash: of everything that makes the pixels and labels.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -47,9 +73,12 @@ class LabelledPatches:
     sites: np.ndarray
     groups: str
     mpp: float | None
-    size_px: int
+    size_px: int | None
     hash: str
     read: Reading
+    blocks: np.ndarray
+    slide_ids: np.ndarray
+    usage: Usage
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,8 +86,8 @@ class LabelledPatches:
     def rows(self, role: str) -> np.ndarray:
         return np.flatnonzero(self.roles == role)
 
-    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(rows [b], pixels uint8 [b, 3, S, S]) in order, at most `size` at once."""
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, Sequence[np.ndarray] | np.ndarray]]:
+        """(rows [b], b images uint8 [3, h, w]) in order, at most `size` at once."""
         for start in range(0, len(self), size):
             rows = np.arange(start, min(start + size, len(self)))
             yield rows, self.read(rows)
@@ -71,6 +100,8 @@ class LabelledPatches:
             roles=self.roles[rows],
             patients=self.patients[rows],
             sites=self.sites[rows],
+            blocks=self.blocks[rows],
+            slide_ids=self.slide_ids[rows],
             hash=hashlib.sha256(self.hash.encode() + rows.astype("<i8").tobytes()).hexdigest()[:16],
             read=lambda part: self.read(rows[part]),
         )
@@ -78,9 +109,9 @@ class LabelledPatches:
 
 def check_roles(roles: np.ndarray, patients: np.ndarray, groups: str) -> None:
     """Raises DatasetError when a patient stands in two roles, or when train or report is empty."""
-    for role in ROLES[:2]:
+    for role in NEEDED:
         if not (roles == role).any():
-            raise DatasetError(f"no labelled patch has the role {role!r}: expected patches in {ROLES[0]} and {ROLES[1]}")
+            raise DatasetError(f"no labelled patch has the role {role!r}: expected patches in {NEEDED[0]} and {NEEDED[1]}")
     if groups == "none":
         return
     for a, first in enumerate(ROLES):
