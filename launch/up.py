@@ -26,7 +26,7 @@ VENV_OLDEST = ROOT / ".venv-oldest"
 EXTRAS = "test,lint,hf,s3,gcs,obstore"
 OLDEST = ("torch", "torchvision", "timm")  # `test all` runs the trainer on their lowest versions too
 OLDEST_TESTS = [f"tests/test_{name}.py" for name in ("blocks", "losses", "heads", "parallel", "checkpoint", "saving", "trainer")]
-COMPILED = "data/readers/jpegparts.c"
+COMPILED = [f"data/readers/{name}" for name in ("jpegparts.c", "jpegscan.c", "jpegscan.h")]
 DOWNLOAD = "about 2.7 GB to download, 6 GB on disk"
 
 
@@ -40,7 +40,7 @@ def python(folder: Path) -> Path:
 
 def stamp(extras: str, constraints: Path) -> str:
     """What an environment was made from: files, extras and the Python that runs this script."""
-    content = b"".join(path.read_bytes() for path in (ROOT / "pyproject.toml", constraints, ROOT / COMPILED))
+    content = b"".join(path.read_bytes() for path in (ROOT / "pyproject.toml", constraints, *(ROOT / name for name in COMPILED)))
     return hashlib.sha256(content + extras.encode() + sys.version.encode()).hexdigest()
 
 

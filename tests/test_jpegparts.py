@@ -1,7 +1,10 @@
 """Parts of JPEG tiles decoded in place: the same pixels and the same verdicts as whole tiles by another build of the decoder."""
 
+import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +89,83 @@ def test_damage_is_found_wherever_it_is_and_however_little_is_wanted(kind: str) 
             found = jpegparts.paint(np.zeros((128, 128, 3), np.uint8), [data], np.array([place]), b"", True, 128, 128, 1)
             assert (found == {}) == good, (number, found)
     assert not all(verdicts)
+
+
+def saved(pixels: np.ndarray, **how: Any) -> bytes:
+    """A JPEG by Pillow, which has more kinds of them."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **how)
+    return file.getvalue()
+
+
+def read_again(data: bytes, side: int, reduce: int = 1) -> bool:
+    """Whether libjpeg had to say; the pixels, whole and of a part, are those of simplejpeg in any case."""
+    before, expected = jpegparts.read_twice(), whole(data, side, side, reduce)
+    for left, top, right, bottom in ((0, 0, side, side), (side // 2, 5 * reduce, side - reduce, side // 2)):
+        place = np.array([[left // reduce, top // reduce, right // reduce, bottom // reduce, 0, 0]])
+        pixels = np.zeros((bottom // reduce - top // reduce, right // reduce - left // reduce, 3), np.uint8)
+        assert jpegparts.paint(pixels, [data], place, b"", True, side, side, reduce) == {}
+        np.testing.assert_array_equal(pixels, expected[top // reduce : bottom // reduce, left // reduce : right // reduce])
+    return jpegparts.read_twice() > before
+
+
+def kinds_of_pixels() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(3)
+    board = np.indices((96, 96)).sum(0) % 2 * 255
+    return {
+        "flat": np.full((96, 96, 3), 200, np.uint8),  # blocks that end at once
+        "noise": draw.integers(0, 256, (96, 96, 3), np.uint8),  # the longest symbols, and blocks of 64 of them
+        "board": np.repeat(board[..., None], 3, 2).astype(np.uint8),  # runs of zeros before the last coefficient
+        "steps": np.repeat(draw.integers(0, 2, (12, 12, 3), np.uint8) * 255, 8, 0).repeat(8, 1),  # means far apart
+    }
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("quality", [1, 30, 75, 95, 100])
+@pytest.mark.parametrize("pixels", list(kinds_of_pixels()))
+def test_whole_tiles_of_any_content_and_code_are_read_once(pixels: str, quality: int, optimize: bool) -> None:
+    for subsampling in (0, 2):
+        data = saved(kinds_of_pixels()[pixels], quality=quality, subsampling=subsampling, optimize=optimize)
+        for reduce in (1, 2, 4, 8):
+            assert not read_again(data, 96, reduce)
+
+
+@pytest.mark.parametrize("how", [{"progressive": True}, {"restart_marker_blocks": 3}, {"restart_marker_rows": 1}])
+def test_other_kinds_of_scan_are_left_to_libjpeg(how: dict[str, Any]) -> None:
+    assert not read_again(saved(kinds_of_pixels()["steps"], quality=80, **how), 96)
+
+
+def test_bytes_between_the_last_block_and_the_end_are_for_libjpeg_to_judge() -> None:
+    data = saved(kinds_of_pixels()["noise"], quality=75)
+    assert data[-2:] == b"\xff\xd9"
+    assert not read_again(data[:-2] + b"\xff\xff\xff\xd9", 96)  # fill bytes before a marker are part of the format
+    assert not read_again(data + b"behind the end", 96)
+    for more in (1, 2, 5, 20, 200):
+        extra = data[:-2] + bytes(more) + b"\xff\xd9"
+        try:
+            good = whole(extra, 96, 96, 1).size > 0
+        except ValueError:
+            good = False
+        before = jpegparts.read_twice()
+        found = jpegparts.paint(np.zeros((96, 96, 3), np.uint8), [extra], np.array([[0, 0, 9, 9, 0, 0]]), b"", True, 96, 96, 1)
+        assert (found == {}) == good and jpegparts.read_twice() == before + 1
+    assert not good
+
+
+def test_threads_do_not_share_tables() -> None:
+    """Each tile has Huffman tables of its own, more of them than are remembered."""
+    draw = np.random.default_rng(0)
+    tiles = [saved(draw.integers(0, 1 + 12 * i, (64, 64, 3), np.uint8), quality=30 + 3 * i, optimize=True) for i in range(20)]
+    expected = [whole(tile, 64, 64, 1) for tile in tiles]
+
+    def read(order: np.ndarray) -> None:
+        for i in order.tolist():
+            pixels = np.zeros((64, 64, 3), np.uint8)
+            assert jpegparts.paint(pixels, [tiles[i]], np.array([[0, 0, 64, 64, 0, 0]]), b"", True, 64, 64, 1) == {}
+            np.testing.assert_array_equal(pixels, expected[i])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, [draw.integers(0, 20, 200) for _ in range(8)]))
 
 
 def test_a_damaged_tile_leaves_its_neighbours_alone() -> None:

@@ -2,26 +2,22 @@
 
    Outside the wanted part only the entropy code is read: no inverse DCT, no colours, no copy of the tile. The rest of the scan is
    read to its end all the same, because damage often shows only there. Pixels equal those of the whole tile, bit for bit: where
-   chroma is interpolated, one block more on each side is decoded. */
+   chroma is interpolated, one block more on each side is decoded. The entropy code is read by jpegscan.c where it is plainly
+   whole, and else by libjpeg, which then says whether it is damaged. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <setjmp.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <jpeglib.h>
+#include "jpegscan.h"
 #include <jerror.h>
 
 #ifndef LIBJPEG_TURBO_VERSION
 #error "libjpeg-turbo is needed: other libjpegs can neither crop nor skip while they decode"
 #endif
 #if JPEG_LIB_VERSION >= 70
-#define DCT_WIDTH(component) ((component)->DCT_h_scaled_size)
 #define DCT_HEIGHT(component) ((component)->DCT_v_scaled_size)
 #define MIN_DCT_WIDTH(c) ((c)->min_DCT_h_scaled_size)
 #define MIN_DCT_HEIGHT(c) ((c)->min_DCT_v_scaled_size)
 #else
-#define DCT_WIDTH(component) ((component)->DCT_scaled_size)
 #define DCT_HEIGHT(component) ((component)->DCT_scaled_size)
 #define MIN_DCT_WIDTH(c) ((c)->min_DCT_scaled_size)
 #define MIN_DCT_HEIGHT(c) ((c)->min_DCT_scaled_size)
@@ -44,6 +40,7 @@ typedef struct {
     JDIMENSION tile_width, tile_height;
     unsigned int reduce;
     unsigned char *scratch; /* ROWS rows of a tile */
+    Scan *scan;
 } Region;
 
 typedef struct {
@@ -110,7 +107,7 @@ static JDIMENSION read_rows(j_decompress_ptr c, JDIMENSION stop, unsigned char *
 }
 
 static void paint_tile(j_decompress_ptr c, Errors *errors, const Region *region, const unsigned char *data, unsigned long size,
-                       const Place *place) {
+                       const Place *place, int by_libjpeg) {
     begin(c, errors, region, data, size);
     JDIMENSION across, down, start = 0, width = c->output_width;
     margins(c, &across, &down);
@@ -120,6 +117,8 @@ static void paint_tile(j_decompress_ptr c, Errors *errors, const Region *region,
         start = first, width = last - first;
         jpeg_crop_scanline(c, &start, &width);
     }
+    const JDIMENSION mcu = MIN_DCT_WIDTH(c) * (c->num_components == 1 ? 1 : c->max_h_samp_factor);
+    const int taken = !by_libjpeg && scan_take(region->scan, c, start / mcu, (start + width - 1) / mcu, &errors->escape);
     if (top > down) jpeg_skip_scanlines(c, top - down);
     const size_t stride = region->width * 3, row = (size_t)width * 3, wanted = (size_t)(right - left) * 3;
     while (c->output_scanline < top) read_rows(c, top, region->scratch, row);
@@ -132,28 +131,48 @@ static void paint_tile(j_decompress_ptr c, Errors *errors, const Region *region,
         JDIMENSION count = read_rows(c, bottom, region->scratch, row);
         for (JDIMENSION i = 0; i < count; i++, out += stride) memcpy(out, region->scratch + i * row + (left - start) * 3, wanted);
     }
+    if (taken) {
+        scan_finish(region->scan);
+        return;
+    }
     if (c->output_scanline + 1 < c->output_height) jpeg_skip_scanlines(c, c->output_height - 1 - c->output_scanline);
     while (c->output_scanline < c->output_height) /* skipping to the very end would not read it */
         read_rows(c, c->output_height, region->scratch, row);
     jpeg_finish_decompress(c);
 }
 
-/* Paints one tile; on damage leaves the reason. Its decompressor is its own: tables of another tile must not serve one that lacks
-   them. */
-static void try_tile(const Region *region, const Py_buffer *tile, const Place *place, char *reason) {
+/* Paints one tile; 0, or 1 with the reason where it is damaged, or SCAN_STRANGE where libjpeg must say. Its decompressor is its
+   own: tables of another tile must not serve one that lacks them. */
+static int attempt(const Region *region, const Py_buffer *tile, const Place *place, int by_libjpeg, char *reason) {
     struct jpeg_decompress_struct c = {0};
     Errors errors = {0};
     c.err = jpeg_std_error(&errors.standard);
     errors.standard.error_exit = fail;
     errors.standard.emit_message = warn;
-    if (setjmp(errors.escape)) {
-        memcpy(reason, errors.text, sizeof errors.text);
-    } else {
+    int verdict = 0;
+    switch (setjmp(errors.escape)) {
+    case 0:
         if (tile->len == 0) refuse(&errors, "it is empty", 0, 0, 0, 0);
         jpeg_create_decompress(&c);
-        paint_tile(&c, &errors, region, tile->buf, tile->len, place);
+        paint_tile(&c, &errors, region, tile->buf, tile->len, place, by_libjpeg);
+        break;
+    case SCAN_STRANGE:
+        verdict = SCAN_STRANGE;
+        break;
+    default:
+        memcpy(reason, errors.text, sizeof errors.text);
+        verdict = 1;
     }
     jpeg_destroy_decompress(&c);
+    return verdict;
+}
+
+static long strange; /* tiles that libjpeg had to say about */
+
+static void try_tile(const Region *region, const Py_buffer *tile, const Place *place, char *reason) {
+    if (attempt(region, tile, place, 0, reason) != SCAN_STRANGE) return;
+    __atomic_fetch_add(&strange, 1, __ATOMIC_RELAXED);
+    attempt(region, tile, place, 1, reason);
 }
 
 /* -1 with an exception set unless every part lies inside its tile and inside the region. */
@@ -204,6 +223,7 @@ PyDoc_STRVAR(paint_doc,
 static PyObject *paint(PyObject *module, PyObject *arguments) {
     PyObject *array, *list, *found = NULL;
     Py_buffer pixels = {0}, placed, tables;
+    Scan scan = {0};
     int ycbcr, tile_width, tile_height, reduce;
     (void)module;
     if (!PyArg_ParseTuple(arguments, "OO!y*y*piii", &array, &PyList_Type, &list, &placed, &tables, &ycbcr, &tile_width, &tile_height,
@@ -231,7 +251,7 @@ static PyObject *paint(PyObject *module, PyObject *arguments) {
         goto done;
     }
     Region region = {pixels.buf, pixels.shape[1], pixels.shape[0], tables.buf, tables.len, ycbcr ? JCS_YCbCr : JCS_RGB,
-                     tile_width, tile_height, reduce, scratch};
+                     tile_width, tile_height, reduce, scratch, &scan};
     if (check_places(&region, placed.buf, count) < 0 || hold(list, tiles, count) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
     for (Py_ssize_t i = 0; i < count; i++) try_tile(&region, &tiles[i], (const Place *)placed.buf + i, reasons[i]);
@@ -240,6 +260,7 @@ static PyObject *paint(PyObject *module, PyObject *arguments) {
     found = reasons_of(reasons, count);
 done:
     if (pixels.obj) PyBuffer_Release(&pixels);
+    free(scan.bytes);
     PyMem_Free(scratch);
     PyMem_Free(reasons);
     PyMem_Free(tiles);
@@ -248,7 +269,18 @@ done:
     return found;
 }
 
-static PyMethodDef methods[] = {{"paint", paint, METH_VARARGS, paint_doc}, {NULL, NULL, 0, NULL}};
+PyDoc_STRVAR(read_twice_doc,
+"read_twice() -> int\n\n"
+"How many tiles of this process were not plainly whole, so that libjpeg decoded them again: damaged ones, and rare kinds.");
+
+static PyObject *read_twice(PyObject *module, PyObject *nothing) {
+    (void)module, (void)nothing;
+    return PyLong_FromLong(__atomic_load_n(&strange, __ATOMIC_RELAXED));
+}
+
+static PyMethodDef methods[] = {{"paint", paint, METH_VARARGS, paint_doc},
+                                {"read_twice", read_twice, METH_NOARGS, read_twice_doc},
+                                {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "jpegparts", "Parts of JPEG tiles, decoded straight into a region.", -1, methods, NULL, NULL, NULL, NULL};

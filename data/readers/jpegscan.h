@@ -1,0 +1,53 @@
+/* The entropy code of a baseline JPEG, read in libjpeg's place. */
+
+#ifndef JPEGSCAN_H
+#define JPEGSCAN_H
+
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <jpeglib.h>
+
+#if JPEG_LIB_VERSION >= 70
+#define DCT_WIDTH(component) ((component)->DCT_h_scaled_size)
+#else
+#define DCT_WIDTH(component) ((component)->DCT_scaled_size)
+#endif
+
+#define SCAN_COMPONENTS 3
+#define SCAN_SLACK 512 /* zero bytes behind the code: a block takes at most 64 times 31 bits */
+
+struct Codes;
+
+/* Bits on their way: `count` of them in `bits`, the next one on top. After a refill there are 56 or more. */
+typedef struct {
+    uint64_t bits;
+    const unsigned char *next;
+    unsigned count;
+} Bits;
+
+/* One scan. bytes, end: its code without the stuffed zeros; room: what they may fill; now: where reading is. */
+typedef struct {
+    unsigned char *bytes, *end;
+    size_t room;
+    Bits now;
+    int32_t dc[SCAN_COMPONENTS];
+    int blocks;                                 /* of an MCU */
+    int component[D_MAX_BLOCKS_IN_MCU];         /* of each block */
+    int pixels[D_MAX_BLOCKS_IN_MCU];            /* whether more than its mean is wanted, where its MCU is */
+    const struct Codes *dc_codes[D_MAX_BLOCKS_IN_MCU], *ac_codes[D_MAX_BLOCKS_IN_MCU];
+    uint32_t column, columns, first, last, left; /* MCUs: the next one, a row, the first and last wanted of a row, all to come */
+    jmp_buf *escape;
+} Scan;
+
+#define SCAN_STRANGE 2 /* what longjmp brings to `escape` where the code is not plainly whole */
+
+/* After jpeg_start_decompress and jpeg_crop_scanline: from here on this file reads the code, and gives libjpeg the coefficients of
+   the MCUs of columns first to last of the rows that it asks for. `size` bytes of `data` hold it. 0: not a scan of the plain kind,
+   or no memory, and libjpeg goes on as ever. */
+int scan_take(Scan *scan, j_decompress_ptr c, uint32_t first, uint32_t last, jmp_buf *escape);
+
+/* Reads what libjpeg did not ask for. Comes back if the scan is whole and ends where its last block does. */
+void scan_finish(Scan *scan);
+
+#endif
