@@ -10,8 +10,9 @@ from markupsafe import Markup
 from histoscale.eval.scores.binomial import wilson
 from histoscale.eval.scores.calibration import Bins
 
-LABEL_PX, PLOT_PX, VALUE_PX, ROW_PX = 250, 330, 190, 24
-_LETTERS = 36  # of a label; longer ones are cut at the front
+LABEL_PX, PLOT_PX, VALUE_PX, ROW_PX = 220, 400, 200, 24
+_LEAST_PX = 560  # a narrow screen scrolls a drawing rather than shrinking its letters further
+_LETTERS = 32  # of a label; longer ones are cut at the front
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def reliability_plot(bins: Bins, positive: str) -> Markup:
     parts = [_segment(x(0), y(0), x(1), y(1), "chance")]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         parts += [_grid_line(x(tick), top, top + side), _segment(left, y(tick), left + side, y(tick), "gridline")]
-        parts += [_text(x(tick), top + side + 16, f"{tick:g}", "middle", "quiet"), _text(left - 8, y(tick) + 4, f"{tick:g}", "end", "quiet")]
+        parts += [
+            _text(x(tick), top + side + 16, f"{tick:g}", "middle", "quiet"),
+            _text(left - 8, y(tick) + 4, f"{tick:g}", "end", "quiet"),
+        ]
     for count, predicted, observed in zip(bins.count.tolist(), bins.predicted.tolist(), bins.observed.tolist(), strict=True):
         low, high = wilson(round(observed * count), count)
         parts.append(_segment(x(predicted), y(low), x(predicted), y(high), "whisker thin ours"))
         radius = 2.5 + 9 * math.sqrt(count / bins.count.sum())
-        parts.append(Markup('<circle class="point ours" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/>').format(x(predicted), y(observed), radius))
+        disc = Markup('<circle class="point ours" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/>')
+        parts.append(disc.format(x(predicted), y(observed), radius))
     parts.append(_text(left + side / 2, top + side + 36, f"predicted probability of {positive}", "middle", "quiet"))
     parts.append(_turned(14, top + side / 2, f"observed rate of {positive}"))
     return _svg(left + side + 16, top + side + 46, parts, f"Reliability of the predicted probability of {positive}")
@@ -84,10 +89,15 @@ def shots_plot(curves: Sequence[Curve], axis: str, chance: float | None) -> Mark
     low, high, ticks = _scale([*ends, *(p for curve in curves for p in curve.points), *([chance] if chance is not None else [])])
     y = _line(low, high, top + tall, top)
     x = _line(math.log2(shots[0]), math.log2(max(shots[-1], 2 * shots[0])), left + 14, left + wide - 14)
-    parts = [_segment(left, y(t), left + wide, y(t), "gridline") + _text(left - 8, y(t) + 4, f"{t:g}", "end", "quiet") for t in ticks]
+    parts = [
+        _segment(left, y(t), left + wide, y(t), "gridline") + _text(left - 8, y(t) + 4, f"{t:g}", "end", "quiet") for t in ticks
+    ]
     parts += [_text(x(math.log2(n)), top + tall + 16, str(n), "middle", "quiet") for n in shots]
     if chance is not None:
-        parts += [_segment(left, y(chance), left + wide, y(chance), "chance"), _text(left + 4, y(chance) - 5, "chance", "start", "quiet")]
+        parts += [
+            _segment(left, y(chance), left + wide, y(chance), "chance"),
+            _text(left + 4, y(chance) - 5, "chance", "start", "quiet"),
+        ]
     places = _apart([y(curve.points[-1]) for curve in curves], 15)
     for place, (curve, at) in enumerate(zip(curves, places, strict=True)):
         along = [x(math.log2(n)) + 3 * (place - (len(curves) - 1) / 2) for n in curve.x]
@@ -100,7 +110,8 @@ def shots_plot(curves: Sequence[Curve], axis: str, chance: float | None) -> Mark
         parts.append(_text(left + wide + 10, at + 4, _cut(curve.label), "start", curve.look, curve.label))
     parts.append(_text(left + wide / 2, top + tall + 36, "training images a class", "middle", "quiet"))
     parts.append(_turned(14, top + tall / 2, axis))
-    return _svg(left + wide + 260, top + tall + 46, parts, f"{axis} over training images a class: {', '.join(c.label for c in curves)}")
+    words = f"{axis} over training images a class: {', '.join(c.label for c in curves)}"
+    return _svg(left + wide + 260, top + tall + 46, parts, words)
 
 
 def genes_plot(genes: Sequence[str], ours: np.ndarray, floor: np.ndarray | None, columns: int = 2) -> Markup:
@@ -114,17 +125,20 @@ def genes_plot(genes: Sequence[str], ours: np.ndarray, floor: np.ndarray | None,
     for column in range(columns):
         left = column * (name + wide + 30) + name
         x = _line(low, high, left, left + wide)
-        parts += [_grid_line(x(t), 6, 10 + step * rows) + _text(x(t), 26 + step * rows, f"{t:g}", "middle", "quiet") for t in ticks]
+        parts += [
+            _grid_line(x(t), 6, 10 + step * rows) + _text(x(t), 26 + step * rows, f"{t:g}", "middle", "quiet") for t in ticks
+        ]
         parts.append(_segment(x(0), 6, x(0), 10 + step * rows, "chance"))
         for row, gene in enumerate(order[column * rows : (column + 1) * rows]):
             y = 8 + step * (row + 0.5)
             parts.append(_text(left - 10, y + 4, str(genes[gene])[:12], "end", "ours", str(genes[gene])))
+            if not np.isfinite(ours[gene]):
+                parts.append(_text(x(0) + 4, y + 4, "undefined: constant in a test part", "start", "quiet"))
+                continue
+            parts.append(_segment(x(0), y, x(float(ours[gene])), y, "whisker thin ours"))
             if floor is not None and np.isfinite(floor[gene]):
                 parts.append(_point(x(float(floor[gene])), y, "floor"))
-            if np.isfinite(ours[gene]):
-                parts += [_segment(x(0), y, x(float(ours[gene])), y, "whisker thin ours"), _point(x(float(ours[gene])), y, "ours")]
-            else:
-                parts.append(_text(x(0) + 4, y + 4, "undefined: constant in a test part", "start", "quiet"))
+            parts.append(_point(x(float(ours[gene])), y, "ours"))
     width = columns * (name + wide + 30)
     parts.append(_text(width / 2, 44 + step * rows, "Pearson r of predicted and measured log1p counts", "middle", "quiet"))
     return _svg(width, 52 + step * rows, parts, f"Pearson r of {len(genes)} genes")
@@ -169,7 +183,8 @@ def _text(x: float, y: float, text: str, anchor: str, look: str, title: str = ""
 
 
 def _turned(x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="quiet" transform="translate({:.1f} {:.1f}) rotate(-90)" text-anchor="middle">{}</text>').format(x, y, text)
+    turn = Markup('<text class="quiet" text-anchor="middle" transform="translate({:.1f} {:.1f}) rotate(-90)">{}</text>')
+    return turn.format(x, y, text)
 
 
 def _segment(x1: float, y1: float, x2: float, y2: float, look: str) -> Markup:
@@ -190,7 +205,8 @@ def _point(x: float, y: float, look: str) -> Markup:
 
 
 def _svg(width: float, height: float, parts: Sequence[Markup], words: str) -> Markup:
-    head = Markup('<svg viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" role="img" aria-label="{2}">').format(
-        width, height, words
-    )
+    head = Markup(
+        '<svg viewBox="0 0 {0:.0f} {1:.0f}" width="{0:.0f}" height="{1:.0f}" style="min-width:{2:.0f}px" '
+        'role="img" aria-label="{3}">'
+    ).format(width, height, min(width, _LEAST_PX), words)
     return head + Markup("").join(parts) + Markup("</svg>")

@@ -19,8 +19,8 @@ _ROWS = 4096  # training rows a product: the similarities of a few queries never
 @dataclass(frozen=True)
 class GalleryConfig:
     """per_class: reported images a class, drawn by seed. neighbours: training images beside each. confusions: pairs of classes
-    that are confused most, and mistakes: the most confident ones of each pair. thumb_px: the longer side of a thumbnail.
-    quality: of its JPEG. budget_mb: all pictures of a page together; those beyond it are left out and counted. seed: of the draw."""
+    that are confused most, and mistakes: the most confident ones of each pair. thumb_px: the longer side of a thumbnail, quality:
+    of its JPEG. budget_mb: all pictures of a page together; those beyond it are left out and counted. seed: of the draw."""
 
     per_class: int
     neighbours: int
@@ -109,10 +109,15 @@ def neighbour_gallery(patches: LabelledPatches, outcome: Outcome, features: np.n
             for image, row, value, right in zip(_thumbnails(patches, rows, pictures), rows, cosines.tolist(), same, strict=True)
         ]
         (own,) = _thumbnails(patches, np.array([query]), pictures)
-        words = f"called {patches.classes[called[query]]}; {int(same.sum())} of {len(rows)} neighbours share its class"
-        strips.append(Strip(Tile(own, patches.classes[truth], None), beside, words))
-    return Gallery(strips, f"Left: reported images, drawn by seed {config.seed} and never by score. Right: their nearest training "
-                   "images by cosine of the embedding, the nearest first, with class and cosine.")  # fmt: skip
+        wrong = "" if called[query] == truth else f", called {patches.classes[called[query]]}"
+        words = f"{patches.classes[truth]}{wrong} · {int(same.sum())} of {len(rows)}"
+        strips.append(Strip(Tile(own, words, None), beside, ""))
+    note = (
+        f"Left: reported images, drawn by seed {config.seed} and never by score, with their class, what the probe called them "
+        "where it was wrong, and how many neighbours share their class. Right: their nearest training images by cosine of the "
+        "embedding, with class and cosine; ✓ where it is the class of the left one."
+    )
+    return Gallery(strips, note)
 
 
 def _others(patches: LabelledPatches, queries: np.ndarray) -> np.ndarray:
@@ -132,14 +137,16 @@ def worst_confusions(patches: LabelledPatches, outcome: Outcome, pictures: Pictu
         places = places[np.argsort(-shares[places, wrong], kind="stable")[: config.mistakes]]
         images = _thumbnails(patches, outcome.rows[places], pictures)
         first, *others = [
-            Tile(image, f"p({patches.classes[wrong]}) {shares[place, wrong]:.2f}", False)
-            for image, place in zip(images, places.tolist(), strict=True)
+            Tile(image, f"{shares[place, wrong]:.2f}", False) for image, place in zip(images, places.tolist(), strict=True)
         ]
         total = int((labels == true).sum())
-        words = f"{patches.classes[true]} called {patches.classes[wrong]}: {count} of {total} ({count / total:.0%})"
+        words = f"{patches.classes[true]} called {patches.classes[wrong]}: {count} of {total} ({100 * count / total:.0f} %)"
         strips.append(Strip(first, others, words))
-    return Gallery(strips, "The pairs of classes that are confused most, by their share of the true class, and the mistakes of "
-                   "which the probe was surest.")  # fmt: skip
+    note = (
+        "The pairs of classes that are confused most, by their share of the true class, and the mistakes of which the probe was "
+        "surest, with the probability that it gave to the wrong class."
+    )
+    return Gallery(strips, note)
 
 
 def worst_pairs(labels: np.ndarray, called: np.ndarray, classes: int) -> list[tuple[int, int, int]]:

@@ -27,6 +27,15 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """Of a part of a chapter; words: what it rests on, "" for nothing."""
+
+    title: str
+    words: str
+    kind: str = "heading"
+
+
+@dataclass(frozen=True)
 class Prose:
     """Paragraphs, divided by an empty line."""
 
@@ -75,7 +84,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Tile:
-    """A small picture: image is a data URI, "" where the page's budget was spent. good: None for a query, else how it is marked."""
+    """A small picture. image: a data URI, "" where the page's budget was spent. good: None for a query, else how it is marked."""
 
     image: str
     words: str
@@ -84,7 +93,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Strip:
-    """One query picture and what lies beside it."""
+    """One query picture and what lies beside it; words stand above, "" for none."""
 
     query: Tile
     beside: Sequence[Tile]
@@ -115,7 +124,7 @@ class Folded:
     kind: str = "folded"
 
 
-Part = Prose | Grid | Drawing | Matrix | Gallery | Legend | Folded
+Part = Heading | Prose | Grid | Drawing | Matrix | Gallery | Legend | Folded
 
 
 @dataclass(frozen=True)

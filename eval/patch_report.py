@@ -1,4 +1,4 @@
-"""The page of a patch-level run: scores beside floors and published ones, classes, confusions, neighbours, and how to read them."""
+"""The page of a patch-level run: scores beside floors and published ones, classes, confusions, neighbours, how to read them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,22 @@ import numpy as np
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.drawings import Curve, Mark, genes_plot, interval_plot, reliability_plot, shots_plot
 from histoscale.eval.gallery import GalleryConfig, Pictures, neighbour_gallery, tinted, worst_confusions
-from histoscale.eval.page import Cell, Chapter, Drawing, Folded, Gallery, Grid, Legend, Matrix, Part, Prose, Strip, Tile, write_page
+from histoscale.eval.page import (
+    Cell,
+    Chapter,
+    Drawing,
+    Folded,
+    Gallery,
+    Grid,
+    Heading,
+    Legend,
+    Matrix,
+    Part,
+    Prose,
+    Strip,
+    Tile,
+    write_page,
+)
 from histoscale.eval.published import PROTOCOLS
 from histoscale.eval.results import Outcome, Score
 from histoscale.eval.scores.calibration import brier, reliability
@@ -29,6 +44,7 @@ from histoscale.eval.table import (
     published_words,
 )
 
+TABLE_ONLY = ("knn", "prototype")  # beside a linear probe their numbers are enough
 # Okabe and Ito's colours, which the common kinds of colour blindness tell apart; black and yellow are lost on tissue.
 MASK_COLOURS = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0))
 
@@ -65,7 +81,7 @@ class Segmented:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """classes: background first. ignored: the label that no score counts, or None. images: in the order in which they are shown."""
+    """classes: background first. ignored: the label that no score counts, or None. images: in the order that is shown."""
 
     dataset: str
     encoder: str
@@ -102,8 +118,9 @@ def write_patch_report(
     Pictures of all sets share `config.gallery.budget_mb`. Raises ValueError when two scores claim one place.
     """
     found, notes, pictures = blocks(scores, config.table.published), Footnotes(), Pictures(config.gallery)
-    chapters = [score_chapter(found, notes, sets)]
-    chapters += few_shot_chapter(scores, sets)
+    few = [block for block in found if block.probe.startswith("few_shot/")]
+    chapters = [score_chapter([block for block in found if block not in few], notes, sets)]
+    chapters += few_shot_chapter(scores, few, notes, sets)
     for results in sets:
         chapters += _set_chapters(results, config, pictures)
     chapters += [_segmentation_chapter(one, config, pictures) for one in segmentations]
@@ -119,8 +136,8 @@ def _lead(found: Sequence[Block]) -> str:
     encoders = dict.fromkeys(line.encoder for block in found for line in block.lines if not line.floor and not line.minus)
     datasets = dict.fromkeys(block.dataset for block in found)
     return (
-        f"Frozen features of {', '.join(encoders)} on {', '.join(datasets)}. Probes were fitted on the training part alone; every "
-        "score stands beside its floors, with an interval that respects patients."
+        f"Frozen features of {', '.join(encoders)} on {', '.join(datasets)}. Probes were fitted on the training part alone; "
+        "every score stands beside its floors, with an interval that respects patients."
     )
 
 
@@ -137,7 +154,8 @@ def _facts(found: Sequence[Block]) -> dict[str, str]:
         gap = next((d for d in block.lines if d.minus == floor and d.encoder == line.encoder and metric in d.cells), None)
         if gap is not None:
             facts[f"{words} (paired)"] = number(gap.cells[metric])
-    facts["what the encoder sees"] = line.seen
+    mpp, _, field = line.seen.partition(", field ")
+    facts["what the encoder sees" + (f", a field of {field}" if field else "")] = mpp
     facts["scored on"] = block.size.split(";")[0]
     return facts
 
@@ -146,14 +164,16 @@ def score_chapter(found: Sequence[Block], notes: Footnotes, sets: Sequence[SetRe
     """Per block the table of every score and, for its first metric, the intervals beside floors and published scores."""
     classes = {results.patches.name: len(results.patches.classes) for results in sets}
     parts: list[Part] = []
-    for place, block in enumerate(found):
-        head = f"{block.dataset}: {block.title}. {block.size}."
-        head += f" {block.seen[:1].upper()}{block.seen[1:]}." if block.seen else ""
-        inner: list[Part] = [score_grid(block, notes), score_drawing(block, classes.get(block.dataset))]
-        inner += _published_grid(block)
-        quiet = block.probe.startswith("few_shot/") and place > 0
-        parts += [Folded(head, inner)] if quiet else [Prose(head), *inner]
+    for block in found:
+        parts += [Heading(f"{block.dataset}: {block.title}", _rests_on(block)), score_grid(block, notes)]
+        if block.probe not in TABLE_ONLY:
+            parts.append(score_drawing(block, classes.get(block.dataset)))
+        parts += _published_grid(block)
     return Chapter("Scores", parts)
+
+
+def _rests_on(block: Block) -> str:
+    return " · ".join(filter(None, (block.size, block.seen)))
 
 
 def score_grid(block: Block, notes: Footnotes) -> Grid:
@@ -163,7 +183,8 @@ def score_grid(block: Block, notes: Footnotes) -> Grid:
         look = "indent quiet" if line.minus else "quiet" if line.floor else "strong"
         form = "" if line.minus else ", ".join(filter(None, (line.embedding, *_form(line, block))))
         cells = [_cell(line, metric, notes, look) for metric in block.metrics]
-        rows.append([Cell(label + (" (floor)" if line.floor else ""), notes.of_line(line), look), Cell(form, look="quiet"), *cells])
+        name = Cell(label + (" (floor)" if line.floor else ""), notes.of_line(line), look)
+        rows.append([name, Cell(form, look="quiet"), *cells])
     head = ["encoder", "embedding" if block.seen else "embedding, and what it sees", *map(metric_words, block.metrics)]
     return Grid(head, rows, 2, "")
 
@@ -190,12 +211,14 @@ def score_drawing(block: Block, classes: int | None) -> Drawing:
             continue
         label = f"{line.encoder} {line.embedding}" + ("" if block.seen or not line.resolution else f" {line.resolution}")
         look = "floor" if line.floor else "ours"
-        marks.append(Mark(label, score.interval.value, score.interval.low, score.interval.high, look, number(score)))
+        value = number(score).split(" ±")[0]
+        marks.append(Mark(label, score.interval.value, score.interval.low, score.interval.high, look, value))
     said = ""
     for name, rows in published_columns(block):
         if name == metric:
             marks += [Mark(row.model, row.value or 0.0, None, None, "published", f"{row.value:.3f} published") for row in rows]
-            said = f" Hollow diamonds: published, {published_words(rows[0])}; without intervals, as their sources have none."
+            about = "; ".join([published_words(rows[0]), *rows[0].marks])
+            said = f" Hollow diamonds: published, {about}; sources give no intervals."
     chance = _chance(metric, classes)
     caption = f"Discs: these encoders, with their intervals. Squares: floors.{said}"
     return Drawing(interval_plot(marks, metric_words(metric), chance), caption)
@@ -223,8 +246,10 @@ def _published_grid(block: Block) -> list[Part]:
     return [Folded(f"Published by others, with sources ({len(rows)})", [grid])]
 
 
-def few_shot_chapter(scores: Sequence[Score], sets: Sequence[SetResults]) -> list[Chapter]:
-    """Curves of every `few_shot/<k>` score; the first metric of a set, protocol and role."""
+def few_shot_chapter(
+    scores: Sequence[Score], found: Sequence[Block], notes: Footnotes, sets: Sequence[SetResults]
+) -> list[Chapter]:
+    """Curves of the first metric of every `few_shot/<k>` set, protocol and role; below, folded, every number."""
     few = [score for score in scores if score.probe.startswith("few_shot/") and not score.minus]
     parts: list[Part] = []
     for place in dict.fromkeys((score.dataset, score.protocol, score.role) for score in few):
@@ -240,7 +265,11 @@ def few_shot_chapter(scores: Sequence[Score], sets: Sequence[SetResults]) -> lis
         if curves:
             words = f"{place[0]}, protocol {place[1]}: mean over draws of the training images; bars are the intervals."
             parts.append(Drawing(shots_plot(curves, metric_words(metric), _chance(metric, classes)), words))
-    return [Chapter("Few images a class", parts)] if parts else []
+    tables: list[Part] = []
+    for block in found:
+        head = Heading(f"{block.dataset}: {block.title}", _rests_on(block))
+        tables += [head, score_grid(block, notes), *_published_grid(block)]
+    return [Chapter("Few images a class", [*parts, Folded("Every number of these curves", tables)])] if tables else []
 
 
 def _shots(score: Score) -> int:
@@ -264,22 +293,25 @@ def _set_chapters(results: SetResults, config: ReportConfig, pictures: Pictures)
     ]  # fmt: skip
     if not shown:
         return []
-    name, parts = results.patches.name, []
+    name = results.patches.name
+    parts: list[Part] = []
     for place, (resolution, outcome) in enumerate(shown):
         form = ", ".join(filter(None, (outcome.encoder, outcome.embedding, resolution)))
         note = f" ({outcome.note})" if outcome.note else ""
         head = f"{form}: protocol {outcome.protocol}, {probe_words(outcome.probe)}, {outcome.role}{note}"
         inner = _outcome_parts(results.patches, outcome, config)
-        parts += [Prose(head), *inner] if place == 0 else [Folded(head, inner)]
+        parts += [Heading(head, ""), *inner] if place == 0 else [Folded(head, inner)]
     chapters = [Chapter(f"{name}: class by class", parts)]
     outcome = shown[0][1]
-    galleries: list[Part] = [Prose(f"{outcome.encoder}, {outcome.embedding}, protocol {outcome.protocol}.")]
+    form = f"{outcome.encoder}, {outcome.embedding}, protocol {outcome.protocol}"
+    galleries: list[Part] = []
     if outcome.encoder in results.features and config.gallery.per_class:
+        galleries.append(Heading("Nearest neighbours", form))
         galleries.append(neighbour_gallery(results.patches, outcome, results.features[outcome.encoder], pictures))
     mistakes = worst_confusions(results.patches, outcome, pictures)
     if mistakes.strips:
-        galleries += [Prose("Worst confusions"), mistakes]
-    return [*chapters, Chapter(f"{name}: what it looks like", galleries)]
+        galleries += [Heading("Worst confusions", form), mistakes]
+    return [*chapters, *([Chapter(f"{name}: what it looks like", galleries)] if galleries else [])]
 
 
 def _outcome_parts(patches: LabelledPatches, outcome: Outcome, config: ReportConfig) -> list[Part]:
@@ -297,15 +329,15 @@ def class_grid(patches: LabelledPatches, outcome: Outcome, counts: np.ndarray) -
     """Recall, precision, F1 of every class, with the images and patients that they rest on. counts: [K, K], true × called."""
     right, total, called = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     labels, patients = patches.labels[outcome.rows], patches.patients[outcome.rows]
-    unit = "images" if patches.groups == "none" else f"{patches.groups}s"
+    unit = [] if patches.groups == "none" else [f"{patches.groups}s"]
     rows: list[Sequence[Cell | str]] = []
     for place, name in enumerate(patches.classes):
         f1 = _share(2 * right[place], total[place] + called[place]) if total[place] else None
         cells = [_rate(value) for value in (_share(right[place], total[place]), _share(right[place], called[place]), f1)]
-        owners = len(set(patients[labels == place].tolist()))
-        rows.append([Cell(name, look="strong"), *cells, f"{total[place]:,.0f}", f"{owners:,}"])
+        owners = [] if patches.groups == "none" else [f"{len(set(patients[labels == place].tolist())):,}"]
+        rows.append([Cell(name, look="strong"), *cells, f"{total[place]:,.0f}", *owners])
     few = "One class rests on fewer units than the whole, so no interval is given: read it with its counts."
-    return Grid(["class", "recall", "precision", "F1", "images", f"{unit}"], rows, 1, few)
+    return Grid(["class", "recall", "precision", "F1", "images", *unit], rows, 1, few)
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -323,8 +355,8 @@ def _calibration(patches: LabelledPatches, outcome: Outcome, labels: np.ndarray,
     found = reliability(probabilities, positive, bins)
     words = (
         f"Positive: {name}. ECE {found.expected_calibration_error:.3f} over {bins} bins of equal width, Brier score "
-        f"{brier(probabilities, positive):.3f}. A disc's area is its share of the images; bars are Wilson intervals, which take the "
-        "images as independent. Never fitted on these rows."
+        f"{brier(probabilities, positive):.3f}. A disc's area is its share of the images; bars are Wilson intervals, which "
+        "take the images as independent. Never fitted on these rows."
     )
     return [Drawing(reliability_plot(found, name), words)]
 
@@ -361,5 +393,5 @@ def _genes_chapter(found: Genes) -> Chapter:
 def _licence(sets: Sequence[SetResults], pictures: Pictures) -> list[str]:
     words = ["Pictures are parts of the data set: its licence decides who may see this page."] if sets else []
     if pictures.skipped:
-        words.append(f"{pictures.skipped} pictures are left out, because all together may weigh {pictures.config.budget_mb:g} MB.")
+        words.append(f"{pictures.skipped} pictures are left out: all together may weigh {pictures.config.budget_mb:g} MB.")
     return words

@@ -1,8 +1,8 @@
 """What a run decided, row by row, in one file that another run can be compared with: `predictions.npz`.
 
-A zip of plain arrays and one JSON text; nothing is pickled. `about`: uint8, the JSON {format, dataset, data_hash, classes, groups,
-positive, encoders, outcomes: [{resolution, encoder, embedding, protocol, probe, role, note}], scores}. `labels` int64 [n],
-`patients` and `roles` unicode [n]; `logs_<i>` float32 [R, m, K] and `rows_<i>` int64 [m] of outcome i.
+A zip of plain arrays and one JSON text; nothing is pickled. `about`: uint8, the JSON {format, dataset, data_hash, classes,
+groups, positive, encoders, outcomes: [{resolution, encoder, embedding, protocol, probe, role, note}], scores}. `labels` int64
+[n], `patients` and `roles` unicode [n]; `logs_<i>` float32 [R, m, K] and `rows_<i>` int64 [m] of outcome i.
 """
 
 import json
@@ -117,7 +117,8 @@ def load_predictions(path: Path) -> Predictions:
 
 def _check(path: Path, held: Predictions) -> None:
     n, classes = len(held.labels), len(held.classes)
-    wrong = len(held.patients) != n or len(held.roles) != n or (n > 0 and not 0 <= held.labels.min() <= held.labels.max() < classes)
+    wrong = len(held.patients) != n or len(held.roles) != n
+    wrong = wrong or (n > 0 and not 0 <= held.labels.min() <= held.labels.max() < classes)
     for outcome in (outcome for found in held.outcomes.values() for outcome in found):
         rows = outcome.rows
         inside = len(rows) == 0 or 0 <= rows.min() <= rows.max() < n
@@ -137,6 +138,6 @@ def _narrowed(logs: np.ndarray) -> np.ndarray:
     narrow = logs.astype(np.float32)
     chosen = logs.argmax(axis=-1)[..., None]
     moved = narrow.argmax(axis=-1)[..., None] != chosen
-    top = np.take_along_axis(narrow, chosen, axis=-1)
-    np.put_along_axis(narrow, chosen, np.where(moved, np.nextafter(narrow.max(axis=-1, keepdims=True), np.float32(np.inf)), top), -1)
+    above = np.nextafter(narrow.max(axis=-1, keepdims=True), np.float32(np.inf))
+    np.put_along_axis(narrow, chosen, np.where(moved, above, np.take_along_axis(narrow, chosen, axis=-1)), axis=-1)
     return narrow

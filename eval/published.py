@@ -74,7 +74,6 @@ SAME_WEIGHTS = {
     "1aurent/vit_base_patch8_224.kaiko_ai_towards_large_pathology_fms": "kaiko ViT-B/8",
     "1aurent/vit_large_patch14_reg4_224.kaiko_ai_towards_large_pathology_fms": "kaiko ViT-L/14",
     "1aurent/vit_small_patch16_224.lunit_dino": "Lunit ViT-S/16",
-    "1aurent/vit_small_patch8_224.lunit_dino": "Lunit ViT-S/8",
 }
 
 
@@ -87,7 +86,7 @@ class Published:
     """One published number. value: None where the source has none. sd: what its source calls its spread, None where not stated.
 
     embedding: the file's words (`CLS`, `CLS+mean`, `patch tokens`, …), "" where not stated. split: `val_selected` means that the
-    checkpoint was selected on the split that is reported; "" where not stated. protocol: an id, `PROTOCOLS` explains the usual ones.
+    checkpoint was selected on the split that is reported; "" where not stated. protocol: an id, which `PROTOCOLS` explains.
     """
 
     source: str
@@ -139,7 +138,8 @@ def read_published(text: str) -> tuple[Published, ...]:
     """The rows of a CSV with the columns of `COLUMNS`. Raises PublishedError for other columns, or a value that is no number."""
     lines = csv.DictReader(text.splitlines())
     if tuple(lines.fieldnames or ()) != COLUMNS:
-        raise PublishedError(f"published scores have the columns {', '.join(lines.fieldnames or ())}: expected {', '.join(COLUMNS)}")
+        have = ", ".join(lines.fieldnames or ())
+        raise PublishedError(f"published scores have the columns {have}: expected {', '.join(COLUMNS)}")
     return tuple(_row(line, lines.line_num) for line in lines)
 
 
@@ -216,7 +216,7 @@ def other_definition(dataset: str) -> str:
 
 
 def nearest_column(rows: Sequence[Published], most: int, encoders: Sequence[str]) -> list[Published]:
-    """What is shown of `published_beside`: of the nearest protocol alone the best `most`, its floors and the very weights of ours."""
+    """What is shown of `published_beside`: of the nearest protocol the best `most`, its floors, and the very weights of ours."""
     first = [row for row in rows if row.protocol == rows[0].protocol and row.embedding == rows[0].embedding]
     models = {same_weights(encoder) for encoder in encoders}
     ranked = [row for row in first if not row.floor]

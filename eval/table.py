@@ -1,4 +1,4 @@
-"""Scores in the order in which they are read: by data set, protocol, probe and role, each encoder above its differences and floors."""
+"""Scores in the order in which they are read: by data set, protocol, probe, role; an encoder, its differences, then floors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ FLOORS = ("random", "colour")
 
 @dataclass(frozen=True)
 class TableConfig:
-    """width: most characters a line of the terminal. published: rows of others shown beside ours, floors and equal weights aside."""
+    """width: most characters a line of the terminal. published: rows of others beside ours, floors and equal weights aside."""
 
     width: int
     published: int
@@ -66,7 +66,7 @@ class Line:
 class Block:
     """Everything that may be compared line by line: one data set, protocol, probe and role.
 
-    metrics: the columns, in the order in which they came. published: what others reported on the same task, one protocol a metric.
+    metrics: the columns, in the order in which they came. published: what others reported on the task, one protocol a metric.
     """
 
     dataset: str
@@ -125,13 +125,12 @@ def check_places(scores: Sequence[Score]) -> None:
         place = (score.dataset, score.protocol, score.probe, score.role, score.encoder, score.embedding, score.resolution,
                  score.metric, score.minus)  # fmt: skip
         if place in taken:
-            raise ValueError(f"two scores stand at {' / '.join(filter(None, place))}: expected one a place, so drop one or rename it")
+            where = " / ".join(filter(None, place))
+            raise ValueError(f"two scores stand at {where}: expected one a place, so drop one or rename it")
         taken.add(place)
 
 
-def _block(
-    place: tuple[str, str, str, str], scores: Sequence[Score], published: int, rows: Sequence[Published] | None
-) -> Block:
+def _block(place: tuple[str, str, str, str], scores: Sequence[Score], published: int, rows: Sequence[Published] | None) -> Block:
     dataset, protocol, probe, role = place
     inside = [score for score in scores if (score.dataset, score.protocol, score.probe, score.role) == place]
     gathered: dict[tuple[str, str, str, str], dict[str, Score]] = {}
@@ -226,7 +225,9 @@ def shared_notes(line: Line) -> list[str]:
 def general_notes(found: Sequence[Block], level: float) -> list[str]:
     """What every table ends with: how to read its intervals, its floors and the rows of others."""
     scores = [score for block in found for line in block.lines for score in line.cells.values()]
-    notes = [f"Brackets: the {level * 100:g} % interval, which resamples patients or what stands in their place. ±: SD over equal runs."]
+    notes = [
+        f"Brackets: the {level * 100:g} % interval, over patients or what stands in their place. ±: SD over equal runs."
+    ]
     if any(score.minus for score in scores):
         notes.append("Differences are paired: both encoders are scored on the same draws of patients.")
     if any(score.floor for score in scores):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from histoscale.eval.matrix import Overview
 from histoscale.eval.published import PROTOCOLS, Published
 from histoscale.eval.results import Score
 from histoscale.eval.table import (
@@ -25,7 +26,7 @@ _LABEL = 44  # longer names of encoders are cut in the terminal; Markdown and th
 def terminal_table(
     scores: Sequence[Score], level: float, config: TableConfig, published: Sequence[Published] | None = None
 ) -> str:
-    """Every score once, at most `config.width` characters a line. level: of the intervals. published: instead of the shipped rows."""
+    """Every score once, at most `config.width` characters a line. level: of the intervals. published: not the shipped rows."""
     found, notes = blocks(scores, config.published, published), Footnotes()
     lines: list[str] = []
     for place, block in enumerate(found):
@@ -48,18 +49,21 @@ def terminal_table(
 def _grid(block: Block, notes: Footnotes, width: int) -> list[str]:
     """Labels at the left, metrics as columns; as many bands of columns as the width asks for."""
     labels = [_label(line, block, _LABEL) + _raised(notes.of_line(line)) for line in block.lines]
-    columns = {metric: _column(metric, block, notes) for metric in block.metrics}
+    return _banded(labels, [_column(metric, block, notes) for metric in block.metrics], width)
+
+
+def _banded(labels: Sequence[str], columns: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Columns (a head, then a cell a label) beside the labels, as many below one another as the width asks for."""
     left = max(map(len, labels))
-    bands: list[list[str]] = [[]]
-    for metric in block.metrics:
-        used = left + sum(2 + max(map(len, columns[m])) for m in [*bands[-1], metric])
-        if bands[-1] and used > width - 2:
+    bands: list[list[Sequence[str]]] = [[]]
+    for column in columns:
+        if bands[-1] and left + sum(2 + max(map(len, c)) for c in [*bands[-1], column]) > width - 2:
             bands.append([])
-        bands[-1].append(metric)
+        bands[-1].append(column)
     lines = []
     for band in bands:
-        rows = zip(["", *labels], *(columns[metric] for metric in band), strict=True)
-        widths = [left, *(max(map(len, columns[metric])) for metric in band)]
+        widths = [left, *(max(map(len, column)) for column in band)]
+        rows = zip(["", *labels], *band, strict=True)
         lines += ["  " + "  ".join(f"{text:<{w}}" for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return lines
 
@@ -206,3 +210,32 @@ def _plain(cell: str) -> bool:
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is, inside a table too: no markup, no HTML, one line."""
     return "".join(_MARKDOWN.get(character, character) for character in " ".join(text.split()))
+
+
+def terminal_overview(found: Overview, config: TableConfig) -> str:
+    """Encoders against sets, one number a cell."""
+    floors = [any(score is not None and score.floor for score in row) for row in found.cells]
+    labels = []
+    for (encoder, *form), floor in zip(found.rows, floors, strict=True):
+        said = ", ".join(filter(None, [*form, "floor" if floor else ""]))
+        labels.append("  ".join(filter(None, (_cut(encoder, _LABEL - 20), said))))
+    columns = [
+        [_cut(f"{dataset}, {metric_words(metric)}", _LABEL), *(number(row[place]) for row in found.cells)]
+        for place, (dataset, _, metric) in enumerate(found.sets)
+    ]
+    if len(found.mean_over) > 1:
+        columns.append(["mean", *("–" if mean is None else f"{mean:.3f}" for mean in found.means)])
+    lines = [found.title, "─" * min(config.width, len(found.title)), *_banded(labels, columns, config.width)]
+    return "\n".join([*lines, *_folded(found.mean_words, config.width, "")])
+
+
+def markdown_overview(found: Overview) -> str:
+    """The same as a Markdown table."""
+    mean = ["mean"] if len(found.mean_over) > 1 else []
+    head = ["encoder", "embedding", *(f"{dataset}, {metric_words(metric)}" for dataset, _, metric in found.sets), *mean]
+    rows = []
+    for (encoder, embedding, resolution), row, value in zip(found.rows, found.cells, found.means, strict=True):
+        name = encoder + (" (floor)" if any(score is not None and score.floor for score in row) else "")
+        last = [("–" if value is None else f"{value:.3f}")] if mean else []
+        rows.append([name, " ".join(filter(None, (embedding, resolution))), *(_Raw(number(score)) for score in row), *last])
+    return f"### {escaped(found.title)}\n\n{_piped(head, rows)}\n\n{escaped(found.mean_words)}\n"

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bins:
-    """Of the bins that hold a unit: count int64 [b], predicted and observed float64 [b], the mean probability and positive rate."""
+    """Of the bins that hold a unit: count int64 [b]; predicted, observed: float64 [b], mean probability and positive rate."""
 
     count: np.ndarray
     predicted: np.ndarray
