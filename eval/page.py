@@ -116,6 +116,14 @@ class Legend:
 
 
 @dataclass(frozen=True)
+class Notes:
+    """words -> their number at the cells; filled until the page is written."""
+
+    numbers: Mapping[str, int]
+    kind: str = "notes"
+
+
+@dataclass(frozen=True)
 class Folded:
     """Parts that open on a click; printed open."""
 
@@ -124,7 +132,7 @@ class Folded:
     kind: str = "folded"
 
 
-Part = Heading | Prose | Grid | Drawing | Matrix | Gallery | Legend | Folded
+Part = Heading | Prose | Grid | Drawing | Matrix | Gallery | Legend | Notes | Folded
 
 
 @dataclass(frozen=True)
@@ -135,15 +143,13 @@ class Chapter:
     parts: Sequence[Part]
 
 
-def write_page(
-    path: Path, title: str, lead: str, facts: Mapping[str, str], chapters: Sequence[Chapter], notes: Mapping[str, int]
-) -> None:
-    """Render to `path`, whole or not at all. facts: what it is of -> the value. notes: words -> their number in the tables."""
+def write_page(path: Path, title: str, lead: str, facts: Mapping[str, str], chapters: Sequence[Chapter]) -> None:
+    """Render to `path`, whole or not at all. facts: what it is of -> the value."""
     template = resources.files("histoscale.eval").joinpath("patch_report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_scrubbed
     )
-    page = environment.from_string(template).render(title=title, lead=lead, facts=facts, chapters=chapters, notes=notes)
+    page = environment.from_string(template).render(title=title, lead=lead, facts=facts, chapters=chapters)
     partial = path.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)

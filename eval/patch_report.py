@@ -19,6 +19,7 @@ from histoscale.eval.page import (
     Heading,
     Legend,
     Matrix,
+    Notes,
     Part,
     Prose,
     Strip,
@@ -129,7 +130,7 @@ def write_patch_report(
     protocols = dict.fromkeys(row.protocol for block in found for row in block.published)
     words += [f"{protocol}: {PROTOCOLS[protocol]}." for protocol in protocols if protocol in PROTOCOLS]
     chapters.append(Chapter("How to read this page", [Prose("\n\n".join(words))]))
-    write_page(path, title, _lead(found), _facts(found), chapters, notes.numbers)
+    write_page(path, title, _lead(found), _facts(found), chapters)
 
 
 def _lead(found: Sequence[Block]) -> str:
@@ -169,7 +170,7 @@ def score_chapter(found: Sequence[Block], notes: Footnotes, sets: Sequence[SetRe
         if block.probe not in TABLE_ONLY:
             parts.append(score_drawing(block, classes.get(block.dataset)))
         parts += _published_grid(block)
-    return Chapter("Scores", parts)
+    return Chapter("Scores", [*parts, Notes(notes.numbers)])
 
 
 def _rests_on(block: Block) -> str:

@@ -166,9 +166,9 @@ def paired_scores(
             )
             found.append(Score(
                 dataset=dataset, encoder=first.encoder, embedding=embedding, resolution=resolution, protocol=protocol,
-                probe=probe, role=role, metric=metric, interval=paired_difference(*statistics, of.patients[rows], interval), groups=of.groups,
-                runs=len(a.logs), spread=None, effective_mpp=known.effective_mpp if known else None,
-                field_um=known.field_um if known else None, floor=False, minus=second.encoder, note="",
+                probe=probe, role=role, metric=metric, interval=paired_difference(*statistics, of.patients[rows], interval),
+                groups=of.groups, runs=len(a.logs), spread=None, effective_mpp=known.effective_mpp if known else None,
+                field_um=known.field_um if known else None, floor=False, minus=second.encoder, note=a.note,
             ))  # fmt: skip
     return found
 

@@ -20,7 +20,7 @@ from histoscale.eval.table import (
 
 _SUPERSCRIPT = str.maketrans("0123456789,", "⁰¹²³⁴⁵⁶⁷⁸⁹˒")
 _MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;", **{c: "\\" + c for c in "\\`*_[]|~$"}}
-_LABEL = 44  # longer names of encoders are cut in the terminal; Markdown and the summary have them whole
+_LABEL = 46  # longer names of encoders are cut in the terminal; Markdown and the summary have them whole
 
 
 def terminal_table(
@@ -108,9 +108,9 @@ def _raised(numbers: Sequence[int]) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """One line of at most so many characters; the end of a path tells more than its beginning."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else "…" + text[-(most - 1) :]
+    """One line of at most so many characters; the middle of a path tells least."""
+    text, half = " ".join(text.split()), most // 2
+    return text if len(text) <= most else text[: most - half - 1] + "…" + text[-half:]
 
 
 def _folded(text: str, width: int, indent: str) -> list[str]:

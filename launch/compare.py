@@ -108,7 +108,7 @@ def _write_page(
     datasets = dict.fromkeys(score.dataset for score in scores)
     lead = f"{', '.join(encoders)} on {', '.join(datasets)}: the same images, patients and probes, nothing fitted anew."
     facts = {f"{p.encoder} above {p.minus} on {p.dataset}, protocol {p.protocol} (paired)": number(p) for p in pairs[:4]}
-    write_page(path, "Encoders side by side", lead, facts, chapters, notes.numbers)
+    write_page(path, "Encoders side by side", lead, facts, chapters)
 
 
 def _overview_grid(found: Overview) -> Grid:

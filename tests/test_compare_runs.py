@@ -137,7 +137,11 @@ def test_names_tell_encoders_and_floors_apart(tmp_path: Path) -> None:
     names = {score.encoder for score in scores}
     assert {"ours (x/one)", "ours (y/one)", "ours", "random, as ours (x/one)", "random, as ours"} <= names
     assert {"colour (x/one)", "colour (y/one)", "colour"} <= names  # the made floors differ, so both stand
-    assert {score.minus for score in scores if score.encoder == "ours (x/one)"} == {"", "random, as ours (x/one)", "colour (x/one)"}
+    assert {score.minus for score in scores if score.encoder == "ours (x/one)"} == {
+        "",
+        "random, as ours (x/one)",
+        "colour (x/one)",
+    }
     same = [leave(tmp_path / name, patches, name, 0.8) for name in ("p", "q")]
     scores, _ = gathered(open_runs([str(run) for run in same]))
     assert sum(s.encoder == "colour" and s.protocol == "eva" and s.metric == "macro_f1" for s in scores) == 1
@@ -152,13 +156,17 @@ def test_mcnemar_is_the_exact_binomial_and_needs_independent_images(tmp_path: Pa
     alone = replace(made_patches("own"), patients=np.arange(120).astype(str), groups="none")
     runs = [leave(tmp_path / f"{p.name}{i}", p, f"e{i}", 0.6 + 0.3 * i, seed=i) for p in (grouped, alone) for i in (0, 1)]
     tests = mcnemar_tests(gathered(open_runs([str(run) for run in runs]))[1])
-    assert [(t["dataset"], t["protocol"]) for t in tests] == [("own", "honest")]  # eva has several runs, crc several images a patient
+    assert [(t["dataset"], t["protocol"]) for t in tests] == [
+        ("own", "honest")
+    ]  # eva has several runs, crc several images a patient
     assert tests[0]["second_alone"] > tests[0]["first_alone"] and 0 < tests[0]["p"] <= tests[0]["p_holm"] <= 1
 
 
 def test_the_command(tmp_path: Path) -> None:
     crc, pcam = made_patches("crc", n=240, patients=60), made_patches("pcam", ("no", EVIL), n=240, patients=60, seed=2)
-    runs = [leave(tmp_path / f"{name}_{p.name}", p, name, right) for p in (crc, pcam) for name, right in (("ours", 0.9), (EVIL, 0.7))]
+    runs = [
+        leave(tmp_path / f"{name}_{p.name}", p, name, right) for p in (crc, pcam) for name, right in (("ours", 0.9), (EVIL, 0.7))
+    ]
     out = tmp_path / "out"
     arguments = [f"runs=['{runs[0]}','{runs[2]}']", "interval.draws=100", "logging.progress=off", f"out={out}"]
     quick = [leave(tmp_path / f"q{i}", p, name, right) for i, (p, name, right) in enumerate(
@@ -166,7 +174,9 @@ def test_the_command(tmp_path: Path) -> None:
     )]  # fmt: skip
     arguments[0] = f"runs=[{','.join(map(str, quick))}]"
     found = invoke("compare", arguments)["compare"]
-    written = json.loads((out / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))["compare"]
+    written = json.loads((out / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} in JSON"))[
+        "compare"
+    ]
     assert set(written["scores"]) == {"crc", "pcam"} and written["overview"][0]["mean_over"] == ["crc", "pcam"]
     gap = found["scores"]["crc"]["honest"]["linear"]["report"]["ours"]["minus"][EVIL]["balanced_accuracy"]
     assert gap["low"] > 0
@@ -182,7 +192,9 @@ def test_a_run_of_scores_alone_stands_in_the_table(tmp_path: Path) -> None:
     """Segmentation and regression leave scores without decisions."""
     patches = made_patches("consep")
     for name in ("a", "b"):
-        score = replace(made_score(made_outcome(patches, name, 0.8), patches, "balanced_accuracy"), metric="monai_dice", probe="decoder")
+        score = replace(
+            made_score(made_outcome(patches, name, 0.8), patches, "balanced_accuracy"), metric="monai_dice", probe="decoder"
+        )
         (tmp_path / name).mkdir()
         save_predictions(tmp_path / name / FILE, predictions_of(patches, {}, [score], {name: name}))
     out = tmp_path / "out"

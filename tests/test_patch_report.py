@@ -22,6 +22,7 @@ from histoscale.eval.page import Cell
 from histoscale.eval.patch_report import Genes, ReportConfig, Segmentation, Segmented, SetResults, class_grid, write_patch_report
 from histoscale.eval.scores.calibration import brier, reliability
 from histoscale.eval.scores.classification import confusion
+from histoscale.eval.table import number
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = TypeAdapter(ReportConfig).validate_python(yaml.safe_load((ROOT / "configs/report/default.yaml").read_text()))
@@ -32,12 +33,16 @@ def write(path: Path, config: ReportConfig = CONFIG, name: str = EVIL) -> str:
     three = made_patches(name, (f"a{name}", f"b{name}", f"c{name}"))
     two = made_patches(f"two {name}", ("no", name), seed=3)
     (outcomes, scores), (more, others) = made_run(three, name, 0.8), made_run(two, name, 0.8, seed=8)
-    few = [made_score(made_outcome(three, name, 0.3 + k / 30, probe=f"few_shot/{k}", runs=3), three, "macro_f1") for k in (1, 4, 16)]
+    few = [
+        made_score(made_outcome(three, name, 0.3 + k / 30, probe=f"few_shot/{k}", runs=3), three, "macro_f1") for k in (1, 4, 16)
+    ]
     few.append(replace(few[0], encoder="random", floor=True, interval=replace(few[0].interval, low=None, high=None, note=name)))
     features = np.random.default_rng(0).normal(size=(len(three), 5))
     image = np.full((40, 60, 3), 200, np.uint8)
     mask = np.arange(2400).reshape(40, 60) // 800
-    masks = Segmentation(name, name, ("background", name, "ambiguous"), 2, [Segmented(name, image, mask, mask.T.reshape(40, 60), name)])
+    masks = Segmentation(
+        name, name, ("background", name, "ambiguous"), 2, [Segmented(name, image, mask, mask.T.reshape(40, 60), name)]
+    )
     genes = Genes(name, name, (name, "G2", "G3"), np.array([0.4, np.nan, -0.1]), np.array([0.1, 0.2, np.nan]), name)
     sets = [SetResults(three, {name: outcomes}, {name: features}), SetResults(two, {"resize": more}, {})]
     write_patch_report(path, name, [*scores, *few, *others], 0.95, config, sets, [masks], [genes], [name])
@@ -64,11 +69,41 @@ def test_nothing_outside_the_file_and_nothing_unescaped(page: Path) -> None:
 def test_all_parts_are_there(page: Path) -> None:
     text = page.read_text()
     headings = re.findall(r"<h2>(.*?)</h2>", text)
-    for words in ("Scores", "Few images a class", "class by class", "what it looks like", "masks of", "gene by gene", "How to read"):
+    for words in (
+        "Scores",
+        "Few images a class",
+        "class by class",
+        "what it looks like",
+        "masks of",
+        "gene by gene",
+        "How to read",
+    ):
         assert any(words in heading for heading in headings), words
-    for words in ("selected on report", "ECE", "Brier", "Worst confusions", "prefers-color-scheme: dark", "@media print", "undefined"):
+    for words in (
+        "selected on report",
+        "ECE",
+        "Brier",
+        "Worst confusions",
+        "prefers-color-scheme: dark",
+        "@media print",
+        "undefined",
+    ):
         assert words in text, words
     assert text.count('class="matrix') == 4 and text.count("Reliability of") == 2  # two protocols of two sets; one set is binary
+
+
+def test_every_score_stands_once_in_the_tables(tmp_path: Path) -> None:
+    patches = made_patches("crc")
+    outcomes, scores = made_run(patches, "ours")
+    scores = [
+        replace(s, interval=replace(s.interval, value=0.1 + 0.007 * i, low=0.05, high=0.95), spread=None)
+        for i, s in enumerate(scores)
+    ]
+    write_patch_report(
+        tmp_path / "r.html", "t", scores, 0.95, CONFIG, [SetResults(patches, {"resize": outcomes}, {})], [], [], []
+    )
+    cells = re.findall(r"<td[^>]*>([^<]*)", (tmp_path / "r.html").read_text())
+    assert [cells.count(number(score)) for score in scores] == [1] * len(scores)
 
 
 def test_pictures_stay_inside_their_budget(tmp_path: Path) -> None:
@@ -83,7 +118,12 @@ def test_pictures_stay_inside_their_budget(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (480, False)])
 def test_a_browser_draws_it(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-    flags += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400", "--hide-scrollbars", "--enable-logging=stderr"]
+    flags += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},2400",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+    ]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
     shot = tmp_path / "shot.png"
 
@@ -182,7 +222,9 @@ def test_calibration_golden() -> None:
     bins = reliability(p, y, 15)
     assert bins.expected_calibration_error == pytest.approx(0.279167, abs=1e-6) and bins.count.sum() == 12
     assert brier(p, y) == pytest.approx(0.152708, abs=1e-6)
-    assert reliability(np.array([0.9, 0.9, 0.1, 0.1]), np.array([1, 0, 0, 0]), 15).expected_calibration_error == pytest.approx(0.25)
+    assert reliability(np.array([0.9, 0.9, 0.1, 0.1]), np.array([1, 0, 0, 0]), 15).expected_calibration_error == pytest.approx(
+        0.25
+    )
     assert reliability(np.array([0.0, 1.0]), np.array([0, 1]), 15).expected_calibration_error == 0
     with pytest.raises(ValueError, match="calibration needs"):
         reliability(np.array([1.2]), np.array([1]), 15)

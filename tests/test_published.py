@@ -64,16 +64,26 @@ def test_a_split_and_a_metric_are_never_mixed() -> None:
     pcam = published_beside("pcam", "linear", "report", "balanced_accuracy", "cls")
     assert {row.split for row in pcam} == {"test"} and {row.metric for row in pcam} == {"balanced_accuracy"}
     assert {row.split for row in published_beside("pcam", "linear", "select", "balanced_accuracy", "cls")} == {"val_selected"}
-    assert all("selected on the reported split" in row.marks for row in published_beside("bach", "linear", "report", "balanced_accuracy", "cls")[:5])
+    assert all(
+        "selected on the reported split" in row.marks
+        for row in published_beside("bach", "linear", "report", "balanced_accuracy", "cls")[:5]
+    )
     assert published_beside("consep", "decoder", "report", "dice", "patch") == []  # pooled Dice is another number
     assert published_beside("consep", "decoder", "report", "monai_dice", "patch")[0].metric == "monai_dice_no_bg"
-    for nothing in (("bach", "knn", "report"), ("bach", "linear", "external"), ("own", "linear", "report"), ("tp53_v1", "linear", "report")):
+    for nothing in (
+        ("bach", "knn", "report"),
+        ("bach", "linear", "external"),
+        ("own", "linear", "report"),
+        ("tp53_v1", "linear", "report"),
+    ):
         assert published_beside(*nothing, "balanced_accuracy", "cls") == []
 
 
 def test_our_names_become_theirs() -> None:
     assert task_of("pcam", "few_shot/10") == "pcam_10shot" == task_of("pcam_10shot", "few_shot/10")
-    assert task_of("hest/LUNG") == "hest_luad" and task_of("hest/LYMPH_IDC") == "hest_lymph_idc" and task_of("hest") == "hest_avg9"
+    assert (
+        task_of("hest/LUNG") == "hest_luad" and task_of("hest/LYMPH_IDC") == "hest_lymph_idc" and task_of("hest") == "hest_avg9"
+    )
     assert same_weights("hf:owkin/phikon") == "Phikon" and same_weights("hf:owkin/phikon-v2") == "Phikon-v2"
     assert same_weights("hf:MahmoodLab/UNI2-h") == "UNI2-h" and same_weights("runs/release") is None
     models = {row.model for row in published_scores()}
