@@ -12,6 +12,7 @@ ABOUT = {
     "pretrain": "catalog -> checkpoints (one process, or under torchrun)",
     "release": "checkpoint -> release directory (timm)",
     "probe": "any encoder -> patch-level table, with floors and intervals",
+    "compare": "several runs of probe -> one table, with paired differences",
     "embed": "slides -> embedding stores (one HDF5 a slide)",
     "mil": "embedding stores -> slide-level model, metrics, heatmaps",
     "bench": "speed of reading, against the decode limit and OpenSlide",

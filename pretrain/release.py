@@ -176,7 +176,7 @@ def card(facts: Mapping[str, Any], measured: Mapping[str, Any] | None) -> str:
     optim, schedule = facts["recipe"]["optim"], facts["recipe"]["schedule"]
     data = facts["data"] or {}
     counts = "\n".join(f"- {name}: {value}" for name, value in data.items()) or "Not recorded."
-    scores = "\n".join(f"| {name} | {value} |" for name, value in _scores(measured or {}))
+    scores = "\n".join(f"| {name} | {value} |".replace("\n", " ") for name, value in _scores(measured or {}))
     warning = "\n**Transductive**: patients of test roles were seen in pretraining.\n" if facts["transductive"] else ""
     return f"""---
 license: {facts["license"]}
@@ -219,7 +219,8 @@ def _scores(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         return [(prefix, "not measured" if value is None else f"{value:.3f} {interval}")]
     rows: list[tuple[str, str]] = []
     for name, value in values.items():
-        full = f"{prefix}.{name}" if prefix else str(name)
+        named = str(name).replace("|", "\\|")  # an encoder's name may hold what ends a cell
+        full = f"{prefix}.{named}" if prefix else named
         if isinstance(value, Mapping):
             rows += _scores(value, full)
         elif isinstance(value, float | int) and not isinstance(value, bool):

@@ -61,9 +61,9 @@ def test_wheel_from_a_clone_without_links(tmp_path: Path) -> None:
         pytest.skip("no package index can be reached, which the build needs for setuptools")
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("histoscale-*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".yaml", ".html"))}
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith((".py", ".yaml", ".html", ".csv"))}
     tracked = subprocess.run(["git", "ls-files", *FOLDERS], cwd=clone, capture_output=True, text=True, check=True).stdout.split()
-    assert {f"histoscale/{name}" for name in tracked if name.endswith((".py", ".yaml", ".html"))} <= packed
+    assert {f"histoscale/{name}" for name in tracked if name.endswith((".py", ".yaml", ".html", ".csv"))} <= packed
 
 
 def test_rooms_depend_in_one_direction() -> None:
