@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import ImageFiles, common_side, measure, stamps
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -56,7 +56,7 @@ def open_bach(root: Path, config: PublicConfig, threads: int) -> LabelledPatches
     place = np.array(index, dtype=np.int64)
     labels = place // EACH
     found = {name: int((labels == i).sum()) for i, name in enumerate(PREFIXES)}
-    notes = check_counts(config, photos, dict.fromkeys(PREFIXES, EACH), found)
+    name, notes = check_counts(config, photos, dict.fromkeys(PREFIXES, EACH), found)
     _check_truth(photos, paths)
     roles = roles_of(place)
     check_roles(roles, place.astype(str), "none")
@@ -64,7 +64,7 @@ def open_bach(root: Path, config: PublicConfig, threads: int) -> LabelledPatches
     sizes = np.tile(SIZE_PX, (len(paths), 1)) if wants_official(config) else measure(paths, threads)
     names = np.array([path.stem for path in paths])
     return LabelledPatches(
-        name=config.name,
+        name=name,
         classes=tuple(PREFIXES),
         labels=labels,
         roles=roles,
@@ -99,5 +99,6 @@ def _check_truth(photos: Path, paths: list[Path]) -> None:
     for path in paths:
         if truth.get(path.name, path.parent.name) != path.parent.name:
             raise DatasetError(
-                f"{path} lies in {path.parent.name}, and {TRUTH} calls it {truth[path.name]}: unpack {ARCHIVE} again"
+                f"{path} lies in {path.parent.name}, and {TRUTH} calls it {truth[path.name]}: expected one class; unpack "
+                f"{ARCHIVE} again"
             )

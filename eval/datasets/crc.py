@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import ImageFiles, common_side, measure, stamps
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -53,13 +53,13 @@ def open_crc(root: Path, config: PublicConfig, threads: int) -> LabelledPatches:
     truth, parts = np.array(labels, dtype=np.int64), np.array(roles, dtype="<U8")
     expected = {f"{TRAIN[config.name]}": IMAGES["train"], REPORT: IMAGES["report"]}
     found = {TRAIN[config.name]: int((parts == "train").sum()), REPORT: int((parts == "report").sum())}
-    notes = check_counts(config, root, expected, found)
+    name, notes = check_counts(config, root, expected, found)
     check_roles(parts, parts, "none")
     check_classes(truth, parts == "train", CLASSES, root / TRAIN[config.name])
     sizes = np.full((len(paths), 2), SIZE_PX) if wants_official(config) else measure(paths, threads)
     names = np.array([path.relative_to(root).as_posix() for path in paths])
     return LabelledPatches(
-        name=config.name,
+        name=name,
         classes=CLASSES,
         labels=truth,
         roles=parts,

@@ -74,8 +74,8 @@ def download(url: str, target: Path, most_bytes: int, patience: Patience, journa
             wait = max(pause, retry_after_s(error))
             if time.monotonic() + wait - moved > patience.deadline_s:
                 raise FetchError(
-                    f"{url}: no new byte in {patience.deadline_s:g} s, {part.held} bytes are here ({error}); the same command goes "
-                    "on from there"
+                    f"{url}: no new byte in {patience.deadline_s:g} s, {part.held} bytes are here ({error}); the same command "
+                    "goes on from there"
                 ) from error
             time.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
-from histoscale.eval.datasets.images import SUFFIXES, ImageFiles, common_side, measure, stamps
+from histoscale.eval.datasets.imagefiles import SUFFIXES, ImageFiles, common_side, measure, stamps
 from histoscale.eval.datasets.patches import (
     USAGE_OF_OWN,
     DatasetError,
@@ -280,5 +280,5 @@ def _check_outer(root: Path, labels: Sequence[str], patients: np.ndarray, groups
         unit = "patients" if groups == "patient" else "images"
         raise DatasetError(
             f"{root} holds {len(labels)} images in {len(units)} classes, and {poor[0]} has {len(units[poor[0]])} of the {unit}: "
-            f"folds over everything need at least 2 {unit} of every class, one to learn from while another is held out; add images"
+            f"folds over everything need at least 2 {unit} of every class, one to learn from while another is held out; add some"
         )

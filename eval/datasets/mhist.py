@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import ImageFiles, common_side, measure, stamps
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -48,11 +48,11 @@ def open_mhist(root: Path, config: PublicConfig, threads: int) -> LabelledPatche
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise DatasetError(
-            f"{folder} lacks {len(missing)} of the {len(rows)} images of {TABLE}, {missing[0]} first; found {listed(folder)}: "
-            f"unpack all images of {SOURCE} there"
+            f"{folder} lacks {len(missing)} of the {len(rows)} images of {TABLE}: expected {missing[0]} and found "
+            f"{listed(folder)}; unpack all images of {SOURCE} there"
         )
     parts = [f"{row['Partition']} {row['Majority Vote Label']}" for row in rows]
-    notes = check_counts(config, folder.parent, COUNTS, {part: parts.count(part) for part in sorted(set(parts))})
+    name, notes = check_counts(config, folder.parent, COUNTS, {part: parts.count(part) for part in sorted(set(parts))})
     labels = np.array([CLASSES.index(row["Majority Vote Label"]) for row in rows], dtype=np.int64)
     roles = np.array([ROLES[row["Partition"]] for row in rows], dtype="<U8")
     names = np.array([row["Image Name"] for row in rows])
@@ -60,7 +60,7 @@ def open_mhist(root: Path, config: PublicConfig, threads: int) -> LabelledPatche
     check_classes(labels, roles == "train", CLASSES, root / TABLE)
     sizes = np.full((len(paths), 2), SIZE_PX) if wants_official(config) else measure(paths, threads)
     return LabelledPatches(
-        name=config.name,
+        name=name,
         classes=CLASSES,
         labels=labels,
         roles=roles,
@@ -111,7 +111,7 @@ def _rows(root: Path) -> list[dict[str, str]]:
                 )
         name = row["Image Name"]
         if name in seen or Path(name).name != name:
-            problem = "stands there twice" if name in seen else "leaves the folder of the images"
+            problem = "stands there twice: expected once" if name in seen else "leaves the folder: expected a name in it"
             raise DatasetError(f"{path} line {number}: the image {name!r} {problem}; use the table of {SOURCE} unchanged")
         seen.add(name)
     return rows

@@ -18,15 +18,17 @@ from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, Labell
 from histoscale.eval.datasets.pcam import open_pcam
 from histoscale.eval.datasets.public import PublicConfig
 
+PUBLIC = ("bach", "crc", "crc_nonorm", "mhist", "pcam", "pcam_10shot")
+
 
 def _kind(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return str(name) if name in ("cohort", "folder") else "public"
+    return "folder" if name == "folder" else "public" if name in PUBLIC else "roles"
 
 
 # Which schema a configuration has follows from its name.
 AnyDataset = Annotated[
-    Annotated[DatasetConfig, Tag("cohort")] | Annotated[FolderConfig, Tag("folder")] | Annotated[PublicConfig, Tag("public")],
+    Annotated[DatasetConfig, Tag("roles")] | Annotated[FolderConfig, Tag("folder")] | Annotated[PublicConfig, Tag("public")],
     Discriminator(_kind),
 ]
 

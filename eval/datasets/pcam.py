@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from histoscale.eval.datasets.images import stamps
+from histoscale.eval.datasets.imagefiles import stamps
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, file_in, listed, wants_official
 
@@ -45,7 +45,7 @@ def open_pcam(root: Path, config: PublicConfig) -> LabelledPatches:
     sides = {_side(path, rows) for path, rows in zip(tiles, counts, strict=True)}
     if len(sides) > 1 or (official and sides != {SIZE_PX}):
         raise DatasetError(f"{root} holds tiles of {sorted(sides)} px: expected {SIZE_PX} in all of {', '.join(SPLITS)}")
-    notes = check_counts(config, root, TILES, dict(zip(SPLITS, counts, strict=True)))
+    name, notes = check_counts(config, root, TILES, dict(zip(SPLITS, counts, strict=True)))
     for split, part in zip(SPLITS, labels, strict=True):
         if official and abs(part.mean() - 0.5) > UNBALANCED:
             raise DatasetError(f"{root}: {part.mean():.1%} of {split} are tumour: expected half; get {SOURCE} again")
@@ -57,7 +57,7 @@ def open_pcam(root: Path, config: PublicConfig) -> LabelledPatches:
     check_roles(roles, names, groups)
     check_classes(truth, roles == "train", CLASSES, root)
     return LabelledPatches(
-        name=config.name,
+        name=name,
         classes=CLASSES,
         labels=truth,
         roles=roles,

@@ -37,8 +37,8 @@ def folder_in(root: Path, relative: str, archive: str) -> Path:
     path = root / relative
     if not path.is_dir():
         raise DatasetError(
-            f"{root} holds no folder {relative}, as {archive} unpacks it; found {listed(root)}: give the folder that holds "
-            f"{Path(relative).parts[0]} as data_root"
+            f"{root}: expected the folder {relative}, as {archive} unpacks it, and found {listed(root)}; give the folder that "
+            f"holds {Path(relative).parts[0]} as data_root"
         )
     return path
 
@@ -48,7 +48,7 @@ def file_in(root: Path, relative: str, archive: str) -> Path:
     path = root / relative
     if not path.is_file():
         raise DatasetError(
-            f"{root} holds no file {relative}, as {archive} unpacks it; found {listed(path.parent)}: give the folder that holds "
+            f"{root}: expected the file {relative} of {archive} and found {listed(path.parent)}; give the folder that holds "
             f"{Path(relative).parts[0]} as data_root"
         )
     return path
@@ -70,10 +70,13 @@ def images_in(folder: Path, suffix: str) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.suffix.lower() == suffix and not path.name.startswith("."))
 
 
-def check_counts(config: PublicConfig, where: Path, expected: Mapping[str, int], found: Mapping[str, int]) -> tuple[str, ...]:
-    """Notes for the results. Raises DatasetError with counts=official when a part has another number of images.
+def check_counts(
+    config: PublicConfig, where: Path, expected: Mapping[str, int], found: Mapping[str, int]
+) -> tuple[str, tuple[str, ...]]:
+    """(the name that results carry, notes for them): `crc`, or `crc (part)`, which no published score is set beside.
 
     expected, found: images by part (a class, a split, or both in words); parts of `found` that are not expected count too.
+    Raises DatasetError with counts=official when a part has another number of images.
     """
     wrong = [part for part in {**expected, **found} if expected.get(part, 0) != found.get(part, 0)]
     if wants_official(config):
@@ -83,13 +86,11 @@ def check_counts(config: PublicConfig, where: Path, expected: Mapping[str, int],
                 f"{where} holds {told}{' and more' if len(wrong) > _SHOWN else ''}: get the whole set as published, or set "
                 "dataset.counts=any to use what is there"
             )
-        return ()
+    if not wrong:
+        return config.name, ()
     total, published = sum(found.values()), sum(expected.values())
-    return (
-        f"dataset.counts=any: {total} images are used where {config.name} has {published}, so published scores do not compare"
-        if wrong
-        else "dataset.counts=any: the counts are nevertheless the official ones",
-    )
+    note = f"dataset.counts=any: {total} images are used where {config.name} has {published}, so published scores do not compare"
+    return f"{config.name} (part)", (note,)
 
 
 def check_classes(labels: np.ndarray, train: np.ndarray, classes: Sequence[str], where: Path) -> None:
