@@ -18,7 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from histoscale.data.journal import hide_options
 
-COMMANDS = ("demo", "cohort", "index", "pretrain", "release", "probe", "compare", "embed", "mil", "bench", "doctor")
+COMMANDS = (
+    "demo", "cohort", "index", "pretrain", "release", "fetch", "probe", "compare", "embed", "mil", "bench", "doctor",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
