@@ -35,7 +35,7 @@ from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
-from histoscale.eval.encoder import trained_architecture
+from histoscale.eval.architecture import trained_architecture
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.report import patch_sheet
 from histoscale.eval.view_sheet import view_sheet
