@@ -22,7 +22,7 @@ def model_folder(name: str) -> Path:
     Raises EncoderError where it is neither.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
     if not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?", name):
         raise EncoderError(f"{name!r} is no folder, and no name that the hub could know: expected a local folder or owner/name")
@@ -42,7 +42,7 @@ def check_safetensors(folder: Path, spec: str) -> None:
     pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickled:
         raise EncoderError(
-            f"{spec} has only pickled weights ({pickled[0]}), which are never read: convert it to model.safetensors"
+            f"{spec} has only pickled weights ({pickled[0]}), which are never read: convert them to model.safetensors"
         )
     raise EncoderError(f"{spec}: {folder} holds no model.safetensors; for the untrained network, give random:{spec}")
 

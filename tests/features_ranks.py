@@ -48,8 +48,9 @@ def labelled(rows: int = ROWS, side: int | None = 40, draw: Callable[[int], np.n
         return images if side is None else np.stack(images)
 
     return LabelledPatches(
-        name="drawn", classes=("a", "b"), labels=labels, roles=np.full(rows, "train"), patients=words, sites=words, groups="patient",
-        mpp=0.5, size_px=side, hash=f"h{rows}-{side}", read=read, blocks=words, slide_ids=np.full(rows, ""), usage=USAGE_OF_OWN,
+        name="drawn", classes=("a", "b"), labels=labels, roles=np.full(rows, "train"), patients=words, sites=words,
+        groups="patient", mpp=0.5, size_px=side, hash=f"h{rows}-{side}", read=read, blocks=words, slide_ids=np.full(rows, ""),
+        usage=USAGE_OF_OWN,
     )  # fmt: skip
 
 
@@ -64,8 +65,8 @@ def counted(patches: LabelledPatches, rows: list[int], sleep_s: float = 0.0) -> 
     return replace(patches, read=read)
 
 
-def vit(seed: int = 0) -> Encoder:
-    return encoder_of(untrained(ARCHITECTURE, seed), ARCHITECTURE, f"vit {seed}", torch.device("cpu"), "fp32")
+def vit(seed: int = 0, precision: str = "fp32") -> Encoder:
+    return encoder_of(untrained(ARCHITECTURE, seed), ARCHITECTURE, f"vit {seed}", torch.device("cpu"), precision)
 
 
 def quiet_journal(out: Path, main: bool = True, progress: str = "off") -> Journal:

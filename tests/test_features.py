@@ -22,7 +22,7 @@ from torch import Tensor
 
 from histoscale.eval.chunks import CHUNK_BATCHES, FeatureError, FeatureFile
 from histoscale.eval.datasets.patches import DatasetError
-from histoscale.eval.encoder import Encoder, open_encoder
+from histoscale.eval.encoder import open_encoder
 from histoscale.eval.features import pixel_hash
 from histoscale.eval.resolution import ResolutionConfig, view_of
 
@@ -122,7 +122,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, whole
         one.send_signal(signal.SIGKILL)
     process.communicate()
     psutil.wait_procs(family[1:], timeout=30)
-    kept = len(set(path.name for path in (tmp_path / "features").glob("*/*.safetensors")))
+    kept = len({path.name for path in (tmp_path / "features").glob("*/*.safetensors")})
     assert 3 <= kept < -(-ROWS // CHUNK) and not list((tmp_path / "features").glob("*.safetensors"))
     rows: list[int] = []
     embedded(tmp_path, counted(labelled(), rows), [vit(0), vit(1)])
@@ -296,12 +296,7 @@ def test_a_folder_that_processes_do_not_share_is_named(tmp_path: Path) -> None:
 
 
 def test_half_precision_is_another_encoder(tmp_path: Path) -> None:
-    def of(precision: str) -> Encoder:
-        return features_ranks.encoder_of(
-            features_ranks.untrained(features_ranks.ARCHITECTURE, 0), features_ranks.ARCHITECTURE, "vit", torch.device("cpu"), precision
-        )
-
-    full, half = embedded(tmp_path, labelled(), [of("fp32"), of("bf16")])
+    full, half = embedded(tmp_path, labelled(), [vit(0), vit(0, "bf16")])
     assert half.cls.dtype == np.float32 and not np.array_equal(full.cls, half.cls)
     cosine = (full.cls * half.cls).sum(1) / np.linalg.norm(full.cls, axis=1) / np.linalg.norm(half.cls, axis=1)
     assert cosine.min() > 0.999

@@ -1,4 +1,4 @@
-"""Policies: eva's pixels bit for bit, the encoder's own resize as it was, tiles cut where they must be, and what is said of them."""
+"""Policies: eva's pixels bit for bit, the encoder's own resize as it was, tiles where they must be, and what is said of them."""
 
 import numpy as np
 import pytest
@@ -95,12 +95,12 @@ def test_an_encoder_of_any_size_sees_the_image_as_it_is() -> None:
 
 def test_what_an_encoder_sees_is_told_in_numbers() -> None:
     """BACH at eva's resize is 2.88 µm/px and loses a quarter of the image; at 392 px 1.65; PCam is enlarged × 2.33
-    (reference/benchmarks.md, 1.1)."""
+    (arithmetic of the sets' public sizes)."""
     bach, pcam = np.array([[1536, 2048]] * 3), np.array([[96, 96]])
     seen = sight_of(bach, view_of(224, "bicubic", EVA, 0.42), 0.42)
     assert seen.effective_mpp is not None and seen.effective_mpp.median == pytest.approx(2.88)
     assert seen.share.median == pytest.approx(0.75, abs=2e-3)
-    assert str(seen) == "2.88 µm/px, a field of 645.1 µm, 75.1 % of the image"
+    assert str(seen) == "2.88 µm/px, a field of 645.1 µm, 75.2 % of the image"
     assert str(sight_of(bach, view_of(392, "bicubic", RESIZE, 0.42), 0.42)).startswith("1.646 µm/px")
     assert str(sight_of(pcam, view_of(224, "bicubic", EVA, 0.972), 0.972)) == "0.4166 µm/px, a field of 93.31 µm"
     tiled = sight_of(bach, view_of(224, "bicubic", ResolutionConfig("native", 0.5), 0.42), 0.42)
