@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from histoscale.eval.datasets.patches import LabelledPatches
-from histoscale.eval.embed import Vectors
+from histoscale.eval.features import Vectors
 from histoscale.eval.floors import FLOOR_POOLS, Calls, FloorsConfig, better, forest_log_probabilities
 from histoscale.eval.probe import LinearProbe, ProbeConfig, Standard, fit_linear, knn_log_probabilities
 from histoscale.eval.scores.classification import auroc_one_vs_rest, confusion, log_loss, macro_f1, recalls

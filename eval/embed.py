@@ -1,4 +1,4 @@
-"""Features once: of labelled patches, for probes, and of whole slides, one HDF5 file a slide as slide models read them."""
+"""Features of whole slides, one HDF5 file a slide as slide models read them."""
 
 import json
 import os
@@ -12,8 +12,6 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import Cells, Tissue
@@ -22,7 +20,6 @@ from histoscale.data.normalise.slide import NormaliseConfig, SlideNormaliser, sl
 from histoscale.data.readers.pyramid import Damage, DecodeError, Reader
 from histoscale.data.readers.scale import Scale, choose_scale, read_scaled
 from histoscale.data.storage import Changed, Missing, StorageError, Store
-from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.encoder import Encoder
 from histoscale.eval.pool import check_pool, pooled
 
@@ -60,59 +57,6 @@ class EmbedError(ValueError):
 
 class _Unusable(Exception):
     """This slide, by its own bytes, has nothing to embed."""
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What an encoder says of n patches: cls [n, D] and mean of patch tokens [n, D], or [n, 0] where there are none; float32."""
-
-    cls: np.ndarray
-    mean: np.ndarray
-
-    def pooled(self, pool: str) -> np.ndarray:
-        return pooled(torch.from_numpy(self.cls), torch.from_numpy(self.mean), pool).numpy()
-
-
-def embed_patches(
-    encoders: Sequence[Encoder], patches: LabelledPatches, batch: int, folder: Path, journal: Journal
-) -> list[Vectors]:
-    """Features of all encoders in one pass over the pixels, kept in `folder` under the hashes of encoder and data."""
-    files = [folder / f"{encoder.hash}-{patches.hash}.safetensors" for encoder in encoders]
-    found = [_cached(file, len(patches)) for file in files]
-    missing = [i for i, vectors in enumerate(found) if vectors is None]
-    if missing:
-        made: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {i: [] for i in missing}
-        with journal.progress(len(patches), f"features of {len(missing)} encoders", "patches") as progress:
-            for _, pixels in patches.batches(batch):
-                for i in missing:
-                    made[i].append(encoders[i].vectors(torch.from_numpy(pixels)))
-                progress.advance(len(pixels))
-        for i in missing:
-            cls, mean = (torch.cat(parts).numpy() for parts in zip(*made.pop(i), strict=True))
-            found[i] = Vectors(cls, mean)
-            _keep(files[i], found[i])
-    return [vectors for vectors in found if vectors is not None]
-
-
-def _cached(file: Path, rows: int) -> Vectors | None:
-    if not file.exists():
-        return None
-    try:
-        held = load_file(file)
-    except SafetensorError:  # cut short by a kill of an earlier version of the file system: made again
-        return None
-    return Vectors(held["cls"], held["mean"]) if len(held["cls"]) == rows else None
-
-
-def _keep(file: Path, vectors: Vectors | None) -> None:
-    assert vectors is not None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    save_file({"cls": vectors.cls, "mean": vectors.mean}, partial)
-    partial.replace(file)
-
-
-# Slides.
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks
+from histoscale.eval.architecture import Architecture, untrained
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import AnyDataset
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, hash_of
-from histoscale.eval.encoder import Architecture, tokens_of, untrained
+from histoscale.eval.encoder import tokens_of
 from histoscale.eval.floors import FLOOR_POOLS, Calls, better
 from histoscale.eval.pool import check_pool, patch_mean, pooled
 from histoscale.eval.probe import (

@@ -35,9 +35,9 @@ from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
+from histoscale.eval.architecture import trained_architecture
 from histoscale.eval.datasets.opening import open_dataset
 from histoscale.eval.datasets.patches import DatasetConfig
-from histoscale.eval.encoder import trained_architecture
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.report import patch_sheet
 from histoscale.eval.view_sheet import view_sheet

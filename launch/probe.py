@@ -17,22 +17,24 @@ from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.compare import compare
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import AnyDataset, open_dataset
-from histoscale.eval.embed import embed_patches
 from histoscale.eval.encoder import open_encoder, random_floor_spec
+from histoscale.eval.features import embed_patches
 from histoscale.eval.floors import FloorsConfig
 from histoscale.eval.pool import check_pool
 from histoscale.eval.probe import ProbeConfig
+from histoscale.eval.resolution import ResolutionConfig, sight_of, view_of
 from histoscale.eval.scores.interval import IntervalConfig
 
-RESULT = ("encoder", "precision", "dataset", "data_root", "catalog", "cut", "probe", "floors", "interval")
+RESULT = ("encoder", "precision", "dataset", "data_root", "catalog", "cut", "resolution", "probe", "floors", "interval")
 
 
 @dataclass(frozen=True)
 class Config:
-    """encoder: a release, a checkpoint, timm:<name>, random:<folder or timm name> or colour. precision: fp32, bf16, fp16.
+    """encoder: a release, a checkpoint, timm:<name>, hf:<name or folder>, hf-hub:<name>, random:<one of these> or colour.
+    precision: fp32, bf16, fp16.
 
     data_root: the folder of the labelled set. catalog: of its slides (dataset=cohort). batch: patches an encoder call.
-    device: auto, cpu, cuda.
+    threads: that decode ahead. device: auto, cpu, cuda.
     """
 
     encoder: str
@@ -41,10 +43,12 @@ class Config:
     data_root: str
     catalog: str
     cut: CutConfig
+    resolution: ResolutionConfig
     probe: ProbeConfig
     floors: FloorsConfig
     interval: IntervalConfig
     batch: int
+    threads: int
     device: str
     storage: StorageConfig
     logging: JournalConfig
@@ -62,21 +66,25 @@ def identity(config: Config) -> dict[str, Any]:
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     check_pool(config.probe.pool)
     store = Store(config.storage)
-    device = open_ranks(config.device).device
+    ranks = open_ranks(config.device)
+    device = ranks.device
     patches = open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store)
     encoder = open_encoder(config.encoder, store, device, config.precision)
     floor = random_floor_spec(config.encoder)
     numbers = range(config.floors.initialisations if floor is not None else 0)
     untrained = [open_encoder(str(floor), store, device, config.precision, seed=number) for number in numbers]
     colour = open_encoder("colour", store, device)
-    mine, *others = embed_patches([encoder, *untrained, colour], patches, config.batch, journal.path("features"), journal)
+    mine, *others = embed_patches(
+        [encoder, *untrained, colour], patches, config.resolution, config.batch, config.threads, journal.path("features"),
+        journal, ranks,
+    )  # fmt: skip
     found = compare(mine, others[:-1], others[-1], patches, config.probe, config.floors, config.interval)
-    effective = None if patches.mpp is None or patches.size_px is None else encoder.effective_mpp(patches.mpp, patches.size_px)
-    seen = "unknown" if effective is None else f"{effective:.4g} µm/px"
-    journal.say(f"{encoder.name} on {patches.name}: patches of {patches.size_px} px, the encoder sees {seen}")
+    assert mine.sizes is not None
+    sight = sight_of(mine.sizes, view_of(encoder.size_px, encoder.interpolation, config.resolution, patches.mpp), patches.mpp)
+    journal.say(f"{encoder.name} on {patches.name}, resolution={config.resolution.name}: the encoder sees {sight}")
     journal.say(found.table())
     about: dict[str, Any] = {"encoder": encoder.name, "encoder_hash": encoder.hash, "precision": config.precision}
-    about.update(effective_mpp=effective, transductive=encoder.transductive)
+    about.update(effective_mpp=sight.effective_mpp and sight.effective_mpp.median, transductive=encoder.transductive)
     return {"probe": {**found.summary(), **about}}
 
 

@@ -12,9 +12,9 @@ import train_tiny
 
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
+from histoscale.eval.architecture import trained_architecture, untrained
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetConfig, LabelledPatches
-from histoscale.eval.encoder import trained_architecture, untrained
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.scores.interval import IntervalConfig

@@ -15,8 +15,7 @@ from histoscale.data.catalog import Catalog
 from histoscale.data.journal import Journal
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
-from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
-from histoscale.eval.embed import EmbedError, GridConfig, PipeConfig, embed_patches, embed_slides, tile_slide
+from histoscale.eval.embed import EmbedError, GridConfig, PipeConfig, embed_slides, tile_slide
 from histoscale.eval.encoder import Encoder
 
 
@@ -139,25 +138,3 @@ def test_what_the_encoder_does_not_say_must_be_given(catalog: Catalog, store: St
             embed_slides(encoder(), catalog, [0], "cls", grid, NONE, PIPE, store, journal.out, journal)
     with pytest.raises(EmbedError, match="ineligible: no patch of 64 px at 0.1"):
         embed_slides(encoder(), catalog, [0], "cls", GridConfig(0.1, 64, 0.4, 0.05, 1.0), NONE, PIPE, store, journal.out, journal)
-
-
-def test_patch_features_are_cached_by_encoder_and_data(tmp_path: Path, journal: Journal) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 3, 8, 8), dtype=np.uint8)
-    reads = []
-
-    def read_rows(rows: np.ndarray) -> np.ndarray:
-        reads.append(len(rows))
-        return pixels[rows]
-
-    labels, words = np.zeros(10, int), np.full(10, "w")
-    groups = words, words, words, "patient"
-    patches = LabelledPatches("x", ("u",), labels, *groups, None, 8, "d", read_rows, words, words, USAGE_OF_OWN)
-    first = embed_patches([encoder("e1"), encoder("e2")], patches, 4, tmp_path, journal)
-    assert reads == [4, 4, 2]  # one pass for both encoders
-    np.testing.assert_array_equal(first[0].cls, pixels[:, :, 0, 0])
-    np.testing.assert_array_equal(first[1].pooled("mean"), pixels[:, :, -1, -1])
-    again = embed_patches([encoder("e1"), encoder("e3")], patches, 4, tmp_path, journal)
-    assert len(reads) == 6
-    np.testing.assert_array_equal(again[0].cls, first[0].cls)
-    next(tmp_path.glob("e1-*")).write_bytes(b"cut")
-    assert len(embed_patches([encoder("e1")], patches, 4, tmp_path, journal)) == 1 and len(reads) == 9

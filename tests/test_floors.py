@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from histoscale.eval.compare import Comparison, compare
 from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
-from histoscale.eval.embed import Vectors
+from histoscale.eval.features import Vectors
 from histoscale.eval.floors import Calls, FloorsConfig, better, forest_log_probabilities
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.scores.classification import balanced_accuracy

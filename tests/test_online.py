@@ -15,8 +15,9 @@ import train_tiny
 from PIL import Image
 
 from histoscale.data.ranks import Ranks
+from histoscale.eval.architecture import untrained
 from histoscale.eval.datasets.patches import DatasetError
-from histoscale.eval.encoder import encoder_of, untrained
+from histoscale.eval.encoder import encoder_of
 from histoscale.eval.online import Online, chosen_patches
 from histoscale.eval.probe import Standard, fit_linear, knn_log_probabilities
 from histoscale.launch.run import invoke
