@@ -13,9 +13,12 @@ from histoscale.data.keys import keys, uniform
 
 BOOTSTRAP_PATIENTS = 20  # fewer: the percentile bootstrap is too narrow, so a t-interval and a warning
 REPORTABLE_PATIENTS = 10  # fewer: no interval at all
+DRAWN_AT_ONCE = 1 << 21  # patients times replicates in memory
 MAX_REDRAWN = 0.05  # a statistic undefined in more replicates than this has no honest interval
 
 Statistic = Callable[[np.ndarray], float]  # rows int64 [m], repeated as they were drawn -> a number, NaN where undefined
+# How often each patient counts, float64 [d, P], patients in the order of their ids -> [d] numbers, NaN where undefined
+Weighted = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,20 @@ class Interval:
 
 
 def patient_bootstrap(
-    statistic: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
+    statistic: Statistic, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
+) -> Interval:
+    """`weighted_bootstrap` of a statistic of rows, which sees the rows of a patient as often as the patient was drawn."""
+    members = _members(patients)
+
+    def weighted(weights: np.ndarray) -> np.ndarray:
+        drawn = (np.repeat(np.arange(len(members)), row.astype(np.int64)) for row in weights)
+        return np.array([statistic(np.concatenate([members[i] for i in chosen])) for chosen in drawn])
+
+    return weighted_bootstrap(weighted, patients, config, strata)
+
+
+def weighted_bootstrap(
+    statistic: Weighted, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
 ) -> Interval:
     """Percentile interval of `statistic` by drawing whole patients with replacement.
 
@@ -58,8 +74,8 @@ def patient_bootstrap(
     Raises ValueError for no rows, or a patient in two strata.
     """
     members = _members(patients)
-    value = float(statistic(np.arange(len(patients))))
     n = len(members)
+    value = float(statistic(np.ones((1, n)))[0])
 
     def interval(low: float | None, high: float | None, note: str) -> Interval:
         return Interval(value, low, high, n, len(patients), note)
@@ -69,16 +85,19 @@ def patient_bootstrap(
     if n < REPORTABLE_PATIENTS:
         return interval(None, None, f"interval withheld: {n} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one")
     if n < BOOTSTRAP_PATIENTS:
-        return _patient_t(statistic, members, value, len(patients), config.level)
+        return _patient_t(statistic, value, n, len(patients), config.level)
 
     groups = _strata(members, strata)
     values = np.empty(config.draws)
+    at_once = max(1, DRAWN_AT_ONCE // n)
     open_draws, redrawn, attempt = np.arange(config.draws), 0, 0
     while len(open_draws):
         if redrawn > MAX_REDRAWN * config.draws:
             return interval(None, None, f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates")
-        chosen = _draw(groups, open_draws, attempt, config.seed)
-        values[open_draws] = [statistic(np.concatenate([members[i] for i in row])) for row in chosen]
+        for start in range(0, len(open_draws), at_once):
+            part = open_draws[start : start + at_once]
+            chosen = _draw(groups, part, attempt, config.seed)
+            values[part] = statistic(np.stack([np.bincount(row, minlength=n) for row in chosen]).astype(np.float64))
         open_draws = open_draws[np.isnan(values[open_draws])]
         redrawn, attempt = redrawn + len(open_draws), attempt + 1
     tail = (1 - config.level) / 2
@@ -87,19 +106,18 @@ def patient_bootstrap(
 
 
 def paired_difference(
-    first: Statistic, second: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
+    first: Statistic, second: Statistic, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
 ) -> Interval:
     """first − second on the same patients, subtracted inside every replicate."""
     return patient_bootstrap(lambda rows: first(rows) - second(rows), patients, config, strata)
 
 
-def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, units: int, level: float) -> Interval:
+def _patient_t(statistic: Weighted, value: float, n: int, units: int, level: float) -> Interval:
     """Student's t on one number a patient: the jackknife pseudo-value nθ − (n−1)θ₋ᵢ (Arvesen 1969, doi 10.1214/aoms/1177697287).
 
     For a mean over patients of equal size a pseudo-value is the patient's own mean; for AUC it gives DeLong's variance.
     """
-    n = len(members)
-    without = np.array([statistic(np.concatenate(members[:i] + members[i + 1 :])) for i in range(n)])
+    without = statistic(1 - np.eye(n))
     if np.isnan(without).any():
         return Interval(value, None, None, n, units, "interval withheld: the statistic is undefined without one of the patients")
     pseudo = n * value - (n - 1) * without
@@ -108,7 +126,7 @@ def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, un
     return Interval(value, value - half, value + half, n, units, note)
 
 
-def _members(patients: Sequence[str]) -> list[np.ndarray]:
+def _members(patients: Sequence[str] | np.ndarray) -> list[np.ndarray]:
     """The rows of each patient, patients in the order of their ids."""
     if len(patients) == 0:
         raise ValueError("an interval needs at least one row, got none")
