@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from sklearn.decomposition import PCA
 
 from histoscale.eval.datasets.spots import LabelledSpots
 from histoscale.eval.probe import Standard
@@ -147,30 +148,33 @@ def fit_ridge(train: np.ndarray, targets: np.ndarray, queries: np.ndarray, confi
     standard = Standard.of(train)
     x, asked = standard(train), standard(queries)
     width = min(config.components, *x.shape)
-    components = principal_components(x, width, config)
-    scores = x @ components
+    scores, components = principal_components(x, width, config)
     alpha = config.strength / (width * targets.shape[1])
     if config.basis == "exact":
         coefficients = (scores.T @ targets) / ((scores**2).sum(axis=0) + alpha)[:, None]
-    else:  # nearly orthogonal
+    else:  # randomised components are orthogonal only nearly
         coefficients = np.linalg.solve(scores.T @ scores + alpha * np.eye(width), scores.T @ targets)
     return asked @ components @ coefficients
 
 
-def principal_components(x: np.ndarray, width: int, config: RegressionConfig) -> np.ndarray:
-    """The first `width` principal directions of centred x [n, D]: float64 [D, width], orthonormal columns."""
-    if config.basis == "published":
-        from sklearn.decomposition import PCA  # seconds to import, and only here
+def principal_components(x: np.ndarray, width: int, config: RegressionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [n, width] of centred x [n, D] and the first `width` principal directions [D, width], orthonormal columns.
 
-        return PCA(width, random_state=config.seed).fit(x).components_.T
+    The published basis fits on what PCA.fit_transform gives, which with a randomised solver is not quite x times the directions.
+    """
+    if config.basis == "published":
+        pca = PCA(width, random_state=config.seed)
+        return pca.fit_transform(x), pca.components_.T
     if config.basis != "exact":
         raise ValueError(f"regression.basis is {config.basis!r}: expected exact or published")
     if x.shape[1] <= x.shape[0]:
-        return np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :width]
+        directions = np.linalg.eigh(x.T @ x)[1][:, ::-1][:, :width]
+        return x @ directions, directions
     values, vectors = np.linalg.eigh(x @ x.T)
     values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
     real = values > 1e-10 * values[0]  # centred rows have rank n - 1: the rest is rounding
-    return np.where(real, x.T @ vectors / np.sqrt(np.where(real, values, 1)), 0)
+    directions = np.where(real, x.T @ vectors / np.sqrt(np.where(real, values, 1)), 0)
+    return x @ directions, directions
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """TP53 from TCGA, `tp53_v1`: a weak patch task of our own, defined so that anyone can rebuild it. It claims no parity.
 
-Slides are the diagnostic ones of a catalog; labels come from the mutation calls and the lists of sequenced samples as
-cBioPortal's PanCancer Atlas studies hold them; every tile carries its patient's label, and a patient's score is the mean logit of the tiles.
+Slides are the diagnostic ones of a catalog. Labels come from the mutation calls and the lists of sequenced samples, as cBioPortal's
+PanCancer Atlas studies hold them. Every tile carries its patient's label; a patient's score is the mean logit of the tiles.
 """
 
 from collections import Counter
