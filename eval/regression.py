@@ -193,9 +193,7 @@ class _Units:
     def statistic(self, runs: Sequence[Fitted]) -> Statistic:
         def value(rows: np.ndarray) -> float:
             split, group = self.split[rows], self.group[rows]
-            means = [
-                np.mean([run.sums[s].correlation(group[split == s]).mean() for s in np.unique(split)]) for run in runs
-            ]
+            means = [np.mean([run.sums[s].correlation(group[split == s]).mean() for s in np.unique(split)]) for run in runs]
             return float(np.mean(means))
 
         return value
@@ -213,9 +211,7 @@ def _check_varying(predicted: np.ndarray, target: np.ndarray, spots: LabelledSpo
             )
 
 
-def _score(
-    one: Embedded, spots: LabelledSpots, value: Interval, runs: int, spread: float | None, minus: str, note: str
-) -> Score:
+def _score(one: Embedded, spots: LabelledSpots, value: Interval, runs: int, spread: float | None, minus: str, note: str) -> Score:
     if not math.isfinite(value.value):
         raise RegressionError(
             f"the score of {one.encoder} on {spots.name} is {value.value}: expected a number, look at its features"

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from scipy import sparse
 
-from histoscale.eval.datasets import bracs, breakhis, gleason, hest, tcga
+from histoscale.eval.datasets import bracs, breakhis, hest, tcga
 from histoscale.eval.datasets.patches import DatasetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def pixels_of(wide: int, high: int, seed: int) -> np.ndarray:
 
 def write_bracs(root: Path, counts: Mapping[str, Sequence[int]] | None = None, pixels: bool = True) -> Path:
     """By default two slides with two regions each a class and part; parts have their own slides."""
-    counts = counts or {part: (4,) * 7 for part in bracs.PARTS}
+    counts = counts or dict.fromkeys(bracs.PARTS, (4,) * 7)
     seed = 0
     for number, (part, of_class) in enumerate(counts.items()):
         for label, count in enumerate(of_class):

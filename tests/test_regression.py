@@ -37,7 +37,8 @@ def spots_of(samples: int, spots: int, splits: int, per_patient: int = 1, seed: 
         raise AssertionError("no pixels are needed")
 
     return LabelledSpots(
-        "hest/IDC", tuple(GENES), targets, np.repeat(patients, spots), np.repeat(names, spots), "patient", sides, 0.5, 224, "h", read, ()
+        "hest/IDC", tuple(GENES), targets, np.repeat(patients, spots), np.repeat(names, spots), "patient", sides, 0.5, 224,
+        "h", read, (),
     ), features  # fmt: skip
 
 
@@ -123,10 +124,12 @@ def test_a_gene_that_does_not_vary_is_named_with_its_split() -> None:
     spots, features = spots_of(4, 20, 2)
     targets = spots.targets.copy()
     targets[spots.rows(spots.splits[1][1]), 7] = 0.3
-    with pytest.raises(RegressionError, match="the expression of GENE7 does not vary over the 40 test spots of split 1 of hest/IDC"):
+    words = "the expression of GENE7 does not vary over the 40 test spots of split 1 of hest/IDC"
+    with pytest.raises(RegressionError, match=words):
         run_hest([row("a", [features])], replace(spots, targets=targets), CONFIG, INTERVAL)
     flat = np.ones_like(features)
-    with pytest.raises(RegressionError, match=r"the prediction of GENE0 does not vary over the 40 test spots of split 0 .*50 such genes"):
+    words = r"the prediction of GENE0 does not vary over the 40 test spots of split 0 .*50 such genes"
+    with pytest.raises(RegressionError, match=words):
         run_hest([row("a", [flat])], spots, CONFIG, INTERVAL)
 
 
@@ -151,11 +154,11 @@ def test_scores_with_floors_and_differences() -> None:
     assert plain["random"].runs == 5 and plain["random"].spread is not None and plain["random"].floor
     assert good.runs == 1 and good.spread is None and "4 splits, SD" in good.note
     differences = {(score.encoder, score.minus): score.interval for score in scores if score.minus}
-    assert set(differences) == {
-        (a, f"{b} cls resize") for a in ("good", "half") for b in ("good", "half", "random", "colour") if a != b
-    }
+    others = ("good", "half", "random", "colour")
+    assert set(differences) == {(a, f"{b} cls resize") for a in ("good", "half") for b in others if a != b}
     gap = differences["good", "colour cls resize"]
-    assert gap.value == pytest.approx(good.interval.value - plain["colour"].interval.value) and gap.low is not None and gap.low > 0
+    assert gap.value == pytest.approx(good.interval.value - plain["colour"].interval.value)
+    assert gap.low is not None and gap.low > 0
 
 
 def test_few_patients_withhold_the_interval_and_give_their_number() -> None:
@@ -168,7 +171,8 @@ def test_the_average_needs_all_tasks() -> None:
     spots, features = spots_of(4, 20, 2)
     scores = []
     for task in ("IDC", "PRAD"):
-        scores += run_hest([row("a", [features]), row("b", [features[:, :9]])], replace(spots, name=f"hest/{task}"), CONFIG, INTERVAL)
+        rows = [row("a", [features]), row("b", [features[:, :9]])]
+        scores += run_hest(rows, replace(spots, name=f"hest/{task}"), CONFIG, INTERVAL)
     values = [score.interval.value for score in scores if score.encoder == "a" and not score.minus]
     found = average(scores, ["IDC", "PRAD"])
     assert [score.encoder for score in found] == ["a", "b"] and found[0].dataset == "hest"

@@ -9,6 +9,7 @@ from public_layouts import dataset_config, pixels_of, write_bracs, write_image
 
 from histoscale.eval.datasets.bracs import COUNTS, open_bracs
 from histoscale.eval.datasets.patches import DatasetError
+from histoscale.launch.config import load
 
 ANY = dataset_config("bracs", counts="any")
 TOP = "BRACS_RoI/latest_version"
@@ -83,3 +84,9 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
 def test_a_key_that_would_do_nothing_is_refused(tmp_path: Path, changes: dict[str, str], words: str) -> None:
     with pytest.raises(DatasetError, match=words):
         open_bracs(tmp_path, dataset_config("bracs", **changes))
+
+
+@pytest.mark.parametrize("name", ["bracs", "breakhis", "gleason", "tp53", "hest"])
+def test_the_committed_configurations_compose(name: str) -> None:
+    composed = load("probe", [f"dataset={name}", "encoder=colour", "data_root=sets"])
+    assert composed.config.dataset == dataset_config(name)

@@ -48,10 +48,11 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="train_validation_patches_750 is no folder: expected train_validation"):
         open_gleason(tmp_path, ANY)
     write_gleason(tmp_path, SMALL, pixels=False)
+    fitting, testing = "train_validation_patches_750", "test_patches_750/patho_1"
     for stray, words in (
-        ("train_validation_patches_750/ZT80_1_A_1_patch_0_class_0.jpg", "of the array ZT80: expected ZT111, ZT199, ZT204, ZT76 there"),
-        ("test_patches_750/patho_1/ZT76_1_A_1_patch_0_class_0.jpg", "of the array ZT76: expected ZT80 there"),
-        ("test_patches_750/patho_1/ZT80_1_A_1_patch_0_class_4.jpg", "is no patch: expected <array>_<core>_patch_<i>_class_<0-3>.jpg"),
+        (f"{fitting}/ZT80_1_A_1_patch_0_class_0.jpg", "of the array ZT80: expected ZT111, ZT199, ZT204, ZT76 there"),
+        (f"{testing}/ZT76_1_A_1_patch_0_class_0.jpg", "of the array ZT76: expected ZT80 there"),
+        (f"{testing}/ZT80_1_A_1_patch_0_class_4.jpg", "is no patch: expected <array>_<core>_patch_<i>_class_<0-3>.jpg"),
     ):
         (tmp_path / stray).touch()
         with pytest.raises(DatasetError, match=re.escape(words)):

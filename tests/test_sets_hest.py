@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from public_layouts import GENES, counts_of, dataset_config, seed_of, write_expression, write_hest, write_patches
 
+from histoscale.eval.colour import colour_features
 from histoscale.eval.datasets.hest import AVERAGED, open_hest
 from histoscale.eval.datasets.patches import DatasetError
+from histoscale.eval.regression import Embedded, RegressionConfig, run_hest
+from histoscale.eval.scores.interval import IntervalConfig
 
 ONE = dataset_config("hest", task="IDC")
 SPLITS = [(["S1", "S2"], ["S3"]), (["S2", "S3"], ["S1"])]
@@ -59,7 +62,7 @@ def test_patients_come_from_the_metadata(tmp_path: Path) -> None:
 def test_nine_tasks_or_a_part_that_says_so(tmp_path: Path) -> None:
     for task in AVERAGED[:2]:
         write_hest(tmp_path, task, SPLITS, spots=3)
-    with pytest.raises(DatasetError, match="lacks the task PAAD, SKCM, COAD, READ, CCRCC, LUNG, LYMPH_IDC: expected <TASK>/splits"):
+    with pytest.raises(DatasetError, match=f"lacks the task {', '.join(AVERAGED[2:])}: expected <TASK>/splits"):
         open_hest(tmp_path, dataset_config("hest"))
     part = open_hest(tmp_path, dataset_config("hest", counts="any"))
     assert [spots.name for spots in part] == ["hest/IDC", "hest/PRAD"]
@@ -143,3 +146,24 @@ def test_other_names_of_the_keys_and_other_data(tmp_path: Path) -> None:
         file.move("barcode", "barcodes")
     (after,) = open_hest(tmp_path, ONE)
     assert (after.read(np.array([5])) == before.read(np.array([1 + 4]))).all() and after.hash != before.hash
+
+
+def test_from_files_to_the_colour_floor(tmp_path: Path) -> None:
+    """Counts that follow the green channel are read off the colours; the other genes are not."""
+    folder = write_hest(tmp_path, "IDC", SPLITS, spots=30) / "IDC"
+    for sample in ("S1", "S2", "S3"):
+        rng = np.random.default_rng(seed_of(sample))
+        green, counts = rng.integers(0, 40, 30), counts_of(sample, 30)
+        counts[:, :25] = green[:, None]
+        write_expression(folder / f"adata/{sample}.h5ad", sample, 30, "csr_matrix", counts)
+        with h5py.File(folder / f"patches/{sample}.h5", "r+") as file:
+            pixels = file["img"][()] // 2
+            pixels[..., 1] = pixels[..., 1] // 2 + 3 * green[:, None, None].astype(np.uint8)
+            file["img"][()] = pixels
+    (spots,) = open_hest(tmp_path, ONE)
+    features = np.concatenate([colour_features(np.asarray(pixels)) for _, pixels in spots.batches(16)])
+    floor = Embedded("colour", "", "native", [features], None, None, True)
+    (score,) = run_hest([floor], spots, RegressionConfig(256, 100.0, "exact", 1), IntervalConfig(50, 0.95, 0))
+    assert 0.4 < score.interval.value < 0.6 and score.floor and score.interval.patients == 2
+    assert "interval withheld: 2 patients" in score.interval.note and score.groups == "slide"
+    assert "resample samples and not patients" in score.note

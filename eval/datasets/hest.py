@@ -177,8 +177,7 @@ def _barcodes(path: Path) -> list[str]:
         images = file[_key(file, IMAGES, path)]
         if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise DatasetError(
-                f"{path} has patches {images.dtype} {list(images.shape[1:])}: expected uint8 [{SIDE}, {SIDE}, 3], fetch it "
-                "again"
+                f"{path} has patches {images.dtype} {list(images.shape[1:])}: expected uint8 [{SIDE}, {SIDE}, 3], fetch it again"
             )
         barcodes = _texts(file[_key(file, BARCODES, path)][()])
         if len(barcodes) != len(images) or len(set(barcodes)) != len(barcodes):

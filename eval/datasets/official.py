@@ -26,9 +26,9 @@ def check_config(
     if mpp is not None and config.mpp != mpp:
         raise DatasetError(f"dataset.mpp is {config.mpp}: {config.name} was published at {mpp} µm/px, leave it at that")
     if config.task not in tasks:
-        named = ", ".join(task or "null" for task in tasks)
+        listed = ", ".join(task or "null" for task in tasks)
         raise DatasetError(
-            f"dataset.task is {config.task or 'null'}: {config.name} takes {named}, set dataset.task= to one of them"
+            f"dataset.task is {config.task or 'null'}: {config.name} takes {listed}, set dataset.task= to one of them"
         )
 
 

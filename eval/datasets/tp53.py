@@ -1,7 +1,7 @@
 """TP53 from TCGA, `tp53_v1`: a weak patch task of our own, defined so that anyone can rebuild it. It claims no parity.
 
-Slides are the diagnostic ones of a catalog. Labels come from the mutation calls and the lists of sequenced samples, as cBioPortal's
-PanCancer Atlas studies hold them. Every tile carries its patient's label; a patient's score is the mean logit of the tiles.
+Slides are the diagnostic ones of a catalog. Labels come from mutation calls and lists of sequenced samples, as the PanCancer Atlas
+studies of cBioPortal hold them. Every tile carries its patient's label; a patient's score is the mean logit of the tiles.
 """
 
 from collections import Counter
@@ -107,23 +107,25 @@ def _patches(
     role_of: dict[str, tuple[str, str]], cases: dict[str, Case], hospitals: dict[str, str], notes: tuple[str, ...],
     pinned: dict[str, str],
 ) -> StudyPatches:  # fmt: skip
-    ids = np.array([catalog.slide_ids[int(slide)] for slide in slides], dtype="<U128")
-    patients = np.array([patient_of(slide_id) for slide_id in ids], dtype="<U16")
-    roles = np.array([role_of[slide_id][0] for slide_id in ids], dtype="<U8")
-    labels = np.array([cases[patient].label for patient in patients], np.int64)
+    distinct, slide = np.unique(slides, return_inverse=True)
+    of_slide = [catalog.slide_ids[int(row)] for row in distinct]
+    owner = [patient_of(slide_id) for slide_id in of_slide]
+    patients = np.array(owner, "<U16")[slide]
+    roles = np.array([role_of[slide_id][0] for slide_id in of_slide], "<U8")[slide]
+    blocks = np.array([role_of[slide_id][1] for slide_id in of_slide], str)[slide]
+    labels = np.array([cases[patient].label for patient in owner], np.int64)[slide]
     check_roles(roles, patients, "patient")
     if len(set(labels[roles == "train"].tolist())) < len(CLASSES):
         raise DatasetError(
             f"the training patients of tp53/{config.task} have one class: expected {' and '.join(CLASSES)}, index more slides"
         )
-    blocks = np.array([role_of[slide_id][1] for slide_id in ids])
     return StudyPatches(
         name=named(f"tp53_v1/{config.task}", notes),
         classes=CLASSES,
         labels=labels,
         roles=roles,
         patients=patients,
-        sites=np.array([hospital_of(patient, hospitals) for patient in patients]),
+        sites=np.array([hospital_of(patient, hospitals) for patient in owner], str)[slide],
         groups="patient",
         mpp=MPP,
         size_px=SIDE,
@@ -132,10 +134,10 @@ def _patches(
         ),
         read=cut_from(catalog, store, slides, x, y, MPP, SIDE, cut),
         blocks=blocks,
-        slide_ids=ids,
+        slide_ids=np.array(of_slide, str)[slide],
         usage=USAGE[str(config.task)],
         notes=notes,
-        studies=np.array([cases[patient].study for patient in patients]),
+        studies=np.array([cases[patient].study for patient in owner], str)[slide],
     )
 
 

@@ -42,8 +42,9 @@ class Sums:
         """Pearson over the rows of the groups, which may repeat: float64 [G], NaN where a column does not vary."""
         n = self.n[groups].sum()
         x, y, xx, yy, xy = self.values[groups].sum(axis=0)
-        xx, yy = (np.where(spread > 1e-12 * square, spread, np.nan) for square, spread in ((xx, xx - x**2 / n), (yy, yy - y**2 / n)))
-        return np.clip((xy - x * y / n) / np.sqrt(xx * yy), -1, 1)
+        spread = np.stack([xx - x**2 / n, yy - y**2 / n])
+        spread[spread <= 1e-12 * np.stack([xx, yy])] = np.nan  # no more than rounding
+        return np.clip((xy - x * y / n) / np.sqrt(spread[0] * spread[1]), -1, 1)
 
 
 def _centred(values: np.ndarray) -> np.ndarray:
