@@ -19,7 +19,8 @@ from histoscale.data.journal import Journal
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks
 from histoscale.eval.datasets.cohort import CutConfig
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches, hash_of
+from histoscale.eval.datasets.opening import AnyDataset
+from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, hash_of
 from histoscale.eval.encoder import Architecture, tokens_of, untrained
 from histoscale.eval.floors import FLOOR_POOLS, Calls, better
 from histoscale.eval.pool import check_pool, patch_mean, pooled
@@ -44,7 +45,7 @@ class OnlineConfig:
     catalog: of the labelled slides, null for the one that is trained on. batch: patches a forward. initialisations: untrained
     encoders of the floor, 0 for none."""
 
-    dataset: DatasetConfig
+    dataset: AnyDataset
     catalog: str | None
     patches: int
     batch: int
@@ -71,6 +72,11 @@ class Online:
         check_pool(config.probe.pool)
         if every < 1:
             raise ValueError(f"monitor.labelled_every is {every}: expected at least 1 step")
+        if patches.size_px is None or patches.usage.choose == "outer":
+            raise DatasetError(
+                f"{patches.name} cannot be probed while it trains: expected images of one square size in train and report, found "
+                f"{'images of several sizes' if patches.size_px is None else 'no part to report'}; use `histoscale probe`"
+            )
         self.patches = chosen_patches(patches, config.patches, config.probe.seed)
         self.architecture, self.precision, self.config, self.ranks = architecture, precision, config, ranks
         self.every, self.steps, self.journal, self.folder = every, steps, journal, journal.out / "online"

@@ -69,15 +69,22 @@ def within_study_interval(patients: Patients, least: int, config: IntervalConfig
         note = f"interval withheld: no study has {least} patients of each class in a fold"
         return Interval(math.nan, None, None, len(patients.names), len(patients.names), note)
     kept = np.sort(np.concatenate(parts))
-    fold_of, study_of = patients.folds[kept], patients.studies[kept]
-    labels, scores = patients.labels[kept], patients.scores[kept]
-    names = sorted({(fold, study) for fold, studies in cells.items() for study in studies})
-    cell = np.array([names.index((fold, study)) for fold, study in zip(fold_of, study_of, strict=True)])
-    fold = np.unique([name[0] for name in names], return_inverse=True)[1]
+    labels = patients.labels[kept]
+    names, cell = np.unique(np.stack([patients.folds[kept], patients.studies[kept]]), axis=1, return_inverse=True)
+    fold = np.unique(names[0], return_inverse=True)[1]
+    # Patients with one score in one cell are a step; the steps of a cell stand together, by rising score.
+    steps, step = np.unique(np.stack([cell, patients.scores[kept]]), axis=1, return_inverse=True)
+    cell_of_step = steps[0].astype(np.int64)
 
     def statistic(rows: np.ndarray) -> float:
-        drawn = cell[rows]
-        areas = np.array([_area(labels[rows[drawn == one]], scores[rows[drawn == one]]) for one in range(len(names))])
+        positives = np.bincount(step[rows], weights=labels[rows], minlength=len(cell_of_step))
+        negatives = np.bincount(step[rows], weights=1 - labels[rows], minlength=len(cell_of_step))
+        of_cell = np.bincount(cell_of_step, weights=positives), np.bincount(cell_of_step, weights=negatives)
+        earlier = np.cumsum(of_cell[1]) - of_cell[1]  # negatives of the cells before
+        below = np.cumsum(negatives) - negatives - earlier[cell_of_step]
+        won = np.bincount(cell_of_step, weights=positives * (below + negatives / 2))
+        pairs = of_cell[0] * of_cell[1]
+        areas = np.where(pairs > 0, won / np.maximum(pairs, 1), np.nan)
         return float(np.mean([areas[fold == one].mean() for one in range(fold.max() + 1)]))
 
     strata = [f"{one}/{label}" for one, label in zip(cell, labels, strict=True)]

@@ -11,6 +11,7 @@ ABOUT = {
     "index": "manifest -> catalog",
     "pretrain": "catalog -> checkpoints (one process, or under torchrun)",
     "release": "checkpoint -> release directory (timm)",
+    "fetch": "public labelled sets -> data_root (resumable, with checksums)",
     "probe": "any encoder -> patch-level table, with floors and intervals",
     "embed": "slides -> embedding stores (one HDF5 a slide)",
     "mil": "embedding stores -> slide-level model, metrics, heatmaps",

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from histoscale.data.journal import hide_options
 
-COMMANDS = ("demo", "cohort", "index", "pretrain", "release", "probe", "embed", "mil", "bench", "doctor")
+COMMANDS = ("demo", "cohort", "index", "pretrain", "release", "fetch", "probe", "embed", "mil", "bench", "doctor")
 
 
 class ConfigError(ValueError):

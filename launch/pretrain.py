@@ -35,13 +35,14 @@ from histoscale.data.stream import Batch, Stream, StreamConfig
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
+from histoscale.eval.datasets.opening import open_dataset
+from histoscale.eval.datasets.patches import DatasetConfig
 from histoscale.eval.encoder import trained_architecture
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.report import patch_sheet
 from histoscale.eval.view_sheet import view_sheet
 from histoscale.launch import run as launched
 from histoscale.launch.phases import only_adds, phases_of
-from histoscale.launch.probe import open_dataset
 from histoscale.launch.trackers import tracked
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
@@ -206,7 +207,7 @@ def online_probe(config: Config, phase: Phase, journal: Journal, ranks: Ranks) -
     catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
     patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
     dataset = config.online.dataset
-    if config.catalog is not None and dataset.name == "cohort" and dataset.report in config.roles:
+    if config.catalog is not None and isinstance(dataset, DatasetConfig) and dataset.report in config.roles:
         journal.say(f"the online probes report on patients of the role {dataset.report}, which are trained on")
     views, sampler = config.views, config.sampler
     architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)

@@ -9,17 +9,14 @@ the floors `random` (untrained, five initialisations) and `colour` (42 numbers),
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from histoscale.data.catalog import open_catalog
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.ranks import open_ranks
-from histoscale.data.storage import StorageConfig, Store, join
+from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.compare import compare
-from histoscale.eval.datasets.cohort import CutConfig, open_cohort
-from histoscale.eval.datasets.folder import open_folder
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches
+from histoscale.eval.datasets.cohort import CutConfig
+from histoscale.eval.datasets.opening import AnyDataset, open_dataset
 from histoscale.eval.embed import embed_patches
 from histoscale.eval.encoder import open_encoder, random_floor_spec
 from histoscale.eval.floors import FloorsConfig
@@ -40,7 +37,7 @@ class Config:
 
     encoder: str
     precision: str
-    dataset: DatasetConfig
+    dataset: AnyDataset
     data_root: str
     catalog: str
     cut: CutConfig
@@ -60,15 +57,6 @@ def identity(config: Config) -> dict[str, Any]:
     encoder = open_encoder(config.encoder, store, "cpu", config.precision)
     patches = open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store)
     return {"encoder_hash": encoder.hash, "data_hash": patches.hash}
-
-
-def open_dataset(dataset: DatasetConfig, data_root: str, catalog: str, cut: CutConfig, store: Store) -> LabelledPatches:
-    """Raises DatasetError for an unknown name or a set that cannot be used."""
-    if dataset.name == "cohort":
-        return open_cohort(join(data_root, "patches.parquet"), open_catalog(catalog, store), store, dataset, cut)
-    if dataset.name == "folder":
-        return open_folder(Path(data_root).expanduser(), dataset)
-    raise DatasetError(f"dataset.name is {dataset.name!r}: expected cohort or folder")
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:

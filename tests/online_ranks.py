@@ -20,7 +20,7 @@ from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.scores.interval import IntervalConfig
 
 CONFIG = OnlineConfig(
-    dataset=DatasetConfig("cohort", None, "train", "report", None, None, "official"),
+    dataset=DatasetConfig("cohort", None, "train", "report", None, None),
     catalog=None,
     patches=180,
     batch=32,

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -13,21 +15,44 @@ from PIL import Image
 from scipy import sparse
 
 from histoscale.eval.datasets import bracs, breakhis, hest, tcga
-from histoscale.eval.datasets.patches import DatasetConfig
+from histoscale.eval.datasets.hest import HestConfig
+from histoscale.eval.datasets.public import PublicConfig
+from histoscale.eval.datasets.tp53 import Tp53Config
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def dataset_config(name: str, **changes: str | None) -> DatasetConfig:
+def public_config(name: str, **changes: Any) -> PublicConfig:
     """The committed configuration, as `dataset=<name> dataset.<key>=<value>` makes it."""
-    return DatasetConfig(**{**yaml.safe_load((ROOT / f"configs/dataset/{name}.yaml").read_text()), **changes})
+    return PublicConfig(**_committed(name, changes))
+
+
+def tp53_config(**changes: Any) -> Tp53Config:
+    return Tp53Config(**_committed("tp53", changes))
+
+
+def hest_config(**changes: Any) -> HestConfig:
+    return HestConfig(**_committed("hest", changes))
+
+
+def _committed(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return {**yaml.safe_load((ROOT / f"configs/dataset/{name}.yaml").read_text()), **changes}
+
+
+def _pixel() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "png")
+    return file.getvalue()
+
+
+PIXEL = _pixel()
 
 
 def write_image(path: Path, wide: int, high: int, seed: int) -> None:
-    """Random pixels; seed 0 writes no pixels at all, for sets of which only the names are looked at."""
+    """Random pixels; seed 0 writes the same one pixel, for sets of which only names and headers are looked at."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if seed == 0:
-        path.touch()
+        path.write_bytes(PIXEL)
         return
     Image.fromarray(pixels_of(wide, high, seed)).save(path)
 

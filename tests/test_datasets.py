@@ -1,6 +1,5 @@
 """Labelled patches: the right pixels with the right labels, and no patient or site on two sides."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.index import build_catalog
@@ -18,10 +16,9 @@ from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
 from histoscale.eval.datasets.cohort import CutConfig, open_cohort
-from histoscale.eval.datasets.folder import open_folder
 from histoscale.eval.datasets.patches import DatasetConfig, DatasetError
 
-CONFIG = DatasetConfig(name="cohort", task=None, train="train", report="test", external="external", mpp=None, counts="official")
+CONFIG = DatasetConfig(name="cohort", task=None, train="train", report="test", external="external", mpp=None)
 CUT = CutConfig(mpp_tolerance=0.05, max_upsample=1.0, threads=2)
 ROLES = {"a": "train", "b": "test", "c": "external"}
 
@@ -105,75 +102,8 @@ def test_a_table_without_its_columns_is_refused(tmp_path: Path, catalog: Catalog
         uri = table(tmp_path, [{k: v for k, v in row.items() if k != "label"} for row in rows()])
         open_cohort(uri, catalog, store, CONFIG, CUT)
     with pytest.raises(DatasetError, match="three different roles"):
-        same = DatasetConfig("cohort", None, "train", "test", "test", None, "official")
+        same = DatasetConfig("cohort", None, "train", "test", "test", None)
         open_cohort(table(tmp_path, rows()), catalog, store, same, CUT)
     (tmp_path / "patches.parquet").write_text("no")
     with pytest.raises(DatasetError, match="not a Parquet file"):
         open_cohort(str(tmp_path / "patches.parquet"), catalog, store, CONFIG, CUT)
-
-
-OWN = DatasetConfig(name="folder", task=None, train="train", report="test", external=None, mpp=0.5, counts="official")
-
-
-def image(path: Path, value: int, side: int = 16) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(path)
-
-
-def listing(root: Path, found: list[dict[str, str]]) -> None:
-    with (root / "labels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, found[0].keys())
-        writer.writeheader()
-        writer.writerows(found)
-
-
-def own_rows(root: Path) -> list[dict[str, str]]:
-    found = []
-    for i in range(8):
-        image(root / f"img/{i}.png", 10 * i)
-        split = "train" if i < 4 else "test"
-        found.append({"path": f"img/{i}.png", "label": "uv"[i % 2], "split": split, "patient_id": f"P{i // 2}"})
-    return found
-
-
-def test_a_list_of_images_with_patients(tmp_path: Path) -> None:
-    listing(tmp_path, own_rows(tmp_path))
-    patches = open_folder(tmp_path, OWN)
-    assert patches.groups == "patient" and patches.classes == ("u", "v") and patches.size_px == 16
-    assert (patches.read(np.array([3, 7]))[:, 0, 0, 0] == [30, 70]).all()
-    image(tmp_path / "img/3.png", 31)
-    assert open_folder(tmp_path, OWN).hash != patches.hash
-
-
-def test_class_folders_have_no_patients_and_say_so(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        for label in "uv":
-            image(tmp_path / split / label / "1.png", 100)
-    patches = open_folder(tmp_path, OWN)
-    assert patches.groups == "none" and len(patches) == 4 and len(patches.rows("report")) == 2
-
-
-@pytest.mark.parametrize("changes, words", [
-    ({"patient_id": "P3"}, "1 patients stand in both train and report"),
-    ({"patient_id": ""}, "some rows have a patient_id and some have none"),
-    ({"path": "../outside.png"}, "leaves the folder"),
-    ({"path": "img/none.png"}, "is missing"),
-])  # fmt: skip
-def test_own_images_are_checked(tmp_path: Path, changes: dict[str, str], words: str) -> None:
-    found = own_rows(tmp_path)
-    listing(tmp_path, [{**found[0], **changes}, *found[1:]])
-    with pytest.raises(DatasetError, match=words):
-        open_folder(tmp_path, OWN)
-
-
-def test_images_of_another_size_or_kind_are_named(tmp_path: Path) -> None:
-    listing(tmp_path, own_rows(tmp_path))
-    patches = open_folder(tmp_path, OWN)
-    image(tmp_path / "img/5.png", 1, side=20)
-    with pytest.raises(DatasetError, match="5.png is 20 x 20 px: expected 16 x 16"):
-        patches.read(np.arange(8))
-    (tmp_path / "img/5.png").write_text("no image")
-    with pytest.raises(DatasetError, match="5.png cannot be decoded"):
-        patches.read(np.arange(8))
-    with pytest.raises(DatasetError, match="holds neither labels.csv nor images"):
-        open_folder(tmp_path / "img", OWN)

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from public_layouts import TRAIN, VALIDATION, dataset_config, pixels_of, write_breakhis
+from public_layouts import TRAIN, VALIDATION, pixels_of, public_config, write_breakhis
 
 from histoscale.eval.datasets.breakhis import open_breakhis
 from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.probe import inner_folds
 
-ANY = dataset_config("breakhis", counts="any")
+ANY = public_config("breakhis", counts="any")
 SMALL = {
     "TA": {"16184CD": 2, "16184": 2, "13412": 3},
     "MC": {"18842D": 2, "13412": 2},
@@ -20,7 +20,7 @@ SMALL = {
 
 
 def test_eva_roles_and_honest_blocks(tmp_path: Path) -> None:
-    patches = open_breakhis(write_breakhis(tmp_path, SMALL), ANY)
+    patches = open_breakhis(write_breakhis(tmp_path, SMALL), ANY, 1)
     assert patches.classes == ("TA", "MC", "F", "DC") and len(patches) == 20
     # Sorted by path, as eva sorts: benign before malignant, fibroadenoma before tubular adenoma.
     assert patches.labels.tolist() == [2] * 4 + [0] * 7 + [3] * 5 + [1] * 4
@@ -34,48 +34,48 @@ def test_eva_roles_and_honest_blocks(tmp_path: Path) -> None:
 
 
 def test_no_fold_splits_a_number(tmp_path: Path) -> None:
-    patches = open_breakhis(write_breakhis(tmp_path, {k: {**VALIDATION[k], **TRAIN[k]} for k in TRAIN}, pixels=False), ANY)
+    patches = open_breakhis(write_breakhis(tmp_path, {k: {**VALIDATION[k], **TRAIN[k]} for k in TRAIN}, pixels=False), ANY, 1)
     for outside in inner_folds(patches.labels, patches.blocks, 5, 0):
         assert not set(patches.blocks[outside]) & set(patches.blocks[~outside])
 
 
 def test_published_counts_and_the_91_of_339(tmp_path: Path) -> None:
     write_breakhis(tmp_path, {k: {**VALIDATION[k], **TRAIN[k]} for k in TRAIN}, pixels=False)
-    patches = open_breakhis(tmp_path, dataset_config("breakhis"))
+    patches = open_breakhis(tmp_path, public_config("breakhis"), 1)
     assert (len(patches.rows("train")), len(patches.rows("select"))) == (1132, 339)
     assert patches.name == "breakhis" and len(patches.notes) == 1 and patches.mpp is None
     assert patches.notes[0].startswith("91 of 339 images that eva validates on share their slide number")
     assert "16184, 18842, 19979, 23060" in patches.notes[0]
-    assert open_breakhis(tmp_path, dataset_config("breakhis", mpp=0.49)).mpp == 0.49  # type: ignore[arg-type]
+    assert open_breakhis(tmp_path, public_config("breakhis", mpp=0.49), 1).mpp == 0.49
     folder = tmp_path / "BreaKHis_v1/histology_slides/breast/malignant/SOB/ductal_carcinoma/SOB_M_DC_14-2773/40X"
     image = folder / "SOB_M_DC-14-2773-40-001.png"
     image.rename(folder / "SOB_M_DC-14-3909-40-099.png")  # the class still has 168
-    with pytest.raises(DatasetError, match="has 27 images of the id 3909: expected 26"):
-        open_breakhis(tmp_path, dataset_config("breakhis"))
+    with pytest.raises(DatasetError, match=r"27 of id 3909 \(expected 26\), 29 of id 2773 \(expected 30\)"):
+        open_breakhis(tmp_path, public_config("breakhis"), 1)
     (folder / "SOB_M_DC-14-3909-40-099.png").unlink()
-    with pytest.raises(DatasetError, match=r"\(val, DC\) holds 167 images of breakhis: expected 168"):
-        open_breakhis(tmp_path, dataset_config("breakhis"))
+    with pytest.raises(DatasetError, match=r"holds 167 of val DC \(expected 168\)"):
+        open_breakhis(tmp_path, public_config("breakhis"), 1)
 
 
 def test_without_shared_numbers_nothing_is_noted(tmp_path: Path) -> None:
     apart = {"TA": {"15275": 2, "13412": 2}, "MC": {"18842D": 2, "7": 2}, "F": {"21998CD": 2, "8": 2}, "DC": {"2773": 2, "9": 2}}
-    notes = open_breakhis(write_breakhis(tmp_path, apart), ANY).notes
-    assert len(notes) == 1 and notes[0].startswith("a part of breakhis")
+    notes = open_breakhis(write_breakhis(tmp_path, apart), ANY, 1).notes
+    assert len(notes) == 1 and notes[0].startswith("dataset.counts=any: 16 images are used where breakhis has 1471")
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     write_breakhis(tmp_path, SMALL)
-    with pytest.raises(DatasetError, match="breast is no folder: expected BreaKHis_v1"):
-        open_breakhis(tmp_path / "BreaKHis_v1", ANY)
+    with pytest.raises(
+        DatasetError, match="expected the folder BreaKHis_v1/histology_slides/breast, as BreaKHis_v1.tar.gz unpacks it"
+    ):
+        open_breakhis(tmp_path / "BreaKHis_v1", ANY, 1)
     breast = tmp_path / "BreaKHis_v1/histology_slides/breast"
     stray = breast / "benign/SOB/fibroadenoma/SOB_B_F_14-29960AB/40X/SOB_B_TA-14-29960AB-40-001.png"
     stray.touch()
     with pytest.raises(DatasetError, match="expected SOB_B_F-14-<id>-40-<n>.png"):
-        open_breakhis(tmp_path, ANY)
+        open_breakhis(tmp_path, ANY, 1)
     stray.unlink()
     for image in (breast / "benign/SOB/fibroadenoma/SOB_B_F_14-29960AB/40X").iterdir():
         image.unlink()
-    with pytest.raises(DatasetError, match="no training image of F: expected images of ids outside"):
-        open_breakhis(tmp_path, ANY)
-    with pytest.raises(DatasetError, match="are train, test and null: breakhis has the published parts train, val and null"):
-        open_breakhis(tmp_path, dataset_config("breakhis", report="test"))
+    with pytest.raises(DatasetError, match="holds no training image of F"):
+        open_breakhis(tmp_path, ANY, 1)

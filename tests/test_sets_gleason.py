@@ -6,17 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from public_layouts import dataset_config, write_gleason, write_image
+from public_layouts import PIXEL, public_config, write_gleason, write_image
 
 from histoscale.eval.datasets.gleason import open_gleason, reader_agreement
 from histoscale.eval.datasets.patches import DatasetError
 
-ANY = dataset_config("gleason", counts="any")
+ANY = public_config("gleason", counts="any")
 SMALL = {"ZT111": 4, "ZT199": 4, "ZT204": 4, "ZT76": 4, "ZT80": 8}
 
 
 def test_arrays_cores_and_grades(tmp_path: Path) -> None:
-    patches = open_gleason(write_gleason(tmp_path, SMALL), ANY)
+    patches = open_gleason(write_gleason(tmp_path, SMALL), ANY, 1)
     assert patches.classes == ("benign", "gleason_3", "gleason_4", "gleason_5") and patches.groups == "core"
     assert [len(patches.rows(role)) for role in ("train", "select", "report")] == [12, 4, 8]
     assert set(patches.blocks[patches.rows("train")]) == {"ZT111", "ZT199", "ZT204"}
@@ -29,24 +29,24 @@ def test_arrays_cores_and_grades(tmp_path: Path) -> None:
 
 def test_published_counts(tmp_path: Path) -> None:
     write_gleason(tmp_path, {"ZT111": 5101, "ZT199": 5101, "ZT204": 5101, "ZT76": 2482, "ZT80": 4967}, pixels=False)
-    patches = open_gleason(tmp_path, dataset_config("gleason"))
+    patches = open_gleason(tmp_path, public_config("gleason"), 1)
     assert patches.name == "gleason" and patches.notes == () and len(patches) == 22752
     next((tmp_path / "train_validation_patches_750/ZT76_0_A_1").iterdir()).unlink()
-    with pytest.raises(DatasetError, match=r"\(select\) holds 2481 images of gleason: expected 2482"):
-        open_gleason(tmp_path, dataset_config("gleason"))
+    with pytest.raises(DatasetError, match=r"holds 2481 of select \(expected 2482\)"):
+        open_gleason(tmp_path, public_config("gleason"), 1)
 
 
 def test_a_name_without_a_core_falls_back_to_arrays_and_says_so(tmp_path: Path) -> None:
     write_gleason(tmp_path, SMALL, pixels=False)
-    (tmp_path / "train_validation_patches_750/ZT76_patch_99_class_2.jpg").touch()
-    patches = open_gleason(tmp_path, ANY)
+    (tmp_path / "train_validation_patches_750/ZT76_patch_99_class_2.jpg").write_bytes(PIXEL)
+    patches = open_gleason(tmp_path, ANY, 1)
     assert patches.groups == "slide" and (patches.patients == patches.blocks).all()
-    assert patches.notes[-1].startswith("some names do not say their core")
+    assert patches.notes[0].startswith("some names do not say their core")
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="train_validation_patches_750 is no folder: expected train_validation"):
-        open_gleason(tmp_path, ANY)
+    with pytest.raises(DatasetError, match="expected the folder train_validation_patches_750"):
+        open_gleason(tmp_path, ANY, 1)
     write_gleason(tmp_path, SMALL, pixels=False)
     fitting, testing = "train_validation_patches_750", "test_patches_750/patho_1"
     for stray, words in (
@@ -56,12 +56,12 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     ):
         (tmp_path / stray).touch()
         with pytest.raises(DatasetError, match=re.escape(words)):
-            open_gleason(tmp_path, ANY)
+            open_gleason(tmp_path, ANY, 1)
         (tmp_path / stray).unlink()
     shutil.rmtree(tmp_path / "test_patches_750/patho_1")
     (tmp_path / "test_patches_750/patho_1").mkdir()
-    with pytest.raises(DatasetError, match=r"\(report\) holds no images of gleason"):
-        open_gleason(tmp_path, ANY)
+    with pytest.raises(DatasetError, match="no labelled patch has the role 'report'"):
+        open_gleason(tmp_path, ANY, 1)
 
 
 def test_the_second_reader_is_matched_by_bytes(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from public_layouts import GENES, counts_of, dataset_config, seed_of, write_expression, write_hest, write_patches
+from public_layouts import GENES, counts_of, hest_config, seed_of, write_expression, write_hest, write_patches
 
 from histoscale.eval.colour import colour_features
 from histoscale.eval.datasets.hest import AVERAGED, open_hest
@@ -15,7 +15,7 @@ from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.regression import Embedded, RegressionConfig, run_hest
 from histoscale.eval.scores.interval import IntervalConfig
 
-ONE = dataset_config("hest", task="IDC")
+ONE = hest_config(task="IDC")
 SPLITS = [(["S1", "S2"], ["S3"]), (["S2", "S3"], ["S1"])]
 METADATA = "id,dataset_title,patient\nS1,Study,Patient 1\nS2,Study,Patient 2\nS3,Study,Patient 3\n"
 
@@ -63,14 +63,14 @@ def test_nine_tasks_or_a_part_that_says_so(tmp_path: Path) -> None:
     for task in AVERAGED[:2]:
         write_hest(tmp_path, task, SPLITS, spots=3)
     with pytest.raises(DatasetError, match=f"lacks the task {', '.join(AVERAGED[2:])}: expected <TASK>/splits"):
-        open_hest(tmp_path, dataset_config("hest"))
-    part = open_hest(tmp_path, dataset_config("hest", counts="any"))
+        open_hest(tmp_path, hest_config())
+    part = open_hest(tmp_path, hest_config(counts="any"))
     assert [spots.name for spots in part] == ["hest/IDC", "hest/PRAD"]
-    assert all("a part of hest (dataset.counts=any): without PAAD" in spots.notes[-1] for spots in part)
+    assert all("dataset.counts=any: the average is withheld, without PAAD" in spots.notes[-1] for spots in part)
     with pytest.raises(DatasetError, match="lacks the task folders"):
-        open_hest(tmp_path / "IDC", dataset_config("hest", counts="any"))
-    with pytest.raises(DatasetError, match="dataset.task is BREAST: hest takes null, IDC"):
-        open_hest(tmp_path, dataset_config("hest", task="BREAST"))
+        open_hest(tmp_path / "IDC", hest_config(counts="any"))
+    with pytest.raises(DatasetError, match="dataset.task is 'BREAST' and dataset.mpp 0.5: expected null or one of IDC"):
+        open_hest(tmp_path, hest_config(task="BREAST"))
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from public_layouts import dataset_config, pin, write_hospitals, write_study
+from public_layouts import pin, tp53_config, write_hospitals, write_study
 from slide_fixtures import tissue_pixels, write_slide
 
 from histoscale.data.catalog import Catalog
@@ -36,8 +36,8 @@ from histoscale.eval.datasets.tcga import (
 from histoscale.eval.datasets.tp53 import keyed_tiles, open_tp53, tissue_tiles
 
 CUT = CutConfig(mpp_tolerance=0.05, max_upsample=1.0, threads=1)
-SITE = dataset_config("tp53", counts="any")
-REF = dataset_config("tp53", counts="any", task="ref")
+SITE = tp53_config(counts="any")
+REF = tp53_config(counts="any", split="ref")
 HOSPITALS = {"A1": "Alpha", "A2": "Alpha", "B1": "Beta", "B2": "Beta", "C1": "Gamma", "D1": "Delta", "E1": "Epsilon"}
 
 
@@ -217,7 +217,7 @@ def test_the_whole_way_by_hospital(root: Path, slides: tuple[Path, Catalog, Stor
     known = {slide_of(patient) for patient in PATIENTS if patient != LUNG[-1]} | {slide_of(PATIENTS[2]).replace("DX1", "DX2")}
     assert set(patches.slide_ids) == known and len(patches) == len(known) * 6
     assert patches.name == "tp53_v1/site (part)" and patches.usage.choose == "outer" and patches.usage.positive == "mutant"
-    assert patches.notes[0].startswith("a part of tp53 (dataset.counts=any): BRCA 2/4, LUAD 10/4")
+    assert patches.notes[0].startswith("dataset.counts=any: BRCA 2/4, LUAD 10/4")
     for i in range(len(patches)):
         patient = patches.patients[i]
         study = "LUAD" if patient in LUNG else "BRCA"
@@ -265,7 +265,7 @@ def test_the_published_lists(root: Path, slides: tuple[Path, Catalog, Store]) ->
             (root / f"slides_ids_{part}.txt").write_text("".join(f"{slide_of(patient)}\n" for patient in patients))
         pin(root)
 
-    with pytest.raises(DatasetError, match="slides_ids_train.txt is missing"):
+    with pytest.raises(DatasetError, match="expected the file slides_ids_train.txt of the published lists"):
         open_tp53(root, REF, catalog, store, CUT)
     lists(train=PATIENTS[:9], val=PATIENTS[9:12], test=PATIENTS[12:18])
     patches = open_tp53(root, REF, catalog, store, CUT)
@@ -290,9 +290,9 @@ def test_what_is_wrong_is_named(root: Path, slides: tuple[Path, Catalog, Store])
     _, catalog, store = slides
     words = re.escape("no study has 30 patients of each class with a diagnostic slide: found mutant/wild type BRCA 2/4")
     with pytest.raises(DatasetError, match=words):
-        open_tp53(root, dataset_config("tp53"), catalog, store, CUT)
-    with pytest.raises(DatasetError, match="dataset.task is null: tp53 takes site, ref"):
-        open_tp53(root, dataset_config("tp53", task=None), catalog, store, CUT)
+        open_tp53(root, tp53_config(), catalog, store, CUT)
+    with pytest.raises(DatasetError, match="dataset.split is 'code' and dataset.mpp 0.5: expected site or ref"):
+        open_tp53(root, tp53_config(split="code"), catalog, store, CUT)
     before = open_tp53(root, SITE, catalog, store, CUT)
     mutations = root / "brca_tcga_pan_can_atlas_2018/data_mutations.txt"
     text = mutations.read_text()

@@ -39,7 +39,8 @@ def study_patches(seed: int, choose: str = "site", patients: int = 900, tiles: i
 
     return StudyPatches(
         name=f"tp53_v1/{choose}", classes=("wild_type", "mutant"), labels=label[row].astype(np.int64),
-        roles=role[row], patients=names[row], sites=np.array([f"H{i:02d}" for i in hospital])[row], groups="patient", mpp=0.5, size_px=224, hash="h",
+        roles=role[row], patients=names[row], sites=np.array([f"H{i:02d}" for i in hospital])[row], groups="patient",
+        mpp=0.5, size_px=224, hash="h",
         read=read, blocks=np.array([f"fold {i}" for i in fold] if choose == "site" else names)[row],
         slide_ids=names[row], usage=USAGE[choose], notes=(), studies=study[row],
     )  # fmt: skip

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import folder_of, images_in, reading, stamps
-from histoscale.eval.datasets.official import check_config, check_counts, named
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.imagefiles import ImageFiles, measure, stamps
+from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.public import PublicConfig, check_class_folders, check_classes, check_counts, folder_in, images_in
 
 CLASSES = ("N", "PB", "UDH", "FEA", "ADH", "DCIS", "IC")
 PARTS = {"train": "train", "val": "select", "test": "report"}
-LAYOUT = "BRACS_RoI/latest_version/{train,val,test}/{0_N,1_PB,2_UDH,3_FEA,4_ADH,5_DCIS,6_IC}/BRACS_<slide>_<class>_<n>.png"
-MPP = 0.25
+FOLDERS = tuple(f"{label}_{name}" for label, name in enumerate(CLASSES))
+ARCHIVE = "BRACS_RoI"
 # Images by part and class, read off the archive (MedARC-AI/nanopath:benchmarking/bracs.json).
 COUNTS = {
     "train": (357, 714, 389, 624, 387, 665, 521),
@@ -23,45 +23,45 @@ USAGE = Usage(choose="select", eva_select="select", eva_report=("select", "repor
 _NAME = re.compile(r"BRACS_(?P<slide>\d+)_(?P<label>[A-Z]+)_\d+\.png")
 
 
-def open_bracs(root: Path, config: DatasetConfig) -> LabelledPatches:
+def open_bracs(root: Path, config: PublicConfig, threads: int) -> LabelledPatches:
     """Rows by part (train, val, test), class and name. Intervals resample slides: patients are not published.
 
-    root: the folder that holds BRACS_RoI. Raises DatasetError: a folder is missing, a count is not the published one, a name says
-    another class than its folder, a slide stands in two parts.
+    root: the folder that holds BRACS_RoI, as BRACS_RoI/latest_version/{train,val,test}/0_N/BRACS_<slide>_N_<n>.png.
+    Raises DatasetError: a folder is missing, counts differ, a name says another class than its folder, a slide stands in two
+    parts.
     """
-    check_config(config, "train", "test", MPP)
-    top = folder_of(root, "BRACS_RoI/latest_version", LAYOUT)
+    top = folder_in(root, "BRACS_RoI/latest_version", ARCHIVE)
     paths: list[Path] = []
     labels: list[int] = []
     roles: list[str] = []
-    slides: list[str] = []
     found, expected = {}, {}
     for part, role in PARTS.items():
-        for label, name in enumerate(CLASSES):
-            folder = folder_of(top, f"{part}/{label}_{name}", LAYOUT)
-            images = images_in(folder, "*.png")
-            found[str(folder)], expected[str(folder)] = len(images), COUNTS[part][label]
+        check_class_folders(folder_in(root, f"BRACS_RoI/latest_version/{part}", ARCHIVE), FOLDERS)
+        for label, folder in enumerate(FOLDERS):
+            images = list(images_in(top / part / folder, ".png"))
+            found[f"{part}/{folder}"], expected[f"{part}/{folder}"] = len(images), COUNTS[part][label]
             paths += images
             labels += [label] * len(images)
             roles += [role] * len(images)
-            slides += [_slide(path, name) for path in images]
-    notes = check_counts(config, found, expected)
-    parts, groups = np.array(roles, dtype="<U8"), np.array(slides)
-    check_roles(parts, groups, "slide")
+    slides = np.array([_slide(path, CLASSES[label]) for path, label in zip(paths, labels, strict=True)], dtype="<U16")
+    name, notes = check_counts(config, top, expected, found)
+    parts = np.array(roles, dtype="<U8")
+    check_roles(parts, slides, "slide")
+    check_classes(np.array(labels), parts == "train", CLASSES, top)
     return LabelledPatches(
-        name=named("bracs", notes),
+        name=name,
         classes=CLASSES,
         labels=np.array(labels, np.int64),
         roles=parts,
-        patients=groups,
+        patients=slides,
         sites=np.full(len(paths), ""),
         groups="slide",
-        mpp=MPP,
+        mpp=config.mpp,
         size_px=None,
-        hash=hash_of("bracs", stamps(top, paths)),
-        read=reading(paths, None),
-        blocks=groups,
-        slide_ids=groups,
+        hash=hash_of("bracs", [path.relative_to(top).as_posix() for path in paths], stamps(paths, threads)),
+        read=ImageFiles(paths, measure(paths, threads), threads),
+        blocks=slides,
+        slide_ids=slides,
         usage=USAGE,
         notes=notes,
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import folder_of, images_in, reading, stamps
-from histoscale.eval.datasets.official import check_config, check_counts, named
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches, Usage, hash_of
+from histoscale.eval.datasets.imagefiles import ImageFiles, measure, stamps
+from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, hash_of
+from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, folder_in, images_in
 
 CLASSES = ("TA", "MC", "F", "DC")
 FOLDERS = {
@@ -17,7 +17,7 @@ FOLDERS = {
     "F": "benign/SOB/fibroadenoma",
     "DC": "malignant/SOB/ductal_carcinoma",
 }
-LAYOUT = "BreaKHis_v1/histology_slides/breast/{benign,malignant}/SOB/<type>/SOB_*_14-<id>/40X/SOB_<B|M>_<type>-14-<id>-40-<n>.png"
+ARCHIVE, BREAST = "BreaKHis_v1.tar.gz", "BreaKHis_v1/histology_slides/breast"
 TRAIN = 1132
 # The slides that eva validates on, with their images, and its images by class (kaiko-ai/eva, Apache-2.0).
 VALIDATION = {
@@ -30,26 +30,28 @@ USAGE = Usage(choose="outer", eva_select="select", eva_report=("select",), posit
 _NAME = re.compile(r"SOB_(?P<kind>[BM])_(?P<label>[A-Z]+)-\d+-(?P<id>(?P<number>\d+)[A-Z]*)-40-\d+\.png")
 
 
-def open_breakhis(root: Path, config: DatasetConfig) -> LabelledPatches:
+def open_breakhis(root: Path, config: PublicConfig, threads: int) -> LabelledPatches:
     """Rows by path, as eva sorts them. Roles are eva's split; blocks and intervals go by the number of the slide.
 
+    root: the folder that holds BreaKHis_v1, as BreaKHis_v1/histology_slides/breast/benign/SOB/<type>/SOB_B_TA_14-<id>/40X/.
     An id is a slide number and section letters, and eva's split sets `16184CD` against `16184`: how many of its validation images
-    share their number with a training image stands in the notes. mpp: the configuration's; 0.25 (eva) and about 0.49 (the optics
-    of the archive) are both claimed. root: the folder that holds BreaKHis_v1.
-    Raises DatasetError: a folder is missing, a count is not the published one, a name says another type than its folder.
+    share their number with a training image stands in the notes.
+    Raises DatasetError: a folder is missing, counts differ, a name says another type than its folder.
     """
-    check_config(config, "train", "val")
-    top = folder_of(root, "BreaKHis_v1/histology_slides/breast", LAYOUT)
-    folders = {label: folder_of(top, FOLDERS[label], LAYOUT) for label in CLASSES}
-    known = {path: _parsed(path, label) for label, folder in folders.items() for path in images_in(folder, "*/40X/*.png")}
+    top = folder_in(root, BREAST, ARCHIVE)
+    known: dict[Path, dict[str, str]] = {}
+    for label, inside in FOLDERS.items():
+        for folder in sorted(folder_in(root, f"{BREAST}/{inside}", ARCHIVE).glob("*/40X")):
+            known |= {path: _parsed(path, label) for path in images_in(folder, ".png")}
     paths = sorted(known)
     labels = np.array([CLASSES.index(known[path]["label"]) for path in paths], np.int64)
     ids = np.array([known[path]["id"] for path in paths], dtype="<U16")
     numbers = np.array([known[path]["number"] for path in paths], dtype="<U16")
     roles = np.where(np.isin(ids, list(VALIDATION)), "select", "train").astype("<U8")
-    notes = (*_counted(config, top, labels, ids, roles), *_shared(numbers, roles))
+    name, notes = _counted(config, top, labels, ids, roles)
+    check_classes(labels, roles == "train", CLASSES, top)
     return LabelledPatches(
-        name=named("breakhis", notes),
+        name=name,
         classes=CLASSES,
         labels=labels,
         roles=roles,
@@ -58,12 +60,12 @@ def open_breakhis(root: Path, config: DatasetConfig) -> LabelledPatches:
         groups="slide",
         mpp=config.mpp,
         size_px=None,
-        hash=hash_of("breakhis", stamps(top, paths)),
-        read=reading(paths, None),
+        hash=hash_of("breakhis", [path.relative_to(top).as_posix() for path in paths], stamps(paths, threads)),
+        read=ImageFiles(paths, measure(paths, threads), threads),
         blocks=numbers,
         slide_ids=ids,
         usage=USAGE,
-        notes=notes,
+        notes=(*_shared(numbers, roles), *notes),
     )
 
 
@@ -77,25 +79,18 @@ def _parsed(path: Path, label: str) -> dict[str, str]:
     return match.groupdict()
 
 
-def _counted(config: DatasetConfig, top: Path, labels: np.ndarray, ids: np.ndarray, roles: np.ndarray) -> tuple[str, ...]:
+def _counted(
+    config: PublicConfig, top: Path, labels: np.ndarray, ids: np.ndarray, roles: np.ndarray
+) -> tuple[str, tuple[str, ...]]:
+    """Against the published numbers: of training, and of validation by class and by id."""
     held = roles == "select"
-    by_class, by_id = Counter(labels[held].tolist()), Counter(ids[held].tolist())
-    # A part may hold images of some of the slides only, but must have every class on both sides.
-    found = {f"{top} (train)": int((~held).sum())}
-    expected = {f"{top} (train)": TRAIN}
-    for label, name in enumerate(CLASSES):
-        found[f"{top} (val, {name})"], expected[f"{top} (val, {name})"] = by_class[label], VALIDATION_CLASSES[name]
-    notes = check_counts(config, found, expected)
-    unlearnt = [name for label, name in enumerate(CLASSES) if not (labels[~held] == label).any()]
-    if unlearnt:
-        raise DatasetError(
-            f"{top} has no training image of {unlearnt[0]}: expected images of ids outside eva's validation, fetch it again"
-        )
-    differing = [one for one, count in VALIDATION.items() if by_id[one] != count]
-    if differing and config.counts == "official":
-        one = differing[0]
-        raise DatasetError(f"{top} has {by_id[one]} images of the id {one}: expected {VALIDATION[one]}, fetch the set again")
-    return notes
+    expected = {"train": TRAIN, **{f"val {name}": count for name, count in VALIDATION_CLASSES.items()}}
+    found = {"train": int((~held).sum()), **{f"val {name}": int((labels[held] == i).sum()) for i, name in enumerate(CLASSES)}}
+    if expected == found:  # then where the ids differ
+        by_id = Counter(ids[held].tolist())
+        expected = {f"id {one}": count for one, count in VALIDATION.items()}
+        found = {f"id {one}": by_id[one] for one in VALIDATION}
+    return check_counts(config, top, expected, found)
 
 
 def _shared(numbers: np.ndarray, roles: np.ndarray) -> tuple[str, ...]:

@@ -7,52 +7,54 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.images import folder_of, images_in, reading, stamps
-from histoscale.eval.datasets.official import check_config, check_counts, named
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
+from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, folder_in, wants_official
 
 CLASSES = ("benign", "gleason_3", "gleason_4", "gleason_5")
 ARRAYS = {"ZT111": "train", "ZT199": "train", "ZT204": "train", "ZT76": "select", "ZT80": "report"}
 FOLDERS = {"train_validation_patches_750": ("ZT111", "ZT199", "ZT204", "ZT76"), "test_patches_750/patho_1": ("ZT80",)}
 SECOND = "test_patches_750/patho_2"
-LAYOUT = "train_validation_patches_750/ and test_patches_750/patho_1/ with <array>_<core>_patch_<i>_class_<c>.jpg"
+ARCHIVE = "the patches of eiriniar/gleason_CNN (create_patches.py)"
 COUNTS = {"train": 15303, "select": 2482, "report": 4967}
-MPP, SIDE = 0.23, 750
+SIDE = 750
 # eva reports the part that it chooses on; the honest protocol folds over train and select by array and reports ZT80.
 USAGE = Usage(choose="folds", eva_select="select", eva_report=("select",), positive=None)
 _NAME = re.compile(r"(?P<array>ZT\d+)(?P<core>_.+)?_patch_\d+_class_(?P<grade>[0-3])\.jpg")
 
 
-def open_gleason(root: Path, config: DatasetConfig) -> LabelledPatches:
+def open_gleason(root: Path, config: PublicConfig, threads: int) -> LabelledPatches:
     """Rows by folder and path. Blocks are arrays; intervals resample cores, or arrays where a name does not say its core.
 
-    root: the folder that holds train_validation_patches_750. Labels of the test part are those of the first reader.
-    Raises DatasetError: a folder is missing, a count is not the published one, a name is none, an array is in the wrong folder.
+    root: the folder that holds train_validation_patches_750/ and test_patches_750/patho_1/, in which patches are called
+    <array>_<core>_patch_<i>_class_<c>.jpg. Labels of the test part are those of the first reader.
+    Raises DatasetError: a folder is missing, counts differ, a name is none, an array is in the wrong folder.
     """
-    check_config(config, "ZT111+ZT199+ZT204", "ZT80", MPP)
-    paths = [path for inside in FOLDERS for path in images_in(folder_of(root, inside, LAYOUT), "**/*.jpg")]
+    paths = [path for inside in FOLDERS for path in _patches_in(folder_in(root, inside, ARCHIVE))]
     parsed = [_parsed(path, root) for path in paths]
     arrays = np.array([one["array"] for one in parsed], dtype="<U8")
+    labels = np.array([int(one["grade"]) for one in parsed], np.int64)
     roles = np.array([ARRAYS[one["array"]] for one in parsed], dtype="<U8")
-    found = {f"{root} ({role})": int((roles == role).sum()) for role in COUNTS}
-    notes = check_counts(config, found, {f"{root} ({role})": count for role, count in COUNTS.items()})
+    name, notes = check_counts(config, root, COUNTS, {role: int((roles == role).sum()) for role in COUNTS})
     check_roles(roles, arrays, "array")
+    check_classes(labels, roles == "train", CLASSES, root)
     cores = all(one["core"] for one in parsed)
     groups = np.array([one["array"] + one["core"] for one in parsed]) if cores else arrays
     if not cores:
-        notes = (*notes, "some names do not say their core, so intervals resample arrays, of which there are 5")
+        notes = ("some names do not say their core, so intervals resample arrays, of which there are 5", *notes)
+    sizes = np.full((len(paths), 2), SIDE) if wants_official(config) else measure(paths, threads)
     return LabelledPatches(
-        name=named("gleason", notes),
+        name=name,
         classes=CLASSES,
-        labels=np.array([int(one["grade"]) for one in parsed], np.int64),
+        labels=labels,
         roles=roles,
         patients=groups,
         sites=np.full(len(paths), ""),
         groups="core" if cores else "slide",
-        mpp=MPP,
-        size_px=SIDE,
-        hash=hash_of("gleason", stamps(root, paths)),
-        read=reading(paths, SIDE),
+        mpp=config.mpp,
+        size_px=common_side(sizes),
+        hash=hash_of("gleason", [path.relative_to(root).as_posix() for path in paths], stamps(paths, threads)),
+        read=ImageFiles(paths, sizes, threads),
         blocks=arrays,
         slide_ids=arrays,
         usage=USAGE,
@@ -91,10 +93,15 @@ def reader_agreement(root: Path) -> Agreement | None:
     return Agreement(confusion, len(first), float(share.mean()))
 
 
+def _patches_in(folder: Path) -> list[Path]:
+    """All JPEG files at any depth, sorted by path."""
+    return sorted(path for path in folder.rglob("*.jpg") if not path.name.startswith("."))
+
+
 def _by_bytes(folder: Path, root: Path) -> dict[str, int]:
     """sha256 of the core and the file's bytes -> grade."""
     found = {}
-    for path in images_in(folder, "**/*.jpg"):
+    for path in _patches_in(folder):
         parsed = _parsed(path, root)
         core = f"{parsed['array']}{parsed['core']}".encode()
         found[hashlib.sha256(core + path.read_bytes()).hexdigest()] = int(parsed["grade"])

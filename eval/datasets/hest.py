@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from histoscale.eval.datasets.official import check_config
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, Reading, hash_of
+from histoscale.eval.datasets.patches import DatasetError, Reading, hash_of
+from histoscale.eval.datasets.public import PublicConfig, wants_official
 from histoscale.eval.datasets.spots import LabelledSpots, check_splits
 
 AVERAGED = ("IDC", "PRAD", "PAAD", "SKCM", "COAD", "READ", "CCRCC", "LUNG", "LYMPH_IDC")
@@ -25,15 +26,25 @@ LAYOUT = "<TASK>/splits/{train,test}_<i>.csv, <TASK>/var_50genes.json, <TASK>/pa
 _SPLIT = re.compile(r"(train|test)_(\d+)\.csv")
 
 
-def open_hest(root: Path, config: DatasetConfig) -> list[LabelledSpots]:
+@dataclass(frozen=True)
+class HestConfig(PublicConfig):
+    """task: one of TASKS; null for the nine that are averaged, of which `counts=any` takes those that are there."""
+
+    task: str | None
+
+
+def open_hest(root: Path, config: HestConfig) -> list[LabelledSpots]:
     """The tasks that dataset.task names; null: the nine that are averaged (counts=any: those of them that are there).
 
     root: the folder of the tasks; `HEST_v*.csv` in it, the metadata of HEST-1k, says whose the samples are.
     Raises DatasetError: a task, a file, a key or a gene is missing, a spot has no expression, a sample or patient on both sides.
     """
-    check_config(config, "train", "test", MPP, (None, *TASKS))
+    if config.task not in (None, *TASKS) or config.mpp != MPP:
+        raise DatasetError(
+            f"dataset.task is {config.task!r} and dataset.mpp {config.mpp}: expected null or one of {', '.join(TASKS)}, and {MPP}"
+        )
     there = [task for task in AVERAGED if (root / task).is_dir()]
-    tasks = [config.task] if config.task is not None else there if config.counts == "any" else list(AVERAGED)
+    tasks = [config.task] if config.task is not None else list(AVERAGED) if wants_official(config) else there
     missing = [task for task in tasks if not (root / task).is_dir()]
     if missing or not tasks:
         raise DatasetError(
@@ -43,7 +54,7 @@ def open_hest(root: Path, config: DatasetConfig) -> list[LabelledSpots]:
     return [open_task(root, task, _patients(root), config) for task in tasks]
 
 
-def open_task(root: Path, task: str, patients: dict[str, str] | None, config: DatasetConfig) -> LabelledSpots:
+def open_task(root: Path, task: str, patients: dict[str, str] | None, config: HestConfig) -> LabelledSpots:
     """One task: samples by id, spots in the order of their patch files. patients: sample -> patient, or None where unknown."""
     folder = root / task
     splits, files = _splits(folder)
@@ -66,7 +77,7 @@ def open_task(root: Path, task: str, patients: dict[str, str] | None, config: Da
     notes = () if patients is not None else (f"no {METADATA} in data_root, so intervals resample samples and not patients",)
     absent = [other for other in AVERAGED if not (root / other).is_dir()] if config.task is None else []
     if absent:
-        notes = (*notes, f"a part of hest (dataset.counts=any): without {', '.join(absent)}")
+        notes = (*notes, f"dataset.counts=any: the average is withheld, without {', '.join(absent)}")
     spots = LabelledSpots(
         name=f"hest/{task}",
         genes=genes,

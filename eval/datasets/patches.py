@@ -16,13 +16,11 @@ Reading = Callable[[np.ndarray], Sequence[np.ndarray] | np.ndarray]
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Which data set, and which of its roles may choose and which are reported.
+    """Labelled patches beside a catalog (`cohort`), and which of their roles may choose and which are reported.
 
-    name: `cohort` (patches.parquet beside a catalog), `folder` (images with labels of your own), or a public set.
-    task: the labels' or the split's name where a set has several; null where it has one.
+    task: the labels' name where a set has several; null where it has one.
     train, report, external: the set's own names of the three roles; external may be null.
-    mpp: µm per pixel of ready images; null where the set says it itself.
-    counts: official or any (a part of a set: the result says so).
+    mpp: null, because the table says it itself.
     """
 
     name: str
@@ -31,7 +29,6 @@ class DatasetConfig:
     report: str
     external: str | None
     mpp: float | None
-    counts: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class LabelledPatches:
     and every image is its own). blocks: what no fold may split, as coarse as `patients` or coarser. slide_ids: of the source
     slides, "" where unknown: looked up in a pretraining catalog. mpp: nominal µm per pixel, None where unknown.
     size_px: side of the square patches, None where images differ. hash: of everything that makes the pixels and labels.
-    notes: sentences that must stand beside every score of this set.
+    notes: what must stand beside every number of this set, a sentence each.
     """
 
     name: str

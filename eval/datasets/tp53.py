@@ -1,7 +1,7 @@
 """TP53 from TCGA, `tp53_v1`: a weak patch task of our own, defined so that anyone can rebuild it. It claims no parity.
 
-Slides are the diagnostic ones of a catalog. Labels come from mutation calls and lists of sequenced samples, as the PanCancer Atlas
-studies of cBioPortal hold them. Every tile carries its patient's label; a patient's score is the mean logit of the tiles.
+Slides are the diagnostic ones of a catalog. Labels come from mutation calls and lists of sequenced samples, as the PanCancer
+Atlas studies of cBioPortal hold them. Every tile carries its patient's label; a patient's score is the mean logit of the tiles.
 """
 
 from collections import Counter
@@ -18,8 +18,8 @@ from histoscale.data.readers.scale import choose_scale
 from histoscale.data.splits import check_disjoint, name_key
 from histoscale.data.storage import Store
 from histoscale.eval.datasets.cohort import CutConfig, cut_from
-from histoscale.eval.datasets.official import check_config, named
-from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
+from histoscale.eval.datasets.public import PublicConfig, file_in, wants_official
 from histoscale.eval.datasets.tcga import (
     HOSPITALS,
     MUTATIONS,
@@ -39,12 +39,21 @@ CLASSES = ("wild_type", "mutant")
 MPP, SIDE, TISSUE, TILES = 0.5, 224, 0.4, 64
 PATIENTS = 30  # of each class, in a study that is taken
 FOLDS = 5
+PART, ARCHIVE = "dataset.counts=any:", "the public tables of TCGA"
 LISTS = {"train": "slides_ids_train.txt", "select": "slides_ids_val.txt", "report": "slides_ids_test.txt"}
 # `site`: all five folds are reported, each by the others. `ref`: published lists (kaczmarj/pancancer-tp53-mut.tcga, CC BY 4.0).
 USAGE = {
     "site": Usage(choose="outer", eva_select="select", eva_report=("report",), positive="mutant"),
     "ref": Usage(choose="select", eva_select="select", eva_report=("report",), positive="mutant"),
 }
+
+
+@dataclass(frozen=True)
+class Tp53Config(PublicConfig):
+    """split: `site` (five folds of whole hospitals) or `ref` (the published lists). counts: `official` takes studies with
+    at least 30 patients of each class, `any` all studies with both classes."""
+
+    split: str
 
 
 @dataclass(frozen=True)
@@ -59,20 +68,24 @@ class StudyPatches(LabelledPatches):
         return replace(part, studies=self.studies[rows])
 
 
-def open_tp53(root: Path, config: DatasetConfig, catalog: Catalog, store: Store, cut: CutConfig) -> StudyPatches:
+def open_tp53(root: Path, config: Tp53Config, catalog: Catalog, store: Store, cut: CutConfig) -> StudyPatches:
     """The tiles of labelled diagnostic slides, by slide, row and column.
 
-    root: `<study>_tcga_pan_can_atlas_2018/` folders, tissueSourceSite.tsv, SHA256SUMS, and with dataset.task=ref the published
-    lists slides_ids_{train,val,test}.txt. dataset.task=site: roles are folds 0 (report), 1 (select) and 2 to 4 (train), and the
+    root: `<study>_tcga_pan_can_atlas_2018/` folders, tissueSourceSite.tsv, SHA256SUMS, and with dataset.split=ref the published
+    lists slides_ids_{train,val,test}.txt. dataset.split=site: roles are folds 0 (report), 1 (select) and 2 to 4 (train), and the
     blocks are the folds, so that an outer cross-validation over blocks is the five-fold one of the definition.
     Raises DatasetError: a table is missing, changed or malformed; no diagnostic slide; too few patients; a patient in two parts.
     """
-    check_config(config, "train", "test", MPP, ("site", "ref"))
-    cases, hospitals = read_cases(root), read_hospitals(_there(root / HOSPITALS))
+    if config.split not in USAGE or config.mpp != MPP:
+        raise DatasetError(
+            f"dataset.split is {config.split!r} and dataset.mpp {config.mpp}: expected {' or '.join(USAGE)}, and {MPP} as "
+            "tp53_v1 defines it"
+        )
+    cases, hospitals = read_cases(root), read_hospitals(file_in(root, HOSPITALS, ARCHIVE))
     tables = [f"{folder.name}/{name}" for folder in sorted(root.glob(f"*{STUDIES}")) for name in (MUTATIONS, SEQUENCED)]
-    lists = list(LISTS.values()) if config.task == "ref" else []
+    lists = list(LISTS.values()) if config.split == "ref" else []
     for name in lists:
-        _there(root / name)
+        file_in(root, name, "the published lists")
     pinned = check_pinned(root, [*tables, HOSPITALS, *lists])
 
     ids = list(catalog.slide_ids)
@@ -84,7 +97,7 @@ def open_tp53(root: Path, config: DatasetConfig, catalog: Catalog, store: Store,
     known = [i for i in diagnostic if patient_of(ids[i]) in cases]
     studies, notes = _studies({patient_of(ids[i]) for i in known}, cases, config)
     slides = [i for i in known if cases[patient_of(ids[i])].study in studies]
-    role_of = _site_roles(ids, slides, cases, hospitals) if config.task == "site" else _listed_roles(root, ids, slides)
+    role_of = _site_roles(ids, slides, cases, hospitals) if config.split == "site" else _listed_roles(root, ids, slides)
 
     rows, x, y, without = [], [], [], 0
     for slide in slides:
@@ -103,7 +116,7 @@ def open_tp53(root: Path, config: DatasetConfig, catalog: Catalog, store: Store,
 
 
 def _patches(
-    config: DatasetConfig, catalog: Catalog, store: Store, cut: CutConfig, slides: np.ndarray, x: np.ndarray, y: np.ndarray,
+    config: Tp53Config, catalog: Catalog, store: Store, cut: CutConfig, slides: np.ndarray, x: np.ndarray, y: np.ndarray,
     role_of: dict[str, tuple[str, str]], cases: dict[str, Case], hospitals: dict[str, str], notes: tuple[str, ...],
     pinned: dict[str, str],
 ) -> StudyPatches:  # fmt: skip
@@ -117,10 +130,10 @@ def _patches(
     check_roles(roles, patients, "patient")
     if len(set(labels[roles == "train"].tolist())) < len(CLASSES):
         raise DatasetError(
-            f"the training patients of tp53/{config.task} have one class: expected {' and '.join(CLASSES)}, index more slides"
+            f"the training patients of tp53/{config.split} have one class: expected {' and '.join(CLASSES)}, index more slides"
         )
     return StudyPatches(
-        name=named(f"tp53_v1/{config.task}", notes),
+        name=f"tp53_v1/{config.split}" + (" (part)" if notes[0].startswith(PART) else ""),
         classes=CLASSES,
         labels=labels,
         roles=roles,
@@ -135,7 +148,7 @@ def _patches(
         read=cut_from(catalog, store, slides, x, y, MPP, SIDE, cut),
         blocks=blocks,
         slide_ids=np.array(of_slide, str)[slide],
-        usage=USAGE[str(config.task)],
+        usage=USAGE[config.split],
         notes=notes,
         studies=np.array([cases[patient].study for patient in owner], str)[slide],
     )
@@ -170,10 +183,10 @@ def keyed_tiles(slide_id: str, x: np.ndarray, y: np.ndarray, count: int) -> np.n
     return kept[np.lexsort((x[kept], y[kept]))]
 
 
-def _studies(patients: set[str], cases: dict[str, Case], config: DatasetConfig) -> tuple[set[str], tuple[str, ...]]:
+def _studies(patients: set[str], cases: dict[str, Case], config: Tp53Config) -> tuple[set[str], tuple[str, ...]]:
     """The studies with enough patients of both classes, and what was taken and left as notes."""
     counts = Counter((cases[patient].study, cases[patient].label) for patient in patients)
-    least = PATIENTS if config.counts == "official" else 1
+    least = PATIENTS if wants_official(config) else 1
     found = sorted({study for study, _ in counts})
     taken = [study for study in found if min(counts[study, 0], counts[study, 1]) >= least]
 
@@ -190,7 +203,7 @@ def _studies(patients: set[str], cases: dict[str, Case], config: DatasetConfig) 
     notes = [f"patients, mutant/wild type: {listed(taken)}"]
     small = [study for study in taken if min(counts[study, 0], counts[study, 1]) < PATIENTS]
     if small:
-        notes.insert(0, f"a part of tp53 (dataset.counts=any): {listed(small)} have under {PATIENTS} patients of a class")
+        notes.insert(0, f"{PART} {listed(small)} have under {PATIENTS} patients of a class")
     left = [study for study in found if study not in taken]
     if left:
         notes.append(f"left out, under {least} patients of a class: {listed(left)}")
@@ -233,9 +246,3 @@ def _listed_roles(root: Path, ids: Sequence[str], slides: Sequence[int]) -> dict
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def _there(path: Path) -> Path:
-    if not path.is_file():
-        raise DatasetError(f"{path} is missing: expected the public table of that name, put it there")
-    return path
