@@ -7,8 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +167,20 @@ def test_a_part_of_unknown_origin_is_not_trusted(served: tuple[str, Path], tmp_p
             (tmp_path / "x.bin.partial.json").write_text(about)
         download(f"{url}/x.bin", tmp_path / "x.bin", 1 << 30, SHORT, journal)
         assert (tmp_path / "x.bin").read_bytes() == BYTES
+
+
+def test_a_server_without_ranges_begins_anew(tmp_path: Path, journal: Journal) -> None:
+    """It answers 200 to a range: the part that is here must not stand before the whole file."""
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/x.bin").write_bytes(BYTES)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "x.bin.partial").write_bytes(BYTES[:1000])
+        (tmp_path / "x.bin.partial.json").write_text(json.dumps({"etag": "", "size": len(BYTES)}))
+        download(f"http://127.0.0.1:{server.server_port}/x.bin", tmp_path / "x.bin", 1 << 30, SHORT, journal)
+        server.shutdown()
+    assert (tmp_path / "x.bin").read_bytes() == BYTES
 
 
 @pytest.mark.parametrize("kind", ["file", "gz", "zip"])

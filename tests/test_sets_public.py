@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,21 @@ def test_crc_learns_from_one_tree_and_reports_the_other(tmp_path: Path, name: st
     before = patches.hash
     picture(file, 99, 8, 8)
     assert opened(name, tmp_path).hash != before
+
+
+def test_the_published_counts_open(tmp_path: Path) -> None:
+    """107,180 names, most of them links to one file of their class."""
+    write_crc(tmp_path, each=1)
+    for folder, total in (("NCT-CRC-HE-100K", 100_000), ("CRC-VAL-HE-7K", 7_180)):
+        for i, kind in enumerate(CRC):
+            first = next((tmp_path / folder / kind).iterdir())
+            for number in range(1, total // 9 + (i < total % 9)):
+                os.link(first, first.with_name(f"{kind}-{number:06}.tif"))
+    patches = opened("crc", tmp_path, "official")
+    assert patches.name == "crc" and len(patches.rows("train")) == 100_000 and len(patches.rows("report")) == 7_180
+    assert patches.size_px == 224 and len(patches.notes) == 2
+    with pytest.raises(DatasetError, match=r"is 8 x 8 px: expected 224 x 224"):
+        patches.read(np.array([0]))
 
 
 def test_the_two_trees_of_crc_are_two_sets(tmp_path: Path) -> None:

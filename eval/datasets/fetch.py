@@ -65,7 +65,8 @@ def fetch_set(origin: Origin, root: Path, base: str, config: FetchConfig, journa
             found[source.makes] = made
             _note(root, source.makes, made)
             word = "md5 as published" if made.checked else "no checksum published here"
-            journal.say(f"{source.makes}: {made.files} files, {made.total} bytes; {source.name}: {word}, sha256 {made.sha256}")
+            digest = f"sha256 {made.sha256}" if made.sha256 else "not fetched, so not checked"
+            journal.say(f"{source.makes}: {made.files} files, {made.total} bytes; {source.name}: {word}, {digest}")
     return found
 
 
