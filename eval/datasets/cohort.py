@@ -15,6 +15,7 @@ from histoscale.eval.datasets.patches import (
     DatasetConfig,
     DatasetError,
     LabelledPatches,
+    Reading,
     check_roles,
     check_sites,
     encode_labels,
@@ -59,6 +60,34 @@ def open_cohort(uri: str, catalog: Catalog, store: Store, config: DatasetConfig,
     slides = np.array([known[str(slide_id)] for slide_id in table["slide_id"]])
     x, y = table["x"].astype(np.int64), table["y"].astype(np.int64)
 
+    return LabelledPatches(
+        name=f"cohort/{config.task}" if config.task else "cohort",
+        classes=classes,
+        labels=labels,
+        roles=roles,
+        patients=patients,
+        sites=sites,
+        groups="patient",
+        mpp=mpp,
+        size_px=size_px,
+        hash=hash_of(
+            "cut", catalog.hash, mpp, size_px, cut.mpp_tolerance, cut.max_upsample, slides, x, y, labels, *classes, *roles
+        ),
+        read=cut_from(catalog, store, slides, x, y, mpp, size_px, cut),
+        blocks=patients,
+        slide_ids=np.array([str(slide_id) for slide_id in table["slide_id"]]),
+        usage=USAGE_OF_OWN,
+    )
+
+
+def cut_from(
+    catalog: Catalog, store: Store, slides: np.ndarray, x: np.ndarray, y: np.ndarray, mpp: float, size_px: int, cut: CutConfig
+) -> Reading:
+    """Reads patches of `size_px` at `mpp` whose corners are x, y (level-0 px, int64 [n]) of the catalog's rows `slides` [n].
+
+    Raises DatasetError, on reading, for a slide that cannot serve the mpp.
+    """
+
     def cut_slide(slide: int, rows: np.ndarray) -> list[np.ndarray]:
         scale = choose_scale(catalog.level_mpps(slide), mpp, cut.mpp_tolerance, cut.max_upsample)
         if scale is None:
@@ -76,24 +105,7 @@ def open_cohort(uri: str, catalog: Catalog, store: Store, config: DatasetConfig,
                 pixels[place] = np.stack(patches).transpose(0, 3, 1, 2)
         return pixels
 
-    return LabelledPatches(
-        name=f"cohort/{config.task}" if config.task else "cohort",
-        classes=classes,
-        labels=labels,
-        roles=roles,
-        patients=patients,
-        sites=sites,
-        groups="patient",
-        mpp=mpp,
-        size_px=size_px,
-        hash=hash_of(
-            "cut", catalog.hash, mpp, size_px, cut.mpp_tolerance, cut.max_upsample, slides, x, y, labels, *classes, *roles
-        ),
-        read=read,
-        blocks=patients,
-        slide_ids=np.array([str(slide_id) for slide_id in table["slide_id"]]),
-        usage=USAGE_OF_OWN,
-    )
+    return read
 
 
 def _table(uri: str, store: Store, config: DatasetConfig) -> dict[str, np.ndarray]:

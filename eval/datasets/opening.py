@@ -10,25 +10,35 @@ from pydantic import Discriminator, Tag
 from histoscale.data.catalog import open_catalog
 from histoscale.data.storage import Store, join
 from histoscale.eval.datasets.bach import open_bach
+from histoscale.eval.datasets.bracs import open_bracs
+from histoscale.eval.datasets.breakhis import open_breakhis
 from histoscale.eval.datasets.cohort import CutConfig, open_cohort
 from histoscale.eval.datasets.crc import open_crc
 from histoscale.eval.datasets.folder import FolderConfig, open_folder
+from histoscale.eval.datasets.gleason import open_gleason
+from histoscale.eval.datasets.hest import HestConfig
 from histoscale.eval.datasets.mhist import open_mhist
 from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches
 from histoscale.eval.datasets.pcam import open_pcam
 from histoscale.eval.datasets.public import PublicConfig
+from histoscale.eval.datasets.tp53 import Tp53Config, open_tp53
 
-PUBLIC = ("bach", "crc", "crc_nonorm", "mhist", "pcam", "pcam_10shot")
+PUBLIC = ("bach", "bracs", "breakhis", "crc", "crc_nonorm", "gleason", "mhist", "pcam", "pcam_10shot")
+OWN_SCHEMA = ("folder", "tp53", "hest")
 
 
 def _kind(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return "folder" if name == "folder" else "public" if name in PUBLIC else "roles"
+    return str(name) if name in OWN_SCHEMA else "public" if name in PUBLIC else "roles"
 
 
 # Which schema a configuration has follows from its name.
 AnyDataset = Annotated[
-    Annotated[DatasetConfig, Tag("roles")] | Annotated[FolderConfig, Tag("folder")] | Annotated[PublicConfig, Tag("public")],
+    Annotated[DatasetConfig, Tag("roles")]
+    | Annotated[FolderConfig, Tag("folder")]
+    | Annotated[Tp53Config, Tag("tp53")]
+    | Annotated[HestConfig, Tag("hest")]
+    | Annotated[PublicConfig, Tag("public")],
     Discriminator(_kind),
 ]
 
@@ -52,11 +62,19 @@ def _cohort(config: DatasetConfig, place: Place) -> LabelledPatches:
     return open_cohort(join(place.data_root, "patches.parquet"), catalog, place.store, config, place.cut)
 
 
+def _tp53(config: Tp53Config, place: Place) -> LabelledPatches:
+    return open_tp53(place.root, config, open_catalog(place.catalog, place.store), place.store, place.cut)
+
+
 # name -> (its configuration, where it lies) -> patches. A set is added here and as configs/dataset/<name>.yaml.
 OPENERS: dict[str, Callable[[Any, Place], LabelledPatches]] = {
     "cohort": _cohort,
     "folder": lambda config, place: open_folder(place.root, config, place.cut.threads),
     "bach": lambda config, place: open_bach(place.root, config, place.cut.threads),
+    "bracs": lambda config, place: open_bracs(place.root, config, place.cut.threads),
+    "breakhis": lambda config, place: open_breakhis(place.root, config, place.cut.threads),
+    "gleason": lambda config, place: open_gleason(place.root, config, place.cut.threads),
+    "tp53": _tp53,
     "crc": lambda config, place: open_crc(place.root, config, place.cut.threads),
     "crc_nonorm": lambda config, place: open_crc(place.root, config, place.cut.threads),
     "mhist": lambda config, place: open_mhist(place.root, config, place.cut.threads),
