@@ -106,7 +106,11 @@ def weighted_bootstrap(
 
 
 def paired_difference(
-    first: Statistic, second: Statistic, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
+    first: Statistic,
+    second: Statistic,
+    patients: Sequence[str] | np.ndarray,
+    config: IntervalConfig,
+    strata: Sequence[str] | None = None,
 ) -> Interval:
     """first − second on the same patients, subtracted inside every replicate."""
     return patient_bootstrap(lambda rows: first(rows) - second(rows), patients, config, strata)

@@ -1,7 +1,7 @@
 """Scores as numbers made of sums over rows, so that one sparse product scores thousands of bootstrap replicates at once.
 
-Every function takes the decisions of one probe and gives a `Summed`: called with weights of the patients it gives the score of each
-replicate. With all weights 1 it is the score itself.
+Every function takes the decisions of one probe and gives a `Summed`: called with weights of the patients it gives the score of
+each replicate. With all weights 1 it is the score itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -121,7 +121,7 @@ def brier(truth: np.ndarray, probability: np.ndarray, codes: np.ndarray) -> Summ
 
 
 def calibration_error(truth: np.ndarray, probability: np.ndarray, codes: np.ndarray) -> Summed:
-    """Expected calibration error of a binary set: 15 bins of equal width, right-closed, on the probability of the positive class."""
+    """Expected calibration error of a binary set: 15 bins of equal width, right-closed, on the positive class's probability."""
     bins = np.clip(np.ceil(probability * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
     values = np.concatenate([probability - truth, np.ones(len(truth))])
     parts = _sums(np.concatenate([bins, bins + ECE_BINS]), np.tile(codes, 2), values, 2 * ECE_BINS)
