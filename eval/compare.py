@@ -12,7 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.features import Vectors
 from histoscale.eval.floors import FLOOR_POOLS, Calls, FloorsConfig, better, forest_log_probabilities
-from histoscale.eval.probe import LinearProbe, ProbeConfig, Standard, fit_linear, knn_log_probabilities
+from histoscale.eval.knn import knn_on_features
+from histoscale.eval.probe import LinearProbe, ProbeConfig, fit_linear
 from histoscale.eval.scores.classification import auroc_one_vs_rest, confusion, log_loss, macro_f1, recalls
 from histoscale.eval.scores.interval import Interval, IntervalConfig, paired_difference, patient_bootstrap
 
@@ -151,13 +152,11 @@ def _calls(
     probes = []
     for x in features:
         fitted = fit_linear(x[train], labels, classes, groups, config)
-        standard = Standard.of(x[train])
-        near = standard(x[train])
         for role in roles:
             queries = x[patches.rows(role)]
             logs["linear", role].append(fitted.log_probabilities(queries))
             logs["knn", role].append(
-                knn_log_probabilities(near, labels, classes, standard(queries), config.neighbours, config.temperature)
+                knn_on_features(x[train], labels, classes, queries, config.neighbours, config.temperature)
             )
         probes.append(fitted)
     return {cell: Calls(np.stack(rows), how) for cell, rows in logs.items()}, probes

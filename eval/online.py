@@ -24,16 +24,10 @@ from histoscale.eval.datasets.opening import AnyDataset
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, hash_of
 from histoscale.eval.encoder import tokens_of
 from histoscale.eval.floors import FLOOR_POOLS, Calls, better
+from histoscale.eval.knn import knn_on_features
+from histoscale.eval.logistic import Rows, Standard
 from histoscale.eval.pool import check_pool, patch_mean, pooled
-from histoscale.eval.probe import (
-    ProbeConfig,
-    Standard,
-    choose_penalty,
-    fit_logistic,
-    inner_folds,
-    knn_log_probabilities,
-    try_penalties,
-)
+from histoscale.eval.probe import ProbeConfig, choose_penalty, fit_final, inner_folds, try_penalties
 from histoscale.eval.scores.interval import IntervalConfig, paired_difference, patient_bootstrap
 
 PROBES = ("linear", "knn")
@@ -137,21 +131,18 @@ class Online:
         """Log-probabilities [report, K]; the penalty is chosen among the training patients, each rank trying a part of them."""
         config, labels, classes = self.config.probe, self.patches.labels[self.train], len(self.patches.classes)
         standard = Standard.of(x[self.train])
-        known = standard(x[self.train])
+        known = Rows.of(x[self.train], standard, "cpu")
         outside = inner_folds(labels, self.patches.patients[self.train], config.folds, config.seed)
         mine = sorted(config.penalties, reverse=True)[self.ranks.rank :: self.ranks.world]
-        tried = try_penalties(known, labels, classes, outside, mine, config) if mine else []
+        tried = try_penalties(known, labels, classes, outside, None, mine, config)[0] if mine else []
         penalty, _ = choose_penalty([row for part in self.ranks.objects(tried) for row in part], config.penalties)
-        inside = np.ones((1, len(known)))
-        weights, bias = fit_logistic(known, labels, classes, penalty, inside, config.tolerance, config.max_iterations)
-        logits = standard(x[self.report]) @ weights[:, 0] + bias[0]
+        weights, bias = fit_final(known, labels, classes, penalty, config)[0].weights(known)
+        logits = standard(x[self.report]) @ weights[0] + bias[0]
         return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
 
     def _knn(self, x: np.ndarray) -> np.ndarray:
         config, labels, classes = self.config.probe, self.patches.labels[self.train], len(self.patches.classes)
-        standard = Standard.of(x[self.train])
-        known, asked = standard(x[self.train]), standard(x[self.report])
-        return knn_log_probabilities(known, labels, classes, asked, config.neighbours, config.temperature)
+        return knn_on_features(x[self.train], labels, classes, x[self.report], config.neighbours, config.temperature)
 
     def floor(self) -> dict[str, Calls]:
         """Untrained encoders with the better of the pools, by probe; made once a run. {} without initialisations."""
