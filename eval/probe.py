@@ -18,12 +18,14 @@ class ProbeConfig:
     """pool: the embedding of the primary number (`cls`, `mean`, `cls+mean`).
 
     penalties: weights of ½‖W‖² beside the mean log-loss, which compare over data sizes; scikit-learn's C = 1 / (penalty · n).
-    folds: of the inner selection. tolerance: of the final fit, choosing_tolerance: of those that only choose (`logistic.fit`).
+    penalty_alone: where train is one patient, inside which nothing can be chosen. folds: of the inner selection, and of the outer
+    ones where a set has no test part. tolerance: of the final fit, choosing_tolerance: of those that only choose (`logistic.fit`).
     neighbours, temperature: of kNN.
     """
 
     pool: str
     penalties: list[float]
+    penalty_alone: float
     folds: int
     tolerance: float
     choosing_tolerance: float
@@ -67,6 +69,8 @@ def fit_linear(
     choosing: then it alone judges penalties, its standard error being one over groups, and neither the statistics nor
     any fit learn from it. Products are float32 on the device; the final fit ends in float64.
     """
+    if select is None and len(np.unique(groups)) == 1:
+        return _fit_alone(features, labels, classes, config, device)
     learnt = np.ones(len(features), bool) if select is None else ~select
     standard = Standard.of(features[learnt] if select is not None else features)
     if select is None:
@@ -84,6 +88,17 @@ def fit_linear(
     weights, bias = found.weights(final)
     note = "; ".join(filter(None, (note, short)))
     return LinearProbe(standard, weights[0], bias[0], penalty, inner, note, evaluations + found.evaluations)
+
+
+def _fit_alone(
+    features: np.ndarray, labels: np.ndarray, classes: int, config: ProbeConfig, device: str | torch.device
+) -> LinearProbe:
+    rows = Rows.of(features, Standard.of(features), device)
+    found, short = fit_final(rows, labels, classes, config.penalty_alone, config)
+    weights, bias = found.weights(rows)
+    alone = f"trained on one patient, inside which no penalty can be chosen: it is probe.penalty_alone, {config.penalty_alone:g}"
+    note = "; ".join(filter(None, (alone, short)))
+    return LinearProbe(rows.standard, weights[0], bias[0], config.penalty_alone, [], note, found.evaluations)
 
 
 def fit_final(rows: Rows, labels: np.ndarray, classes: int, penalty: float, config: ProbeConfig) -> tuple[Fits, str]:
