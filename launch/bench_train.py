@@ -1,5 +1,6 @@
 """A training step: milliseconds by part, and how the plainest correct implementation compares, in shuffled rounds of one run."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
@@ -70,25 +71,31 @@ def train(config: "Config", journal: Journal) -> dict[str, Any]:
         methods["plain"] = lambda turn: _plain(plain, wanted, config.train.steps, batches, ranks)
     rounds: dict[str, list[Times]] = {name: [] for name in methods}
     names = list(methods)
+    peaks = dict.fromkeys(names, 0.0)
     with journal.progress(config.rounds * len(names), "bench", "measurements") as progress:
         for turn in range(config.rounds):
             for i in permutation(key(config.seed, "bench round", turn), len(names)):
+                _forget_peak(ranks)
                 rounds[names[i]].append(methods[names[i]](turn))
+                peaks[names[i]] = max(peaks[names[i]], _peak_gb(ranks))
                 progress.advance(1, method=names[i])
 
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **_versions(),
         "recipe": config.train.recipe,
         "overrides": config.train.overrides,
         "batch": wanted.optim.global_batch,
         "precision": wanted.optim.precision,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
         "gflops_a_patch": flops_a_patch(wanted.model, wanted.method, wanted.views) / 1e9,
         "ms": {part: _spread([one[part] for one in rounds["ours"]]) for part in PARTS},
         "step_ms": _spread([sum(one.values()) for one in rounds["ours"]]),
         "no_plain": missing,
     }
+    if ranks.device.type == "cuda":
+        found["peak_gb"] = peaks
     found["patches_per_s"] = wanted.optim.global_batch / found["step_ms"]["median"] * 1000
     found["tflops_per_device"] = found["gflops_a_patch"] * found["patches_per_s"] / ranks.world / 1000
     peak = wanted.monitor.peak_tflops
@@ -99,6 +106,23 @@ def train(config: "Config", journal: Journal) -> dict[str, Any]:
         found["plain_over_ours"] = _spread(shares)
     journal.say(_text(found, config.rounds))
     return found
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "timm": timm.__version__, "cuda": torch.version.cuda or "none"}
+
+
+def _forget_peak(ranks: Ranks) -> None:
+    """What ran before does not count, nor what the allocator kept of it."""
+    if ranks.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gb(ranks: Ranks) -> float:
+    """The most that tensors held on this device since then; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if ranks.device.type == "cuda" else 0.0
 
 
 def _no_plain(config: "Config", wanted: pretrain.Config, ranks: Ranks) -> str:
@@ -199,6 +223,8 @@ def _text(found: dict[str, Any], rounds: int) -> str:
         f"  {found['step_ms']['median']:.1f} ms in all, {found['patches_per_s']:.1f} patches/s, "
         f"{found['gflops_a_patch']:.2f} GFLOP a patch, {found['tflops_per_device']:.3f} TFLOP/s{mfu}"
     )
+    if "peak_gb" in found:
+        lines.append("  memory at its peak: " + ", ".join(f"{name} {gb:.2f} GB" for name, gb in found["peak_gb"].items()))
     if "plain_over_ours" in found:
         ratio = found["plain_over_ours"]
         lines.append(

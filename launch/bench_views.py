@@ -28,8 +28,8 @@ _COLOURS = Colours([60.0, 25.0, -10.0], [12.0, 6.0, 6.0])
 def views(config: "Config", journal: Journal) -> dict[str, Any]:
     """Measure, print, and return ms a patch and ratios: medians over rounds whose order is shuffled.
 
-    On a CPU it is this process's CPU time with one thread, on a GPU wall time until the work is done. The pixels are noise: no
-    method looks at them before it decides what to do.
+    On a CPU it is this process's CPU time with one thread, on a GPU wall time until the work is done; there torchvision also runs
+    on the CPU, as a loader's worker would. The pixels are noise: no method looks at them before it decides what to do.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,12 +51,20 @@ def views(config: "Config", journal: Journal) -> dict[str, Any]:
                 progress.advance(1)
     torch.set_num_threads(threads)
     found = {name: {"median": float(np.median(t)), "low": min(t), "high": max(t)} for name, t in times.items()}
-    ratio = float(np.median(np.divide(times["torchvision"], times["views"])))
+    ratios = {name: float(np.median(np.divide(times[name], times["views"]))) for name in times if name.startswith("torchvision")}
     crops = f"{config.views.global_count} x {config.views.global_px} and {config.views.local_count} x {config.views.local_px} px"
     lines = [f"ms a patch of {side} px on {device.type}, median of {config.rounds} rounds (lowest to highest); views: {crops}"]
-    lines += [f"  {name:12} {t['median']:8.2f}   ({t['low']:.2f} to {t['high']:.2f})" for name, t in found.items()]
-    journal.say("\n".join([*lines, f"  torchvision takes {ratio:.1f} times as long as views"]))
-    return {"device": device.type, "ms": found, "torchvision_over_views": ratio}
+    lines += [f"  {name:18} {t['median']:9.3f}   ({t['low']:.3f} to {t['high']:.3f})" for name, t in found.items()]
+    lines += [f"  {name} takes {ratio:.1f} times as long as views" for name, ratio in ratios.items()]
+    result = {"device": device.type, "ms": found, **{f"{name}_over_views": ratio for name, ratio in ratios.items()}}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        methods["views"](0)
+        result["views_peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        lines.append(f"  views of {count} patches at a time take {result['views_peak_gb']:.2f} GB at their peak")
+    journal.say("\n".join(lines))
+    return result
 
 
 def _clock(device: torch.device) -> float:
@@ -71,10 +79,13 @@ def _methods(pixels: Tensor, config: "Config") -> dict[str, Callable[[int], obje
     slots = torch.arange(len(pixels), device=pixels.device)
     transforms = _torchvision(config.views)
     last = pixels.permute(0, 2, 3, 1).contiguous()
+    host = pixels.cpu()
     found: dict[str, Callable[[int], object]] = {
         "views": lambda turn: make_views(pixels, config.seed, turn, slots, config.views),
         "torchvision": lambda turn: [[transform(patch) for transform in transforms] for patch in pixels],
     }
+    if pixels.is_cuda:
+        found["torchvision on CPU"] = lambda turn: [[transform(patch) for transform in transforms] for patch in host]
 
     def normalised(method: normalise.Methods) -> Callable[[int], object]:
         fitted = _COLOURS if isinstance(method, ReinhardConfig) else _STAINS

@@ -22,37 +22,34 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _logsumexp_rows(x: Tensor, across: Across) -> Tensor:
-    """log sum exp over the rows of all ranks: [n, K] -> [K]."""
-    if across is None:
-        return x.logsumexp(0)
-    top = x.max(0).values
-    dist.all_reduce(top, dist.ReduceOp.MAX, group=across)
-    total = (x - top).exp().sum(0)
-    dist.all_reduce(total, group=across)
-    return total.log() + top
-
-
-@torch.no_grad()
-def sinkhorn_scalings(logits: Tensor, temp: float, iterations: int, across: Across = None) -> Tensor:
-    """Teacher logits [n, K] -> one bias per prototype [K], such that softmax(logits / temp + bias) is the Sinkhorn-Knopp target.
-
-    The log-domain form: prototypes and samples are normalised in turn, samples last, so constants cancel and nothing overflows.
-    No shift per sample may enter at the start: three iterations do not converge and would keep it.
-    """
-    scores = _wide(logits) / temp
-    samples = torch.zeros_like(scores[:, :1])
-    for i in range(iterations):
-        prototypes = -_logsumexp_rows(scores + samples, across)
-        if i + 1 < iterations:
-            samples = -(scores + prototypes).logsumexp(1, keepdim=True)
-    return prototypes
+def _sum(x: Tensor, across: Across) -> Tensor:
+    if across is not None:
+        dist.all_reduce(x, group=across)
+    return x
 
 
 @torch.no_grad()
 def sinkhorn_targets(logits: Tensor, temp: float, iterations: int, across: Across = None) -> Tensor:
-    """Teacher logits [n, K] -> target probabilities [n, K]; prototypes are used equally over the rows of all ranks."""
-    return F.softmax(_wide(logits) / temp + sinkhorn_scalings(logits, temp, iterations, across), -1)
+    """Teacher logits [n, K] -> Sinkhorn-Knopp targets [n, K]: prototypes and samples are normalised in turn, samples last.
+
+    Prototypes are used equally over the rows of all ranks. One table of exponentials and `2 * iterations` products with it: in
+    the log domain each of them goes five times through memory. A prototype's greatest entry over all rows, and then a row's
+    greatest, are brought to 1, so that every sum lies between 1 / (nK) and nK whatever the logits. Rows begin at what their
+    shift took away, because three iterations do not converge and would keep it.
+    """
+    table = _wide(logits) / temp
+    top = table.amax(0)
+    if across is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=across)
+    table -= top
+    shift = table.amax(1, keepdim=True)
+    table = table.sub_(shift).exp_()
+    samples = shift[:, 0].exp()
+    with torch.autocast(table.device.type, enabled=False):
+        for _ in range(iterations):
+            prototypes = _sum(samples @ table, across).reciprocal()
+            samples = (table @ prototypes).reciprocal()
+    return table.mul_(prototypes).mul_(samples[:, None])
 
 
 @torch.no_grad()

@@ -53,6 +53,8 @@ def set_threads(config: HardwareConfig) -> None:
     """Apply `threads` and `deterministic` to this process; before any tensor is made."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.deterministic:  # torch refuses products on CUDA without it; read when the first one is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
 

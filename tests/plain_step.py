@@ -85,8 +85,8 @@ class PlainTrainer:
         self.laps: dict[str, float] = {}
 
     def step(self, inputs: Inputs, now: Values) -> dict[str, float]:
-        """One update of student and teacher; what the terms were. `laps` has the seconds of its parts."""
-        self._start = time.perf_counter()
+        """One update of student and teacher; what the terms were. `laps` has the milliseconds of its parts."""
+        self._marks = [("", self._now())]
         batch = len(inputs.globals) // self.views
         with torch.autocast(inputs.globals.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
             with torch.no_grad():
@@ -144,9 +144,11 @@ class PlainTrainer:
         self.adamw.zero_grad()
         self._lap("optimiser")
         with torch.no_grad():
-            for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                old.mul_(now.momentum).add_(new, alpha=1 - now.momentum)
+            old, new = list(self.teacher.parameters()), list(self.student.parameters())
+            torch._foreach_mul_(old, now.momentum)
+            torch._foreach_add_(old, new, alpha=1 - now.momentum)
         self._lap("ema")
+        self.laps = self._read()
         return {"loss": float(loss.detach()), **{name: float(term.detach()) for name, term in terms.items()}}
 
     def _patches(self, network: PlainNetwork, tokens: Tensor) -> Tensor:
@@ -159,24 +161,36 @@ class PlainTrainer:
         return ((logits - centre) / temp).softmax(-1), kept * centre + (1 - kept) * logits.mean(0)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """A parameter a group; DINOv2's rules of decay: none on biases, norms and LayerScale, some on tokens and positions."""
+        """DINOv2's rules of decay: none on biases, norms and LayerScale, some on tokens and positions."""
         blocks = len(self.student.backbone.blocks)  # type: ignore[arg-type]
-        groups = []
+        groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
         for name, p in self.student.named_parameters():
             block = re.search(r"blocks\.(\d+)\.", name)
             token = name.rsplit(".", 1)[-1] in ("pos_embed", "cls_token", "reg_token", "mask_token")
             depth = blocks - int(block[1]) if block else blocks + 1 if token or "patch_embed" in name else 0
             share = self.optim.layer_decay**depth * (self.optim.patch_lr if "patch_embed" in name else 1)
-            decays = p.ndim > 1 and not (token and self.optim.groups == "timm")
-            groups.append({"params": [p], "lr_share": share, "decays": float(decays), "last": ".last_" in name})
-        return groups
+            decays, last = float(p.ndim > 1 and not (token and self.optim.groups == "timm")), ".last_" in name
+            group = groups.setdefault((share, decays, last), {"params": [], "lr_share": share, "decays": decays, "last": last})
+            group["params"].append(p)
+        return list(groups.values())
+
+    def _now(self) -> float | torch.cuda.Event:
+        """The clock of the device: on a GPU a mark in its queue, so that the host may run ahead."""
+        if self.centre.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _lap(self, part: str) -> None:
+        self._marks.append((part, self._now()))
+
+    def _read(self) -> dict[str, float]:
+        """Milliseconds of each part of the step."""
         if self.centre.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[part] = now - self._start
-        self._start = now
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return {part: 1000 * (b - a) if isinstance(a, float) else a.elapsed_time(b) for (_, a), (part, b) in pairs}  # type: ignore
 
 
 def cross_entropy(target: Tensor, logits: Tensor, temp: float) -> Tensor:
@@ -213,6 +227,6 @@ def timed(trainer: PlainTrainer, prepared: Callable[[int], tuple[Inputs, Values]
     for step in steps:
         inputs, now = prepared(step)
         trainer.step(inputs, now)
-        for part, seconds in trainer.laps.items():
-            total[part] = total.get(part, 0.0) + 1000 * seconds / len(steps)
+        for part, ms in trainer.laps.items():
+            total[part] = total.get(part, 0.0) + ms / len(steps)
     return total
