@@ -20,7 +20,7 @@ from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.scores.interval import IntervalConfig
 
 CONFIG = OnlineConfig(
-    dataset=DatasetConfig("cohort", None, "train", "report", None, None),
+    dataset=DatasetConfig("cohort", None, "train", "report", None, None, "official"),
     catalog=None,
     patches=180,
     batch=32,

@@ -21,7 +21,7 @@ from histoscale.eval.datasets.cohort import CutConfig, open_cohort
 from histoscale.eval.datasets.folder import open_folder
 from histoscale.eval.datasets.patches import DatasetConfig, DatasetError
 
-CONFIG = DatasetConfig(name="cohort", task=None, train="train", report="test", external="external", mpp=None)
+CONFIG = DatasetConfig(name="cohort", task=None, train="train", report="test", external="external", mpp=None, counts="official")
 CUT = CutConfig(mpp_tolerance=0.05, max_upsample=1.0, threads=2)
 ROLES = {"a": "train", "b": "test", "c": "external"}
 
@@ -105,14 +105,14 @@ def test_a_table_without_its_columns_is_refused(tmp_path: Path, catalog: Catalog
         uri = table(tmp_path, [{k: v for k, v in row.items() if k != "label"} for row in rows()])
         open_cohort(uri, catalog, store, CONFIG, CUT)
     with pytest.raises(DatasetError, match="three different roles"):
-        same = DatasetConfig("cohort", None, "train", "test", "test", None)
+        same = DatasetConfig("cohort", None, "train", "test", "test", None, "official")
         open_cohort(table(tmp_path, rows()), catalog, store, same, CUT)
     (tmp_path / "patches.parquet").write_text("no")
     with pytest.raises(DatasetError, match="not a Parquet file"):
         open_cohort(str(tmp_path / "patches.parquet"), catalog, store, CONFIG, CUT)
 
 
-OWN = DatasetConfig(name="folder", task=None, train="train", report="test", external=None, mpp=0.5)
+OWN = DatasetConfig(name="folder", task=None, train="train", report="test", external=None, mpp=0.5, counts="official")
 
 
 def image(path: Path, value: int, side: int = 16) -> None:

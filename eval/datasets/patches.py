@@ -22,6 +22,7 @@ class DatasetConfig:
     task: the labels' name where a set has several; null where it has one.
     train, report, external: the set's own names of the three roles; external may be null.
     mpp: µm per pixel of ready images; null where the set says it itself.
+    counts: official or any (a part of a set: the result says so).
     """
 
     name: str
@@ -30,6 +31,7 @@ class DatasetConfig:
     report: str
     external: str | None
     mpp: float | None
+    counts: str
 
 
 @dataclass(frozen=True)
