@@ -91,8 +91,8 @@ class Cutter:
         strange = sorted(set(np.unique(mask).tolist()) - set(known))
         if strange or mask.shape != pixels.shape[1:]:
             raise DatasetError(
-                f"{self.masks.name}, image {self.masks.names[row]}: labels {strange} in a mask {mask.shape} of pixels {pixels.shape}"
-                f", expected labels of {known} in one shape: the reader of the set is wrong"
+                f"{self.masks.name}, image {self.masks.names[row]}: a mask {mask.shape} with the labels {strange} on pixels "
+                f"{pixels.shape}, expected labels of {known} in one shape: the reader of the set is wrong"
             )
         return pixels, mask.astype(np.uint8)
 

@@ -153,7 +153,7 @@ def run_segmentation(
     for protocol in config.protocols:
         own = [cell for cell in cells if cell.protocol == protocol]
         material = materials[_side(encoders[0])]
-        for metric, of in _metrics(protocol).items():
+        for metric, of in _metrics(protocol, own[0]).items():
             scores += _scores(own, metric, of, masks, material, interval)
         for number, label in enumerate(masks.classes):
             per_class += _scores(own, f"dice/{label}", _class_dice(number), masks, material, interval, differences=False)
@@ -241,12 +241,14 @@ def _cell(
 Metric = Callable[[Overlap, np.ndarray], float]  # counts of drawn views, area of a pixel of each (µm²) -> a number
 
 
-def _metrics(protocol: str) -> dict[str, Metric]:
+def _metrics(protocol: str, cell: _Cell) -> dict[str, Metric]:
+    """Of a protocol; without false positives where no reported view is empty, which are then of nothing."""
     found: dict[str, Metric] = {"monai_dice": lambda counts, _: monai_dice(counts)}
     if protocol == "honest":
         found["dice"] = lambda counts, _: foreground_mean(pooled_dice(counts))
         found["iou"] = lambda counts, _: foreground_mean(pooled_iou(counts))
-        found["false_positive_um2"] = false_positive_area
+        if (cell.overlaps[0].true[:, 1:].sum(axis=1) == 0).any():
+            found["false_positive_um2"] = false_positive_area
     return found
 
 

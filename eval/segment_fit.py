@@ -100,9 +100,10 @@ class DecoderFit:
                 loss.backward()
             self.optimiser.step()
             self.steps += 1
-        if not math.isfinite(float(loss)):
+        last = float(loss.detach())
+        if not math.isfinite(last):
             raise SegmentError(
-                f"the loss of {self.stream} {self.run} is {float(loss)} at step {self.steps}: lower segment.fit.learning_rate"
+                f"the loss of {self.stream} {self.run} is {last} at step {self.steps}: lower segment.fit.learning_rate"
             )
 
     def fitted(self, note: str) -> Fitted:

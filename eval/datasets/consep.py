@@ -28,6 +28,7 @@ CLASSES = ("background", "other", "inflammatory", "epithelial", "spindle-shaped"
 MERGED = np.array([0, 1, 2, 3, 3, 4, 4, 4])
 OFFICIAL = {"train": 27, "report": 14}
 MPP = 0.25
+SIDE_PX = 1000
 TILE_PX = 250  # eva's grid: 16 tiles an image, without overlap
 
 _UNREADABLE = (MatReadError, ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError, zlib.error)
@@ -57,18 +58,17 @@ def open_consep(root: Path, config: DatasetConfig) -> LabelledMasks:
         roles += [role] * len(paths)
         found[part] = len(paths)
     notes = check_counts(root, found, dict(zip(found, OFFICIAL.values(), strict=True)), config.counts)
-    if not all(found.values()):
-        raise DatasetError(
-            f"{root} holds no image in {' or '.join(repr(p) for p, n in found.items() if not n)}, expected some in both: complete the folder"
-        )
+    empty = [part for part, number in found.items() if number == 0]
+    if empty:
+        raise DatasetError(f"{root / empty[0]} holds no image, expected some in each of {', '.join(found)}: complete the folder")
     mats = [path.parent.parent / "Labels" / f"{path.stem}.mat" for path in images]
     for path in (*images, *mats):
         inside(root, path)
     shapes = [image_shape(path) for path in images]
     keys = [_type_key(mat, shape) for mat, shape in zip(mats, shapes, strict=True)]
-    small = [path.name for path, shape in zip(images, shapes, strict=True) if min(shape) < TILE_PX]
-    if small:
-        raise DatasetError(f"{small[0]} is smaller than a tile of {TILE_PX} px, expected 1000 x 1000 px: fetch it again")
+    for path, (height, width) in zip(images, shapes, strict=True):
+        if (height, width) != (SIDE_PX, SIDE_PX) if config.counts == "official" else min(height, width) < TILE_PX:
+            raise DatasetError(f"{path} is {width} x {height} px, expected {SIDE_PX} x {SIDE_PX} px: fetch it again")
 
     def read(row: int) -> tuple[np.ndarray, np.ndarray]:
         pixels = rgb(images[row])
@@ -100,7 +100,7 @@ def _type_key(mat: Path, shape: tuple[int, int]) -> str:
     try:
         held = {name: tuple(size) for name, size, _ in whosmat(mat)}
     except _UNREADABLE as error:
-        raise DatasetError(f"{mat} is no MATLAB file of version 4 to 7.2 ({error}): fetch it again") from error
+        raise DatasetError(f"{mat} cannot be opened ({error}), expected MATLAB version 4 to 7.2: fetch it again") from error
     if "type_map" in held and "inst_map" in held:
         sizes = {held["type_map"], held["inst_map"]}
     else:
@@ -124,7 +124,7 @@ def _types(mat: Path, key: str, shape: tuple[int, int]) -> np.ndarray:
     try:
         types = loadmat(mat, variable_names=[key])[key]
     except _UNREADABLE as error:
-        raise DatasetError(f"{mat} cannot be read ({error}): fetch it again") from error
+        raise DatasetError(f"{mat}: {key} cannot be read ({error}), expected a map of types: fetch it again") from error
     types = types[..., 1] if types.ndim == 3 else types
     if types.shape != shape or types.dtype.kind not in "uif":
         raise DatasetError(f"{mat}: {key} is {types.dtype} {types.shape}, expected numbers {shape}: fetch it again")

@@ -83,7 +83,7 @@ def folder_of(root: Path, *parts: str) -> Path:
     if not folder.is_dir():
         near = sorted(p.name for p in root.iterdir())[:6] if root.is_dir() else []
         holds = f"it holds {', '.join(near) or 'nothing'}" if root.is_dir() else "it is no folder"
-        raise DatasetError(f"{root} lacks the folder {'/'.join(parts)!r} ({holds}): point data_root at the folder that holds it")
+        raise DatasetError(f"{root}: expected the folder {'/'.join(parts)!r}, {holds}: point data_root at its parent")
     return folder
 
 
@@ -100,7 +100,7 @@ def image_shape(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path} is no image that can be opened ({error}): fetch it again") from error
+        raise DatasetError(f"{path} cannot be opened ({error}), expected an image: fetch it again") from error
 
 
 def rgb(path: Path) -> np.ndarray:
@@ -109,4 +109,4 @@ def rgb(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path} cannot be decoded ({error}): fetch it again") from error
+        raise DatasetError(f"{path} cannot be decoded ({error}), expected an image: fetch it again") from error

@@ -20,7 +20,7 @@ def read_polygons(path: Path) -> list[Polygon]:
     Raises DatasetError: not XML, a document type, an annotation without a name, a vertex without finite X and Y.
     """
     found: list[Polygon] = []
-    state: dict[str, str | None] = {"name": None}
+    state: dict[str, str | None] = {"name": None, "region": None}
     vertices: list[tuple[float, float]] = []
 
     def fail(problem: str) -> DatasetError:
@@ -35,9 +35,10 @@ def read_polygons(path: Path) -> list[Polygon]:
     def start(tag: str, attributes: dict[str, str]) -> None:
         if tag == "Annotation":
             state["name"] = None
-        elif tag == "Attribute" and state["name"] is None:
+        elif tag == "Attribute" and state["name"] is None and state["region"] is None:  # a region may have attributes of its own
             state["name"] = attributes.get("Name")
         elif tag == "Region":
+            state["region"] = tag
             vertices.clear()
         elif tag == "Vertex":
             vertices.append(vertex(attributes))
@@ -53,6 +54,7 @@ def read_polygons(path: Path) -> list[Polygon]:
 
     def end(tag: str) -> None:
         if tag == "Region":
+            state["region"] = None
             if state["name"] is None:
                 raise fail(f"region {len(found) + 1} stands in an annotation without a name")
             found.append((state["name"], np.array(vertices, np.float64).reshape(-1, 2)))
