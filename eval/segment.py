@@ -75,7 +75,8 @@ class FitRecord:
 @dataclass(frozen=True)
 class Segmentation:
     """scores: `monai_dice`; of the honest protocol also pooled `dice` and `iou`, meaned over foreground classes, and
-    `false_positive_um2`; and differences to the floors and between encoders. per_class: pooled `dice/<class>`, background too."""
+    `false_positive_um2` where a reported view is empty; and differences to the floors and between encoders. per_class: pooled
+    `dice/<class>`, background too."""
 
     scores: list[Score]
     per_class: list[Score]
@@ -85,11 +86,10 @@ class Segmentation:
 
 @dataclass(frozen=True)
 class _Cell:
-    """What R decoders of one name and protocol predicted on the reported views. confusion: [R, n, C, C]."""
+    """What R decoders of one name and protocol predicted on the n reported views. mpp: [n], overlaps: R of them."""
 
     encoder: str
     protocol: str
-    confusion: np.ndarray
     mpp: np.ndarray
     side: int
     floor: bool
@@ -233,7 +233,7 @@ def _cell(
     masked_by = "label" if protocol == "honest" else "prediction"
     overlaps = tuple(overlap(counts, masks.ignore, masked_by) for counts in confusion)
     mpp = material.score.effective_mpp(masks.mpp, material.side)[rows]
-    return _Cell(name, protocol, confusion, mpp, material.side, floor, "; ".join(notes), overlaps)
+    return _Cell(name, protocol, mpp, material.side, floor, "; ".join(notes), overlaps)
 
 
 # Scores.

@@ -94,7 +94,7 @@ class DecoderFit:
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
             batch = self.problem.train(self._order[place * config.batch : (place + 1) * config.batch], epoch)
-            with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
                 loss = dice_loss(self.decoder(batch.tokens, batch.rgb), batch.labels, self.problem.ignore, self.masked_by)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()

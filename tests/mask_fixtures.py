@@ -64,7 +64,8 @@ def annotation(regions: list[Region]) -> str:
         parts.append(
             f'<Annotation Id="{number}" Name="" ReadOnly="0" LineColor="65280" Visible="1" Selected="0"><Attributes>'
             f'<Attribute Name="{name}" Id="0" Value="" /></Attributes><Regions><RegionAttributeHeaders />'
-            f'<Region Id="{number}" Type="0" Text="" NegativeROA="0"><Attributes /><Vertices>{corners}</Vertices></Region></Regions><Plots />'
+            f'<Region Id="{number}" Type="0" Text="" NegativeROA="0"><Attributes /><Vertices>{corners}</Vertices></Region>'
+            "</Regions><Plots />"
             "</Annotation>"
         )
     return f'<?xml version="1.0"?><Annotations MicronsPerPixel="0.250000">{"".join(parts)}</Annotations>'

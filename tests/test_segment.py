@@ -8,7 +8,6 @@ from pathlib import Path
 import mask_fixtures as fixtures
 import numpy as np
 import pytest
-import timm
 import torch
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter
@@ -24,14 +23,16 @@ from histoscale.eval.encoder import Architecture, Encoder, encoder_of, open_enco
 from histoscale.eval.mask_views import Cutter, Views, random_crops, score_views
 from histoscale.eval.results import Score
 from histoscale.eval.scores.interval import IntervalConfig
-from histoscale.eval.segment import SegmentConfig, Segmentation, run_segmentation
+from histoscale.eval.segment import Segmentation, SegmentConfig, run_segmentation
 from histoscale.eval.segment_feed import FeedConfig, Material, SegmentError
 from histoscale.eval.segment_fit import FitConfig, HonestConfig, assign_folds
 
 INTERVAL = IntervalConfig(draws=60, level=0.95, seed=0)
 CONFIG = SegmentConfig(
     protocols=["honest", "eva"],
-    fit=FitConfig(learning_rate=1e-2, weight_decay=0.01, warm_epochs=1, warm_divisor=3, batch=8, steps=24, runs=2, floor_runs=1, seed=0),
+    fit=FitConfig(
+        learning_rate=1e-2, weight_decay=0.01, warm_epochs=1, warm_divisor=3, batch=8, steps=24, runs=2, floor_runs=1, seed=0
+    ),
     honest=HonestConfig(folds=3, every=8, patience=3),
     eva_patience={"squares": 3, "monusac": 2, "consep": 2},
     feed=FeedConfig(tokens="fp32", crops=2, encode_batch=8, piece=5, images_in_memory=4),
