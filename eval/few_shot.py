@@ -1,9 +1,8 @@
-"""Probes that learn from a few images of each class, drawn many times: from different patients, as a laboratory would label them."""
+"""Probes that learn from a few images of each class, of different patients, drawn many times."""
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.special import log_softmax
 
 from histoscale.data.keys import key
@@ -39,13 +38,14 @@ class Shots:
 def draw_shots(labels: np.ndarray, patients: np.ndarray, classes: int, shots: int, seed: int, run: int) -> Shots:
     """`shots` rows of each class, of different patients as long as there are any, by key (seed, run).
 
-    labels: int64 [n]; patients: int64 [n], their numbers. Draws of more shots hold those of fewer. Raises ValueError for a class with fewer rows.
+    labels: int64 [n]; patients: int64 [n], their numbers. Draws of more shots hold those of fewer.
+    Raises ValueError for a class with fewer rows.
     """
     chosen, repeated = [], 0
     for c in range(classes):
         rows = np.flatnonzero(labels == c)
         if len(rows) < shots:
-            raise ValueError(f"class {c} has {len(rows)} training images, fewer than {shots} shots: take {shots} out of few_shot.shots")
+            raise ValueError(f"class {c} has {len(rows)} training images: take {shots} out of few_shot.shots")
         order = np.random.default_rng(key(seed, "shots", run, c)).permutation(rows)
         turn = _turns(patients[order])  # 0 for the first row of each patient, 1 for its second, …
         taken = order[np.argsort(turn, kind="stable")[:shots]]
@@ -74,7 +74,8 @@ def few_shot_log_probabilities(
         near.append(prototype_log_probabilities(x, y, classes, queries, config.temperature))
         linear.append(_linear(x, y, classes, queries, config.penalty))
         repeated += shot.repeated
-    note = f"{repeated / config.draws:.3g} of {shots * classes} images a draw come from a patient drawn before" if repeated else ""
+    share = f"{repeated / config.draws:.3g} of {shots * classes}"
+    note = f"{share} images a draw come from a patient that was drawn before" if repeated else ""
     return np.stack(near), np.stack(linear), note
 
 

@@ -19,8 +19,8 @@ class ProbeConfig:
 
     penalties: weights of ½‖W‖² beside the mean log-loss, which compare over data sizes; scikit-learn's C = 1 / (penalty · n).
     penalty_alone: where train is one patient, inside which nothing can be chosen. folds: of the inner selection, and of the outer
-    ones where a set has no test part. tolerance: of the final fit, choosing_tolerance: of those that only choose (`logistic.fit`).
-    neighbours, temperature: of kNN.
+    ones where a set has no test part. tolerance: of the final fit, choosing_tolerance: of those that only choose
+    (`logistic.fit`). neighbours, temperature: of kNN.
     """
 
     pool: str
