@@ -1,5 +1,6 @@
 """Probes that learn from a few images of each class, of different patients, drawn many times."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ from scipy.special import log_softmax
 
 from histoscale.data.keys import key
 from histoscale.eval.logistic import Rows, Standard, fit
-from histoscale.eval.prototype import prototype_log_probabilities
+from histoscale.eval.prototype import Centred, nearest_prototype
 
 TOLERANCE, MAX_ITERATIONS = 1e-4, 1000  # of a fit on a few rows, whose answers are then far nearer than draws are apart
 
@@ -61,30 +62,44 @@ def few_shot_log_probabilities(
     classes: int,
     queries: np.ndarray,
     shots: int,
+    linear: bool,
     config: FewShotConfig,
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Prototypes and linear probes on every draw: two of float64 [draws, m, classes], and a note for the reader.
+) -> tuple[np.ndarray, str]:
+    """Prototypes, or linear probes, on every draw: float64 [draws, m, classes], and a note for the reader.
 
-    features: [n, D], labels, patients: [n], of train; queries: [m, D].
+    features: [n, D], labels, patients: [n], of train; queries: [m, D]. What is standardised is by the features of all of train,
+    whose labels a laboratory would not have, but whose images it has.
     """
-    near, linear, repeated = [], [], 0
     _, numbers = np.unique(patients, return_inverse=True)
-    for shot in (draw_shots(labels, numbers, classes, shots, config.seed, run) for run in range(config.draws)):
-        x, y = features[shot.rows], labels[shot.rows]
-        near.append(prototype_log_probabilities(x, y, classes, queries, config.temperature))
-        linear.append(_linear(x, y, classes, queries, config.penalty))
-        repeated += shot.repeated
-    share = f"{repeated / config.draws:.3g} of {shots * classes}"
-    note = f"{share} images a draw come from a patient that was drawn before" if repeated else ""
-    return np.stack(near), np.stack(linear), note
+    draws = [draw_shots(labels, numbers, classes, shots, config.seed, run) for run in range(config.draws)]
+    repeated = sum(draw.repeated for draw in draws) / config.draws
+    note = f"{repeated:.3g} of {shots * classes} images a draw come from a patient that was drawn before" if repeated else ""
+    if linear:
+        return _linear(features, labels, classes, queries, [draw.rows for draw in draws], config.penalty), note
+    origin = features.mean(axis=0, dtype=np.float64)
+    near, asked = Centred.of(features, origin), Centred.of(queries, origin)
+    logs = [
+        nearest_prototype(Centred(near.x[rows], near.squares[rows]), labels[rows], classes, asked, config.temperature)
+        for rows in (draw.rows for draw in draws)
+    ]
+    return np.stack(logs), note
 
 
-def _linear(x: np.ndarray, labels: np.ndarray, classes: int, queries: np.ndarray, penalty: float) -> np.ndarray:
-    standard = Standard.of(x)
-    rows = Rows.of(x, standard, "cpu")
-    found = fit(rows, labels, classes, penalty, np.ones((1, len(x)), bool), TOLERANCE, MAX_ITERATIONS, None)
-    weights, bias = found.weights(rows)
-    return log_softmax(standard(queries) @ weights[0] + bias[0], axis=1)
+def _linear(
+    features: np.ndarray, labels: np.ndarray, classes: int, queries: np.ndarray, draws: Sequence[np.ndarray], penalty: float
+) -> np.ndarray:
+    """All draws as the folds of one fit on the rows that any of them holds."""
+    used = np.unique(np.concatenate(draws))
+    standard = Standard.of(features)
+    rows = Rows.of(features[used], standard, "cpu")
+    inside = np.stack([np.isin(used, drawn) for drawn in draws])
+    found = fit(rows, labels[used], classes, penalty, inside, TOLERANCE, MAX_ITERATIONS, None)
+    weights, bias = found.weights(rows)  # [F, D, K], [F, K]
+    slopes = weights / standard.deviation[:, None]  # of queries as they are: one product for all draws
+    offsets = bias - standard.mean @ slopes
+    flat = slopes.transpose(1, 0, 2).reshape(slopes.shape[1], -1).astype(np.float32)
+    logits = (queries.astype(np.float32) @ flat).reshape(len(queries), len(draws), classes).transpose(1, 0, 2)
+    return log_softmax(logits.astype(np.float64) + offsets[:, None], axis=2)
 
 
 def _turns(codes: np.ndarray) -> np.ndarray:

@@ -17,11 +17,13 @@ FLOOR_POOLS = ("cls", "cls+mean")
 
 @dataclass(frozen=True)
 class FloorsConfig:
-    """initialisations: how many untrained encoders the `random` floor averages. trees, leaf: of the colour forest."""
+    """initialisations: how many untrained encoders the `random` floor averages. trees, leaf: of the colour forest, rows: that it
+    is grown on at most."""
 
     initialisations: int
     trees: int
     leaf: int
+    rows: int
     seed: int
 
 
