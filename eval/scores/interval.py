@@ -93,6 +93,76 @@ def paired_difference(
     return patient_bootstrap(lambda rows: first(rows) - second(rows), patients, config, strata)
 
 
+Totals = Callable[[np.ndarray], np.ndarray]  # sums over rows [..., C] -> a number each [...], NaN where undefined
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """The draws of `patient_bootstrap` for n rows, once for every statistic that is a function of sums over rows.
+
+    codes: int64 [n], the patient of each row. counts: uint8 [draws, P], how often each draw took each patient; no draws under 20
+    patients."""
+
+    codes: np.ndarray
+    counts: np.ndarray
+    config: IntervalConfig
+
+    @staticmethod
+    def of(patients: Sequence[str] | np.ndarray, config: IntervalConfig) -> "Resampling":
+        """Raises ValueError for no rows."""
+        if len(patients) == 0:
+            raise ValueError("an interval needs at least one row, got none")
+        _, codes = np.unique(np.asarray(patients), return_inverse=True)
+        number = int(codes.max()) + 1
+        draws = config.draws if number >= BOOTSTRAP_PATIENTS else 0
+        counts = np.empty((draws, number), np.uint8)  # a patient is drawn 256 times with probability 1e-507
+        for part in _batches(draws, number):
+            counts[part] = _counted(np.arange(draws)[part], number, 0, config.seed)
+        return Resampling(codes, counts, config)
+
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each patient: float [n, C] -> float64 [P, C]."""
+        found = np.zeros((self.codes.max() + 1, rows.shape[1]))
+        for column in range(rows.shape[1]):
+            found[:, column] = np.bincount(self.codes, weights=rows[:, column], minlength=len(found))
+        return found
+
+    def interval(self, sums: np.ndarray, statistic: Totals) -> Interval:
+        """`patient_bootstrap` of a statistic of totals, by one matrix product. sums: float64 [P, C]."""
+        total, number, level = sums.sum(0), len(sums), self.config.level
+        value, units = float(statistic(total[None])[0]), len(self.codes)
+        if math.isnan(value):
+            return Interval(value, None, None, number, units, "interval withheld: the statistic is undefined on these rows")
+        if number < REPORTABLE_PATIENTS:
+            why = f"interval withheld: {number} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one"
+            return Interval(value, None, None, number, units, why)
+        if number < BOOTSTRAP_PATIENTS:
+            return _pseudo_t(value, statistic(total - sums), units, level)
+        draws = len(self.counts)
+        values = np.concatenate([statistic(self.counts[part] @ sums) for part in _batches(draws, max(number, sums.shape[1]))])
+        redrawn, attempt = 0, 0
+        while len(open_ := np.flatnonzero(np.isnan(values))):
+            redrawn, attempt = redrawn + len(open_), attempt + 1
+            if redrawn > MAX_REDRAWN * draws:
+                why = f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates"
+                return Interval(value, None, None, number, units, why)
+            values[open_] = statistic(_counted(open_, number, attempt, self.config.seed) @ sums)
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        note = f"{redrawn} undefined replicates drawn again" if redrawn else ""
+        return Interval(value, float(low), float(high), number, units, note)
+
+
+def _counted(draws: np.ndarray, patients: int, attempt: int, seed: int) -> np.ndarray:
+    """float64 [len(draws), patients]: how often each was drawn."""
+    chosen = _draw([np.arange(patients)], draws, attempt, seed) + np.arange(len(draws))[:, None] * patients
+    return np.bincount(chosen.ravel(), minlength=len(draws) * patients).reshape(len(draws), patients).astype(np.float64)
+
+
+def _batches(draws: int, width: int) -> list[slice]:
+    size = max((1 << 22) // width, 1)
+    return [slice(start, min(start + size, draws)) for start in range(0, draws, size)]
+
+
 def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, units: int, level: float) -> Interval:
     """Student's t on one number a patient: the jackknife pseudo-value nθ − (n−1)θ₋ᵢ (Arvesen 1969, doi 10.1214/aoms/1177697287).
 
@@ -100,6 +170,12 @@ def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, un
     """
     n = len(members)
     without = np.array([statistic(np.concatenate(members[:i] + members[i + 1 :])) for i in range(n)])
+    return _pseudo_t(value, without, units, level)
+
+
+def _pseudo_t(value: float, without: np.ndarray, units: int, level: float) -> Interval:
+    """without: [patients], the statistic without each."""
+    n = len(without)
     if np.isnan(without).any():
         return Interval(value, None, None, n, units, "interval withheld: the statistic is undefined without one of the patients")
     pseudo = n * value - (n - 1) * without
