@@ -33,10 +33,10 @@ from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.datasets.spots import LabelledSpots
 from histoscale.eval.datasets.tp53 import StudyPatches
 from histoscale.eval.encoder import Encoder, open_encoder, random_floor_spec
-from histoscale.eval.eva import EvaConfig
+from histoscale.eval.eva import EvaConfig, eva
 from histoscale.eval.features import Vectors, embed_patches
-from histoscale.eval.few_shot import FewShotConfig
 from histoscale.eval.floors import FLOOR_POOLS, FloorsConfig
+from histoscale.eval.honest import HonestConfig, check_probes, colour_floor, honest, random_floor
 from histoscale.eval.leakage import (
     Sourced,
     corpus_of_catalog,
@@ -53,18 +53,19 @@ from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.regression import Embedded, RegressionConfig, average, run_hest
 from histoscale.eval.resolution import ResolutionConfig, sight_of, view_of
 from histoscale.eval.results import Outcome, Score
-from histoscale.eval.scores.interval import Interval, IntervalConfig
-from histoscale.eval.scoring import About, scores_of
+from histoscale.eval.scores.interval import Interval
+from histoscale.eval.scoring import ScoringConfig, Truth, check_metrics, score
+from histoscale.eval.scoring import Seen as Sight
 from histoscale.eval.segment import SegmentConfig, run_segmentation
-from histoscale.eval.suite import PROTOCOLS, Seen, eva_outcomes, honest_outcomes
 from histoscale.eval.table import summary
 from histoscale.eval.table_text import markdown_table, terminal_table
 from histoscale.eval.within_study import LEAST, prior_outcomes, within_study_scores
 
 RESULT = (
     "encoder", "precision", "dataset", "data_root", "catalog", "pretraining", "cut", "protocols", "resolution", "probe",
-    "few_shot", "eva", "segment", "regression", "floors", "interval", "report",
+    "honest", "eva", "segment", "regression", "floors", "scoring", "report",
 )  # fmt: skip
+PROTOCOLS = ("honest", "eva")
 EVA_INPUT = ResolutionConfig("eva", None)
 LEFT_OUT = ("few_shot",)  # probes whose many draws would make the file of predictions large
 
@@ -89,12 +90,12 @@ class Config:
     protocols: list[str]
     resolution: ResolutionConfig
     probe: ProbeConfig
-    few_shot: FewShotConfig
+    honest: HonestConfig
     eva: EvaConfig
     segment: SegmentConfig
     regression: RegressionConfig
     floors: FloorsConfig
-    interval: IntervalConfig
+    scoring: ScoringConfig
     report: ReportConfig
     batch: int
     threads: int
@@ -117,7 +118,8 @@ class Found:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The bytes behind the names: weights and data."""
+    """The bytes behind the names: weights and data. Raises ValueError for a protocol, probe or metric that is none."""
+    check(config)
     store = Store(config.storage)
     encoder = open_encoder(config.encoder, store, "cpu", config.precision)
     opened = open_labelled(config, store)
@@ -137,9 +139,8 @@ def open_labelled(config: Config, store: Store) -> LabelledPatches | LabelledMas
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    """Raises ValueError for a protocol that is none, or a set that the protocol cannot be followed on."""
-    check_pool(config.probe.pool)
-    _check_protocols(config)
+    """Raises ValueError for a configuration that cannot be, DatasetError for a set, and what encoders raise."""
+    check(config)
     store, ranks = Store(config.storage), open_ranks(config.device)
     opened = open_labelled(config, store)
     encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
@@ -173,14 +174,19 @@ def label_of(spec: str) -> str:
     return f"{prefix}:{path.name}".removeprefix(":") if path.exists() else spec
 
 
-def _check_protocols(config: Config) -> None:
+def check(config: Config) -> None:
+    """Mistakes are found before anything is embedded. Raises ValueError."""
+    for pool in (config.probe.pool, config.eva.pool, *config.honest.pools):
+        check_pool(pool)
+    check_probes(config.honest)
+    check_metrics(config.scoring)
     wrong = sorted(set(config.protocols) - set(PROTOCOLS))
     if wrong or not config.protocols:
         raise ValueError(f"protocols is {config.protocols}: expected one or both of {', '.join(PROTOCOLS)}")
-    if config.dataset.name == "pcam_10shot" and (config.few_shot.shots != [10] or config.eva.shots != 10):
+    if config.dataset.name == "pcam_10shot" and (config.honest.few_shot.shots != [10] or config.eva.shots != 10):
         raise ValueError(
-            f"dataset=pcam_10shot learns from 10 tiles of each class, but few_shot.shots is {config.few_shot.shots} and eva.shots "
-            f"{config.eva.shots}: add few_shot=ten eva=ten_shot"
+            f"dataset=pcam_10shot learns from 10 tiles of each class, but honest.few_shot.shots is "
+            f"{config.honest.few_shot.shots} and eva.shots {config.eva.shots}: add honest.few_shot.shots=[10] eva=ten_shot"
         )
 
 
@@ -200,7 +206,8 @@ def _patches(
     found = Found([])
     encoders = [encoder, *untrained, colour]
     outcomes: dict[str, list[Outcome]] = {}
-    reads: dict[str, int] = {}
+    features: dict[str, np.ndarray] = {}
+    truth = Truth(patches)
     for protocol in config.protocols:
         resolution = EVA_INPUT if protocol == "eva" else config.resolution
         if protocol == "eva" and not patches.usage.eva_select:
@@ -211,37 +218,29 @@ def _patches(
         )
         if not ranks.main:
             continue
-        about = _about(name, encoders, vectors[0], resolution, patches)
-        journal.say(f"{name} on {patches.name}, protocol {protocol}, resolution {resolution.name}: {_seen(about, name)}")
-        seen = Seen(name, vectors[0], vectors[1:-1], vectors[-1])
-        if protocol == "eva":
-            made = eva_outcomes(seen, patches, config.eva, ranks.device)
-        else:
-            made, remarks = honest_outcomes(seen, patches, config.probe, config.few_shot, config.floors, ranks.device)
-            found.remarks += remarks
+        seen = _sights(name, encoders, vectors[0], resolution, patches)
+        journal.say(f"{name} on {patches.name}, protocol {protocol}, resolution {resolution.name}: {_words(seen[name])}")
+        asked = _eva if protocol == "eva" else _honest
+        made = asked(name, vectors[0], vectors[1:-1], vectors[-1], patches, config, ranks)
         if config.dataset.name == "pcam_10shot":
             made = [outcome for outcome in made if outcome.probe.startswith("few_shot")]
         if isinstance(patches, StudyPatches):
-            found.scores += _within_studies(made, patches, about, protocol, config)
+            found.scores += _within_studies(made, patches, seen, protocol, config)
         else:
-            scores, looked = scores_of(made, patches, about, config.interval)
-            found.scores += scores
-            reads = {role: reads.get(role, 0) + looked.get(role, 0) for role in {**reads, **looked}}
+            found.scores += score(made, patches, truth, seen, config.scoring)
         outcomes.setdefault(resolution.name, []).extend(made)
         found.remarks += _twins(vectors[0], patches)
-        features = {name: vectors[0].pooled(config.probe.pool)}
-    if not ranks.main or not outcomes:
+        features[name] = vectors[0].pooled(config.probe.pool)
+    if not outcomes:
         return found
     kept = {key: [o for o in made if not o.probe.startswith(LEFT_OUT)] for key, made in outcomes.items()}
     found.predictions = predictions_of(patches, kept, found.scores, {name: encoder.hash})
     found.sets = [SetResults(patches, outcomes, features)]
     found.remarks = list(dict.fromkeys(found.remarks))
-    found.remarks += [
-        f"reads: {count} sets of decisions (encoder, floors and their probes) were compared with the labels of {role}, each once"
-        for role, count in reads.items()
-    ]
+    if truth.reads:
+        found.remarks.append(f"{truth} (how often the labels of a part were opened, each time after all was fitted)")
     if patches.groups == "none":
-        found.remarks.append("groups: none; no patients are known, so intervals take every image as independent and are too narrow")
+        found.remarks.append("groups: none; no patients are known: intervals take images as independent and are too narrow")
     if not len(patches.rows("external")):
         found.remarks.append("no external site: nothing is said about other hospitals")
     train = patches.rows("train")
@@ -250,38 +249,63 @@ def _patches(
     return found
 
 
-def _about(
+def _honest(
+    name: str, own: Vectors, untrained: Sequence[Vectors], colour: Vectors, patches: LabelledPatches, config: Config, ranks: Ranks
+) -> list[Outcome]:
+    """The primary pool first, which summaries and cards show."""
+    pools = [config.probe.pool, *(pool for pool in config.honest.pools if pool != config.probe.pool)]
+    with_tokens = pools if own.mean.shape[1] else pools[:1]
+    rest = (patches, config.honest, config.probe)
+    made = [one for pool in with_tokens for one in honest([own.pooled(pool)], name, pool, *rest, ranks.device)]
+    if untrained:
+        made += random_floor({pool: [v.pooled(pool) for v in untrained] for pool in FLOOR_POOLS}, *rest, ranks.device)
+    return made + colour_floor(colour.cls, *rest, config.floors, ranks.device)
+
+
+def _eva(
+    name: str, own: Vectors, untrained: Sequence[Vectors], colour: Vectors, patches: LabelledPatches, config: Config, ranks: Ranks
+) -> list[Outcome]:
+    """The encoder, the untrained ones with one run each, and colour."""
+    pool, one = config.eva.pool, replace(config.eva, runs=1)
+    made = eva(own.pooled(pool), name, pool, patches, config.eva, ranks.device)
+    each = [eva(v.pooled(pool), "random", pool, patches, one, ranks.device) for v in untrained]
+    made += [replace(parts[0], logs=np.concatenate([p.logs for p in parts])) for parts in zip(*each, strict=True)]
+    return made + eva(colour.cls, "colour", "42 numbers", patches, config.eva, ranks.device)
+
+
+def _sights(
     name: str, encoders: Sequence[Encoder], own: Vectors, resolution: ResolutionConfig, patches: LabelledPatches
-) -> About:
+) -> dict[str, Sight]:
     assert own.sizes is not None
-    mpps: dict[str, float | None] = {}
-    fields: dict[str, float | None] = {}
+    found = {}
     for label, encoder in ((name, encoders[0]), ("random", encoders[0]), ("colour", encoders[-1])):
         sight = sight_of(own.sizes, view_of(encoder.size_px, encoder.interpolation, resolution, patches.mpp), patches.mpp)
-        mpps[label] = None if sight.effective_mpp is None else sight.effective_mpp.median
-        fields[label] = None if sight.field_um is None else sight.field_um.median
-    return About(resolution.name, mpps, fields)
+        mpp = None if sight.effective_mpp is None else sight.effective_mpp.median
+        found[label] = Sight(resolution.name, mpp, None if sight.field_um is None else sight.field_um.median)
+    return found
 
 
-def _seen(about: About, name: str) -> str:
-    mpp, side = about.effective_mpp[name], about.field_um[name]
-    return "the set's µm/px are unknown" if mpp is None else f"the encoder sees {mpp:.4g} µm/px, a field of {side:.4g} µm"
+def _words(sight: Sight) -> str:
+    if sight.effective_mpp is None:
+        return "the set's µm/px are unknown"
+    return f"the encoder sees {sight.effective_mpp:.4g} µm/px, a field of {sight.field_um:.4g} µm"
 
 
 def _within_studies(
-    made: Sequence[Outcome], patches: StudyPatches, about: About, protocol: str, config: Config
+    made: Sequence[Outcome], patches: StudyPatches, seen: Mapping[str, Sight], protocol: str, config: Config
 ) -> list[Score]:
     """Inside studies alone: a pooled score would reward telling organs apart. Priors that see no pixel stand beside."""
-    floors = prior_outcomes(patches) if protocol == "honest" else []
+    priors = prior_outcomes(patches) if protocol == "honest" else []
     found = []
-    for outcome in [*(o for o in made if not o.probe.startswith("few_shot")), *floors]:
-        mpp, side = about.effective_mpp.get(outcome.encoder), about.field_um.get(outcome.encoder)
-        floor = outcome.encoder in ("random", "colour") or outcome in floors
+    for outcome in [*(o for o in made if not o.probe.startswith("few_shot")), *priors]:
+        sight = seen.get(outcome.encoder, Sight("", None, None))
+        floor = outcome.encoder not in seen or outcome.encoder in ("random", "colour")
         nothing = Interval(math.nan, None, None, 0, 0, "")
         form = Score(
-            patches.name, "", "", about.resolution, protocol, "", "", "", nothing, patches.groups, 1, None, mpp, side, floor, "", ""
-        )
-        found += within_study_scores(patches, [outcome], form, LEAST, config.interval)
+            patches.name, "", "", sight.resolution, protocol, "", "", "", nothing, patches.groups, 1, None,
+            sight.effective_mpp, sight.field_um, floor, "", "",
+        )  # fmt: skip
+        found += within_study_scores(patches, [outcome], form, LEAST, config.scoring.interval)
     return found
 
 
@@ -321,16 +345,16 @@ def _spots(
         )
         if not ranks.main:
             continue
-        about = _about(name, encoders, vectors[0], config.resolution, patches)
+        seen = _sights(name, encoders, vectors[0], config.resolution, patches)
 
-        def row(label: str, pool: str, held: Sequence[Vectors], floor: bool, about: About = about) -> Embedded:
-            features = [v.pooled(pool) for v in held]
-            return Embedded(label, pool, about.resolution, features, about.effective_mpp[label], about.field_um[label], floor)
+        def row(label: str, pool: str, held: Sequence[Vectors], floor: bool, seen: dict[str, Sight] = seen) -> Embedded:
+            features, sight = [v.pooled(pool) for v in held], seen[label]
+            return Embedded(label, pool, sight.resolution, features, sight.effective_mpp, sight.field_um, floor)
 
         rows = [row(name, config.probe.pool, vectors[:1], False)]
         rows += [row("random", pool, vectors[1:-1], True) for pool in FLOOR_POOLS if untrained]
         rows.append(row("colour", "cls", vectors[-1:], True))
-        found.scores += run_hest(rows, spots, config.regression, config.interval)
+        found.scores += run_hest(rows, spots, config.regression, config.scoring.interval)
     if ranks.main:
         found.scores += average(found.scores, AVERAGED)
         found.about = {"data_hash": [spots.hash for spots in tasks], "groups": tasks[0].groups}
@@ -348,7 +372,8 @@ def _masks(
 ) -> Found:
     if not ranks.main:  # decoders are fitted by one process
         return Found([])
-    made = run_segmentation([encoder], untrained, masks, config.segment, config.interval, journal.path("segment"), journal)
+    folder, interval = journal.path("segment"), config.scoring.interval
+    made = run_segmentation([encoder], untrained, masks, config.segment, interval, folder, journal)
     rename = {encoder.name: name}
     scores = [_named(score, rename) for score in [*made.scores, *made.per_class]]
     images = [
@@ -386,7 +411,7 @@ def _leaks(encoder: Encoder, labelled: Sourced, config: Config, store: Store) ->
 
 
 def _write(name: str, found: Found, remarks: Sequence[str], config: Config, journal: Journal) -> None:
-    level, table = config.interval.level, config.report.table
+    level, table = config.scoring.interval.level, config.report.table
     words = terminal_table(found.scores, level, table)
     said = "\n".join(f"! {remark}" for remark in remarks)
     journal.say(f"{words}\n{said}")

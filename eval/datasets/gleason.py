@@ -19,7 +19,7 @@ ARCHIVE = "the patches of eiriniar/gleason_CNN (create_patches.py)"
 COUNTS = {"train": 15303, "select": 2482, "report": 4967}
 SIDE = 750
 # eva reports the part that it chooses on; the honest protocol folds over train and select by array and reports ZT80.
-USAGE = Usage(choose="folds", eva_select="select", eva_report=("select",), positive=None, ordered=True)
+USAGE = Usage(choose="folds", eva_select="select", eva_report=("select",), positive=None)
 _NAME = re.compile(r"(?P<array>ZT\d+)(?P<core>_.+)?_patch_\d+_class_(?P<grade>[0-3])\.jpg")
 
 

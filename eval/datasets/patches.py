@@ -39,14 +39,12 @@ class Usage:
     `outer` (the set has no test part: grouped folds over everything that is labelled are reported).
     eva_select: the role that eva selects its checkpoint on; eva_report: the roles that eva reports, first the one it ranks by.
     positive: the class whose probability AUROC, F1 and operating points of a binary set look at; None with more classes.
-    ordered: whether the classes are grades, so that quadratic kappa says something.
     """
 
     choose: str
     eva_select: str
     eva_report: tuple[str, ...]
     positive: str | None
-    ordered: bool = False
 
 
 USAGE_OF_OWN = Usage(choose="folds", eva_select="report", eva_report=("report",), positive=None)
