@@ -244,5 +244,6 @@ def _score(
     spread = float(runs.std(ddof=1)) if len(runs) > 1 and not minus else None
     return Score(
         patches.name, outcome.encoder, outcome.embedding, how.resolution, outcome.protocol, outcome.probe, outcome.role, metric,
-        interval, patches.groups, len(runs), spread, how.effective_mpp, how.field_um, outcome.encoder in FLOORS, minus, outcome.note,
+        interval, patches.groups, len(runs), spread, how.effective_mpp, how.field_um, outcome.encoder in FLOORS, minus,
+        outcome.note,
     )  # fmt: skip

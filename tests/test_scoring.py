@@ -119,7 +119,7 @@ def test_undefined_replicates_are_drawn_again_and_counted() -> None:
 def test_few_patients_get_no_interval_and_the_count_is_why() -> None:
     patches = patches_of(2, 9)
     for one in score([outcome(patches, 1.0)], patches, Truth(patches), SEEN, CONFIG):
-        assert one.interval.low is None and "9 patients" in one.note
+        assert one.interval.low is None and "9 patients" in one.interval.note
 
 
 def test_areas_of_one_run_and_class_are_obuchowskis() -> None:
