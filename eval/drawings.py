@@ -12,7 +12,7 @@ from histoscale.eval.scores.calibration import Bins
 
 LABEL_PX, PLOT_PX, VALUE_PX, ROW_PX = 220, 400, 200, 24
 _LEAST_PX = 560  # a narrow screen scrolls a drawing rather than shrinking its letters further
-_LETTERS = 32  # of a label; longer ones are cut at the front
+_LETTERS = 27  # of a label; longer ones are cut at the front
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from histoscale.eval.table import (
     TableConfig,
     blocks,
     general_notes,
+    is_few_shot,
     metric_words,
     number,
     probe_words,
@@ -119,7 +120,7 @@ def write_patch_report(
     Pictures of all sets share `config.gallery.budget_mb`. Raises ValueError when two scores claim one place.
     """
     found, notes, pictures = blocks(scores, config.table.published), Footnotes(), Pictures(config.gallery)
-    few = [block for block in found if block.probe.startswith("few_shot/")]
+    few = [block for block in found if is_few_shot(block.probe)]
     chapters = [score_chapter([block for block in found if block not in few], notes, sets)]
     chapters += few_shot_chapter(scores, few, notes, sets)
     for results in sets:
@@ -250,11 +251,11 @@ def _published_grid(block: Block) -> list[Part]:
 def few_shot_chapter(
     scores: Sequence[Score], found: Sequence[Block], notes: Footnotes, sets: Sequence[SetResults]
 ) -> list[Chapter]:
-    """Curves of the first metric of every `few_shot/<k>` set, protocol and role; below, folded, every number."""
-    few = [score for score in scores if score.probe.startswith("few_shot/") and not score.minus]
+    """Curves of the first metric of every kind of few-shot probe, set, protocol and role; below, folded, every number."""
+    few = [score for score in scores if is_few_shot(score.probe) and not score.minus]
     parts: list[Part] = []
-    for place in dict.fromkeys((score.dataset, score.protocol, score.role) for score in few):
-        inside = [score for score in few if (score.dataset, score.protocol, score.role) == place]
+    for place in dict.fromkeys((score.dataset, score.protocol, score.role, _kind(score)) for score in few):
+        inside = [score for score in few if (score.dataset, score.protocol, score.role, _kind(score)) == place]
         metric = inside[0].metric
         classes = next((len(results.patches.classes) for results in sets if results.patches.name == place[0]), None)
         curves = []
@@ -264,7 +265,8 @@ def few_shot_chapter(
             if own:
                 curves.append(_curve(" ".join(filter(None, form[:2])), own))
         if curves:
-            words = f"{place[0]}, protocol {place[1]}: mean over draws of the training images; bars are the intervals."
+            kind = "prototypes" if place[3] == "few_shot_prototype" else "linear probes"
+            words = f"{place[0]}, protocol {place[1]}, {kind}: mean over draws of the training images; bars are the intervals."
             parts.append(Drawing(shots_plot(curves, metric_words(metric), _chance(metric, classes)), words))
     tables: list[Part] = []
     for block in found:
@@ -274,7 +276,11 @@ def few_shot_chapter(
 
 
 def _shots(score: Score) -> int:
-    return int(score.probe.removeprefix("few_shot/"))
+    return int(score.probe.rpartition("/")[2])
+
+
+def _kind(score: Score) -> str:
+    return score.probe.rpartition("/")[0]
 
 
 def _curve(label: str, own: Sequence[Score]) -> Curve:

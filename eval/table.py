@@ -171,10 +171,15 @@ def sized(score: Score) -> str:
     return f"{interval.units:,} images of {interval.patients:,} {score.groups}{'' if interval.patients == 1 else 's'}"
 
 
+def is_few_shot(probe: str) -> bool:
+    return probe.startswith("few_shot")
+
+
 def probe_words(probe: str) -> str:
-    if probe.startswith("few_shot/"):
-        shots = probe.removeprefix("few_shot/")
-        return f"{shots} image{'' if shots == '1' else 's'} a class"
+    if is_few_shot(probe):
+        kind, _, shots = probe.rpartition("/")
+        words = f"{shots} image{'' if shots == '1' else 's'} a class"
+        return f"{words}, prototypes" if kind == "few_shot_prototype" else words
     return PROBE_WORDS.get(probe, probe.replace("_", " "))
 
 

@@ -21,7 +21,7 @@ from histoscale.eval.patch_report import ReportConfig, few_shot_chapter, score_c
 from histoscale.eval.results import Score
 from histoscale.eval.runs import gathered, mcnemar_tests, open_runs, paired_scores
 from histoscale.eval.scores.interval import IntervalConfig
-from histoscale.eval.table import Footnotes, blocks, cell, general_notes, number, summary
+from histoscale.eval.table import Footnotes, blocks, cell, general_notes, is_few_shot, number, summary
 from histoscale.eval.table_text import markdown_overview, markdown_table, terminal_overview, terminal_table
 
 RESULT = ("runs", "metrics", "paired", "mcnemar", "interval", "report")
@@ -94,7 +94,7 @@ def _write_page(
     config: Config,
 ) -> None:  # fmt: skip
     table = blocks(scores, config.report.table.published)
-    few, notes = [block for block in table if block.probe.startswith("few_shot/")], Footnotes()
+    few, notes = [block for block in table if is_few_shot(block.probe)], Footnotes()
     parts: list[Part] = []
     for one in found:
         parts += [Heading(one.title, ""), _overview_grid(one)]

@@ -57,7 +57,7 @@ from histoscale.eval.scores.interval import Interval
 from histoscale.eval.scoring import ScoringConfig, Truth, check_metrics, score
 from histoscale.eval.scoring import Seen as Sight
 from histoscale.eval.segment import SegmentConfig, run_segmentation
-from histoscale.eval.table import summary
+from histoscale.eval.table import is_few_shot, summary
 from histoscale.eval.table_text import markdown_table, terminal_table
 from histoscale.eval.within_study import LEAST, prior_outcomes, within_study_scores
 
@@ -67,7 +67,6 @@ RESULT = (
 )  # fmt: skip
 PROTOCOLS = ("honest", "eva")
 EVA_INPUT = ResolutionConfig("eva", None)
-LEFT_OUT = ("few_shot",)  # probes whose many draws would make the file of predictions large
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def _patches(
         asked = _eva if protocol == "eva" else _honest
         made = asked(name, vectors[0], vectors[1:-1], vectors[-1], patches, config, ranks)
         if config.dataset.name == "pcam_10shot":
-            made = [outcome for outcome in made if outcome.probe.startswith("few_shot")]
+            made = [outcome for outcome in made if is_few_shot(outcome.probe)]
         if isinstance(patches, StudyPatches):
             found.scores += _within_studies(made, patches, seen, protocol, config)
         else:
@@ -233,7 +232,8 @@ def _patches(
         features[name] = vectors[0].pooled(config.probe.pool)
     if not outcomes:
         return found
-    kept = {key: [o for o in made if not o.probe.startswith(LEFT_OUT)] for key, made in outcomes.items()}
+    # The draws of few-shot probes would make the file large.
+    kept = {key: [o for o in made if not is_few_shot(o.probe)] for key, made in outcomes.items()}
     found.predictions = predictions_of(patches, kept, found.scores, {name: encoder.hash})
     found.sets = [SetResults(patches, outcomes, features)]
     found.remarks = list(dict.fromkeys(found.remarks))
@@ -297,7 +297,7 @@ def _within_studies(
     """Inside studies alone: a pooled score would reward telling organs apart. Priors that see no pixel stand beside."""
     priors = prior_outcomes(patches) if protocol == "honest" else []
     found = []
-    for outcome in [*(o for o in made if not o.probe.startswith("few_shot")), *priors]:
+    for outcome in [*(o for o in made if not is_few_shot(o.probe)), *priors]:
         sight = seen.get(outcome.encoder, Sight("", None, None))
         floor = outcome.encoder not in seen or outcome.encoder in ("random", "colour")
         nothing = Interval(math.nan, None, None, 0, 0, "")
@@ -412,12 +412,15 @@ def _leaks(encoder: Encoder, labelled: Sourced, config: Config, store: Store) ->
 
 def _write(name: str, found: Found, remarks: Sequence[str], config: Config, journal: Journal) -> None:
     level, table = config.scoring.interval.level, config.report.table
-    words = terminal_table(found.scores, level, table)
+    shown = [score for score in found.scores if not is_few_shot(score.probe)] or found.scores
+    if len(shown) < len(found.scores):
+        remarks = [*remarks, "probes on a few images of each class stand in report.html and summary.json"]
+    words = terminal_table(shown, level, table)
     said = "\n".join(f"! {remark}" for remark in remarks)
     journal.say(f"{words}\n{said}")
     write_atomic(journal.path("table.txt"), f"{words}\n{said}\n")
     listed = "\n".join(f"- {remark}" for remark in remarks)
-    write_atomic(journal.path("table.md"), f"{markdown_table(found.scores, level, table)}\n{listed}\n")
+    write_atomic(journal.path("table.md"), f"{markdown_table(shown, level, table)}\n{listed}\n")
     title = f"{name} on {config.dataset.name}"
     write_patch_report(
         journal.path("report.html"), title, found.scores, level, config.report, found.sets, found.segmentations, [],
