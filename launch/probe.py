@@ -381,7 +381,9 @@ def _masks(
         for one in made.examples
         if one.encoder == encoder.name
     ]
-    page = Segmentation(masks.name, name, masks.classes, masks.ignore, images)
+    beyond = masks.ignore is not None and masks.ignore >= len(masks.classes)
+    classes = (*masks.classes, "ambiguous") if beyond else masks.classes
+    page = Segmentation(masks.name, name, classes, masks.ignore, images)
     return Found(scores, segmentations=[page], about={"data_hash": masks.hash, "groups": masks.groups})
 
 
