@@ -52,6 +52,7 @@ from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.phase import Phase, phase_reached
+from histoscale.pretrain.preempted import Preempted
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 
@@ -173,8 +174,8 @@ def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, l
     try:
         result = trainer.train(trainer.TrainConfig(**shared), batches, watchers, journal, ranks, facts, phase)
         if result.stopping and not last:  # asked to stop in the very last step
-            raise trainer.Preempted(result.step)
-    except trainer.Preempted:
+            raise Preempted(result.step)
+    except Preempted:
         close_ranks()
         raise
     finally:

@@ -18,7 +18,7 @@ from histoscale.data.journal import Journal, plain, scrub, scrubbed, write_atomi
 from histoscale.launch.config import COMMANDS, Composed, ConfigError, flatten, load, under_torchrun
 from histoscale.launch.doctor import quick_check
 from histoscale.launch.explain import help_text
-from histoscale.pretrain.trainer import Preempted
+from histoscale.pretrain.preempted import Preempted
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: batch systems requeue on it

@@ -45,6 +45,7 @@ from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, table_text, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
 from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
+from histoscale.pretrain.preempted import Preempted
 from histoscale.pretrain.saving import Saver
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
@@ -85,14 +86,6 @@ class TrainResult:
     checkpoint: Path
     row: dict[str, float]
     stopping: bool
-
-
-class Preempted(Exception):
-    """The run was asked to stop (SIGTERM, SIGUSR1) and has saved itself after `step` steps."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped on request after step {step}; the same command continues")
-        self.step = step
 
 
 class Collapsed(ValueError):

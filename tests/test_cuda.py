@@ -20,7 +20,8 @@ from histoscale.data.views import make_undistorted, make_views
 from histoscale.pretrain.blocks import unavailable
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.guard import LossScaleConfig, NonFinite
-from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
+from histoscale.pretrain.preempted import Preempted
+from histoscale.pretrain.trainer import TrainConfig, TrainResult, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CUDA = torch.device("cuda", 0)

@@ -24,7 +24,8 @@ from histoscale.eval.online import Online, chosen_patches
 from histoscale.eval.probe import fit_linear
 from histoscale.launch.run import invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
-from histoscale.pretrain.trainer import Preempted, train
+from histoscale.pretrain.preempted import Preempted
+from histoscale.pretrain.trainer import train
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)
 PROGRAM = Path(__file__).with_name("online_ranks.py")

@@ -19,8 +19,9 @@ from histoscale.data.ranks import Ranks
 from histoscale.pretrain.backbone import build_backbone
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.phase import ONLY, Phase
+from histoscale.pretrain.preempted import Preempted
 from histoscale.pretrain.start import StartError, resize_positions
-from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
+from histoscale.pretrain.trainer import TrainConfig, TrainResult, train
 
 PROGRAM = Path(__file__).with_name("train_tiny.py")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)

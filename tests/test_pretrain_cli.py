@@ -20,7 +20,7 @@ from histoscale.launch.config import ConfigError, load
 from histoscale.launch.phases import phases_of
 from histoscale.launch.run import Refused, invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
-from histoscale.pretrain.trainer import Preempted
+from histoscale.pretrain.preempted import Preempted
 
 SMALL = [
     "recipe=demo", "sampler.mpps=[0.5]", "sampler.weights=[1]", "sampler.patch_px=32", "sampler.grid=2", "views.global_px=32",

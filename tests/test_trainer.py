@@ -22,7 +22,8 @@ from histoscale.pretrain.checkpoint import newest_checkpoint, read_checkpoint, r
 from histoscale.pretrain.guard import NonFinite
 from histoscale.pretrain.monitor import MonitorConfig, signs_of_collapse
 from histoscale.pretrain.parallel import autocast
-from histoscale.pretrain.trainer import Collapsed, Preempted, TrainConfig, TrainResult, check_batch, train
+from histoscale.pretrain.preempted import Preempted
+from histoscale.pretrain.trainer import Collapsed, TrainConfig, TrainResult, check_batch, train
 
 PROGRAM = Path(__file__).with_name("train_tiny.py")
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), False)

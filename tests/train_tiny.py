@@ -30,9 +30,10 @@ from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
 from histoscale.pretrain.phase import ONLY, Phase
+from histoscale.pretrain.preempted import Preempted
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
-from histoscale.pretrain.trainer import Preempted, TrainConfig, TrainResult, train
+from histoscale.pretrain.trainer import TrainConfig, TrainResult, train
 
 HEAD = HeadConfig(prototypes=32, hidden=64, bottleneck=32, scale="frozen", batch_norm=False)
 GRAM = GramConfig(
