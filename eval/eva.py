@@ -24,7 +24,7 @@ ROWS = 16384  # of an intermediate in validation
 class EvaConfig:
     """runs: fits that are meaned. steps, batch: of the optimiser, rows of a step. lr, weight_decay, betas, eps: AdamW's.
 
-    slow_epochs, slow_factor: the first epochs, whose learning rate is lr · slow_factor (torch's ConstantLR, eva's silent default).
+    slow_epochs, slow_factor: the first epochs, at lr · slow_factor (torch's ConstantLR, eva's silent default).
     check_epochs: epochs between validations. patience_share: validations without a new best that end a run, as a share of
     those that the budget would hold, rounded up. min_delta: what makes a new best for patience. shots: rows of each class
     that a run draws and learns from without shuffling, null for all of train, shuffled. pool: `cls` in eva.
@@ -74,7 +74,7 @@ def patience(config: EvaConfig, rows: int) -> int:
 def eva(
     features: np.ndarray, encoder: str, embedding: str, patches: LabelledPatches, config: EvaConfig, device: str | torch.device
 ) -> list[Outcome]:
-    """Outcomes of the roles that eva reports for this set, R runs each. features: float32 [n, D] of all rows, as the encoder made them.
+    """Outcomes of the roles that eva reports for this set, R runs each. features: float32 [n, D] of all rows, not standardised.
 
     Raises ValueError when the role that eva selects on is empty.
     """
@@ -82,9 +82,7 @@ def eva(
     train, select = patches.rows("train"), patches.rows(usage.eva_select)
     if not len(select):
         raise ValueError(f"{patches.name} has no {usage.eva_select} rows: protocol=eva selects its checkpoint on them")
-    heads = train_heads(
-        features[train], patches.labels[train], features[select], patches.labels[select], classes, config, device
-    )
+    heads = train_heads(features[train], patches.labels[train], features[select], patches.labels[select], classes, config, device)
     found = []
     for role in usage.eva_report:
         rows = patches.rows(role)
@@ -106,8 +104,8 @@ def train_heads(
 ) -> Heads:
     """R linear heads on the same rows, each with its own initial weights, order (or shots) and end.
 
-    train: float32 [n, D], labels: [n]; select: [m, D], where the macro accuracy, with two classes the balanced accuracy at p > .5,
-    of every check_epochs-th epoch decides. Products are float32.
+    train: float32 [n, D], labels: [n]; select: [m, D], where the macro accuracy, or with two classes the balanced accuracy at
+    p > .5, of every check_epochs-th epoch decides. Products are float32.
     """
     x = torch.from_numpy(np.ascontiguousarray(train, np.float32)).to(device)
     y = torch.from_numpy(np.asarray(labels, np.int64)).to(device)
@@ -159,7 +157,7 @@ def _first(config: EvaConfig, outputs: int, width: int, device: str | torch.devi
 
 
 def _order(draws: Tensor | None, rows: int, runs: Tensor, epoch: int, config: EvaConfig) -> Iterator[Tensor]:
-    """Batches of an epoch, int64 [runs, b]: an own shuffle for every run, or its shots as they were drawn; the last is shorter."""
+    """Batches of an epoch, int64 [runs, b]: an own shuffle a run, or its shots as they were drawn; the last is shorter."""
     if draws is not None:
         yield from draws[runs].split(config.batch, 1)
         return

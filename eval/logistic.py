@@ -153,8 +153,8 @@ def fit(
         curvature = torch.full((folds, 1, 1), (1 - 1 / classes) / classes, dtype=torch.float64, device=device)
     else:
         point, curvature = start.point.reshape(folds, -1), start.spread[:, None, None].clamp(min=1e-6)
-    # The Hessian's blocks are covariances weighted by p (1 − p): diagonal with its mean in place of the weights. The mean is one
-    # for all classes, else steps would leave the plane where weights sum to 0 over them, and across it the problem is badly scaled.
+    # The Hessian's blocks are covariances weighted by p (1 − p): diagonal with its mean in place of the weights. One mean for all
+    # classes, else steps would leave the plane where weights sum to 0 over them, and across it the problem is badly scaled.
     scale = torch.cat([1 / (curvature * rows.values + penalty), 1 / curvature], 2).expand(-1, classes, -1).reshape(folds, -1)
     found = minimise(
         lambda flat: objective(torch.float32, flat), point, scale, max(tolerance, ROUGH), max_iterations, MEMORY, 1e-7

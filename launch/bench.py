@@ -6,6 +6,7 @@ Examples:
     histoscale bench what=catalog out=bench_catalog          (simulates 100,000 slides: 3 GB in out)
     histoscale bench what=views out=bench_views              (augmentation and stain normalisation, ms a patch)
     histoscale bench what=train train.recipe=demo out=bench_train    (a training step by part, beside the plainest one)
+    histoscale bench what=probe rounds=1 out=bench_probe             (a linear probe with its selection, and protocol=eva)
     histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
     histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
 
@@ -27,14 +28,24 @@ from histoscale.data.storage import StorageConfig
 from histoscale.data.stream import StreamConfig
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.views import ViewsConfig
+from histoscale.eval.eva import EvaConfig
+from histoscale.eval.probe import ProbeConfig
 from histoscale.launch.bench_catalog import ScaleConfig
+from histoscale.launch.bench_probe import ProbedConfig
 from histoscale.launch.bench_remote import RemoteConfig
 
 RESULT = (
     "what", "catalog", "seed", "rounds", "visits", "batch", "sampler", "cohort", "tissue", "catalog_scale", "remote",
-    "views", "macenko", "vahadane", "reinhard", "train",
+    "views", "macenko", "vahadane", "reinhard", "train", "probe", "eva", "probed",
 )  # fmt: skip
-SUBJECTS = ("read", "catalog", "remote", "views", "train")  # function NAME of bench_NAME, imported alone: memory is measured
+SUBJECTS = (
+    "read",
+    "catalog",
+    "remote",
+    "views",
+    "train",
+    "probe",
+)  # function NAME of bench_NAME, imported alone: memory is measured
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,9 @@ class Config:
     catalog_scale: ScaleConfig
     remote: RemoteConfig
     train: TrainingConfig
+    probe: ProbeConfig
+    eva: EvaConfig
+    probed: ProbedConfig
     out: str
     logging: JournalConfig
 

@@ -26,7 +26,7 @@ CONFIG = OnlineConfig(
     batch=32,
     initialisations=2,
     cut=CutConfig(0.05, 1.0, 1),
-    probe=ProbeConfig("cls+mean", [1.0, 0.1, 0.01], 3, 1e-6, 2e-3, 500, 10, 0.07, 0),
+    probe=ProbeConfig("cls+mean", [1.0, 0.1, 0.01], 0.1, 3, 1e-6, 2e-3, 500, 10, 0.07, 0),
     interval=IntervalConfig(200, 0.95, 0),
 )
 ARCHITECTURE = trained_architecture(train_tiny.CONFIG.model, [0.5] * 3, [0.5] * 3, [0.5], 32, None)

@@ -22,7 +22,7 @@ from histoscale.eval.scores.classification import balanced_accuracy
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.run import invoke
 
-PROBE = ProbeConfig("cls+mean", [1.0, 0.1, 0.01], 3, 1e-6, 2e-3, 500, 5, 0.07, 0)
+PROBE = ProbeConfig("cls+mean", [1.0, 0.1, 0.01], 0.1, 3, 1e-6, 2e-3, 500, 5, 0.07, 0)
 FLOORS = FloorsConfig(initialisations=2, trees=20, leaf=2, seed=0)
 INTERVAL = IntervalConfig(draws=100, level=0.95, seed=0)
 

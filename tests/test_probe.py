@@ -14,7 +14,7 @@ from histoscale.eval.probe import ProbeConfig, fit_linear, inner_folds
 
 CONFIG = ProbeConfig(
     pool="cls", penalties=[1.0, 0.1, 0.03, 0.01, 0.001], folds=5, tolerance=1e-7, choosing_tolerance=2e-3,
-    max_iterations=1000, neighbours=20, temperature=0.07, seed=0,
+    max_iterations=1000, neighbours=20, temperature=0.07, seed=0, penalty_alone=0.1,
 )  # fmt: skip
 
 
