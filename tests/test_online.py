@@ -18,8 +18,10 @@ from histoscale.data.ranks import Ranks
 from histoscale.eval.architecture import untrained
 from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.encoder import encoder_of
+from histoscale.eval.knn import knn_log_probabilities
+from histoscale.eval.logistic import Standard
 from histoscale.eval.online import Online, chosen_patches
-from histoscale.eval.probe import Standard, fit_linear, knn_log_probabilities
+from histoscale.eval.probe import fit_linear
 from histoscale.launch.run import invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.trainer import Preempted, train
