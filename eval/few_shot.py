@@ -1,97 +1,102 @@
-"""Probes that learn from a few images of each class, of different patients, drawn many times."""
+"""A few labelled patches of each class: draws that take slides before patches, and two classifiers on each draw."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_softmax
+import torch
+from torch import Tensor
 
-from histoscale.data.keys import key
-from histoscale.eval.logistic import Rows, Standard, fit
-from histoscale.eval.prototype import prototype_log_probabilities
-
-TOLERANCE, MAX_ITERATIONS = 1e-4, 1000  # of a fit on a few rows, whose answers are then far nearer than draws are apart
+from histoscale.data.keys import key, key_array
+from histoscale.eval.lbfgs import minimise
+from histoscale.eval.prototype import Directions, centred, prototypes
 
 
 @dataclass(frozen=True)
 class FewShotConfig:
-    """shots: images of each class, a probe for each number; [] for none. draws: how often they are drawn.
+    """shots: rows of each class. draws: for each number of shots, keyed by (seed, draw), so that more shots hold the fewer.
 
-    penalty: of the linear probe on them, where nothing can be chosen: weight of ½‖W‖² beside the mean log-loss.
-    temperature: of the prototypes. seed: of the draws, the same for every encoder.
+    penalty: of ½‖W‖² beside the mean log-loss, the same at every number of shots; features are centred and of length 1.
     """
 
     shots: list[int]
     draws: int
     penalty: float
-    temperature: float
+    tolerance: float
+    max_iterations: int
     seed: int
 
 
-@dataclass(frozen=True)
-class Shots:
-    """rows: int64 [shots · classes], into the rows that were drawn from. repeated: patients that gave a class a second image."""
+def draw(labels: np.ndarray, classes: int, units: np.ndarray, most: int, run: int, seed: int) -> list[np.ndarray]:
+    """Rows of each class in the order in which shots take them, at most `most`. labels: int [n], units: [n], slides or patients.
 
-    rows: np.ndarray
-    repeated: int
-
-
-def draw_shots(labels: np.ndarray, patients: np.ndarray, classes: int, shots: int, seed: int, run: int) -> Shots:
-    """`shots` rows of each class, of different patients as long as there are any, by key (seed, run).
-
-    labels: int64 [n]; patients: int64 [n], their numbers. Draws of more shots hold those of fewer.
-    Raises ValueError for a class with fewer rows.
+    One row of each unit in keyed order, then a second one of each, and so on. Raises ValueError for a class with fewer rows.
     """
-    chosen, repeated = [], 0
+    places = key_array(seed, "few_shot/row", run, np.arange(len(labels)))
+    names, codes = np.unique(units, return_inverse=True)
+    turns = key_array(seed, "few_shot/unit", run, np.arange(len(names)))
+    found = []
     for c in range(classes):
         rows = np.flatnonzero(labels == c)
-        if len(rows) < shots:
-            raise ValueError(f"class {c} has {len(rows)} training images: take {shots} out of few_shot.shots")
-        order = np.random.default_rng(key(seed, "shots", run, c)).permutation(rows)
-        turn = _turns(patients[order])  # 0 for the first row of each patient, 1 for its second, …
-        taken = order[np.argsort(turn, kind="stable")[:shots]]
-        repeated += shots - len(np.unique(patients[taken]))
-        chosen.append(taken)
-    return Shots(np.concatenate(chosen), repeated)
+        if len(rows) < most:
+            raise ValueError(f"class {c} has {len(rows)} rows in train: few_shot.shots asks for {most}")
+        rows = rows[np.lexsort((places[rows], codes[rows]))]
+        first = np.flatnonzero(np.r_[True, np.diff(codes[rows]) > 0])
+        turn = np.arange(len(rows)) - np.repeat(first, np.diff(np.r_[first, len(rows)]))  # how often its unit came before it
+        salt = np.uint64(key(seed, "few_shot/class", run, c))  # another order of units for each class
+        found.append(rows[np.lexsort((turns[codes[rows]] ^ salt, turn))][:most])
+    return found
 
 
-def few_shot_log_probabilities(
-    features: np.ndarray,
+def few_shot(
+    train: np.ndarray,
     labels: np.ndarray,
-    patients: np.ndarray,
     classes: int,
+    units: np.ndarray,
     queries: np.ndarray,
-    shots: int,
     config: FewShotConfig,
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """Prototypes and linear probes on every draw: two of float64 [draws, m, classes], and a note for the reader.
+    draws: Sequence[int],
+    temperature: float,
+    device: str | torch.device,
+) -> dict[str, np.ndarray]:
+    """By `few_shot/S` (logistic regression) and `few_shot_prototype/S`: float64 log-probabilities [draws, m, K]."""
+    drawn = [draw(labels, classes, units, max(config.shots), run, config.seed) for run in draws]
+    found = {}
+    for shots in config.shots:
+        rows = np.stack([np.concatenate([part[:shots] for part in run]) for run in drawn])
+        x = torch.from_numpy(train[rows].astype(np.float64)).to(device)
+        y = torch.from_numpy(np.asarray(labels, np.int64)[rows]).to(device)
+        found[f"few_shot/{shots}"] = fit_few(x, y, classes, config).log_probabilities(queries)
+        found[f"few_shot_prototype/{shots}"] = prototypes(x, y, classes, temperature).log_probabilities(queries)
+    return found
 
-    features: [n, D], labels, patients: [n], of train; queries: [m, D].
+
+def fit_few(x: Tensor, labels: Tensor, classes: int, config: FewShotConfig) -> Directions:
+    """P regressions on rows of their own: mean log-loss + penalty / 2 ‖W‖². x: float64 [P, m, D], labels: [P, m].
+
+    Fitted among the m rows: the optimum is a combination of them.
     """
-    near, linear, repeated = [], [], 0
-    _, numbers = np.unique(patients, return_inverse=True)
-    for shot in (draw_shots(labels, numbers, classes, shots, config.seed, run) for run in range(config.draws)):
-        x, y = features[shot.rows], labels[shot.rows]
-        near.append(prototype_log_probabilities(x, y, classes, queries, config.temperature))
-        linear.append(_linear(x, y, classes, queries, config.penalty))
-        repeated += shot.repeated
-    share = f"{repeated / config.draws:.3g} of {shots * classes}"
-    note = f"{share} images a draw come from a patient that was drawn before" if repeated else ""
-    return np.stack(near), np.stack(linear), note
+    centre, z = centred(x)
+    problems, m, _ = z.shape
+    values, vectors = torch.linalg.eigh(z @ z.transpose(1, 2))
+    roots = values.clamp(min=0).sqrt()
+    rows = vectors * roots[:, None]  # [P, m, m]: z in an orthonormal basis of its span
+    target = torch.nn.functional.one_hot(labels, classes).to(z)
 
+    def objective(flat: Tensor) -> tuple[Tensor, Tensor]:
+        point = flat.view(problems, classes, m + 1)
+        logs = (rows @ point[..., :-1].transpose(1, 2) + point[:, None, :, -1]).log_softmax(2)
+        residual = (logs.exp() - target) / m
+        gradient = torch.cat([residual.transpose(1, 2) @ rows + config.penalty * point[..., :-1], residual.sum(1)[..., None]], 2)
+        value = -(logs * target).sum((1, 2)) / m + config.penalty / 2 * (point[..., :-1] ** 2).sum((1, 2))
+        return value, gradient.view(problems, -1)
 
-def _linear(x: np.ndarray, labels: np.ndarray, classes: int, queries: np.ndarray, penalty: float) -> np.ndarray:
-    standard = Standard.of(x)
-    rows = Rows.of(x, standard, "cpu")
-    found = fit(rows, labels, classes, penalty, np.ones((1, len(x)), bool), TOLERANCE, MAX_ITERATIONS, None)
-    weights, bias = found.weights(rows)
-    return log_softmax(standard(queries) @ weights[0] + bias[0], axis=1)
-
-
-def _turns(codes: np.ndarray) -> np.ndarray:
-    """Of each element, how many equal ones stand before it."""
-    order = np.argsort(codes, kind="stable")
-    counts = np.bincount(codes)
-    starts = np.repeat(np.cumsum(counts) - counts, counts)
-    turns = np.empty(len(codes), np.int64)
-    turns[order] = np.arange(len(codes)) - starts
-    return turns
+    curvature = (1 - 1 / classes) / classes
+    weights = 1 / (curvature * values.clamp(min=0) / m + config.penalty)
+    scale = torch.cat([weights, torch.full_like(weights[:, :1], 1 / curvature)], 1)[:, None]
+    scale = scale.expand(-1, classes, -1).reshape(problems, -1)
+    found = minimise(objective, torch.zeros_like(scale), scale, config.tolerance, config.max_iterations, 10, 1e-12)
+    point = found.point.view(problems, classes, m + 1)
+    inverse = torch.where(roots > 1e-9, 1 / roots, 0.0)
+    basis = (vectors * inverse[:, None]).transpose(1, 2) @ z  # [P, m, D]
+    return Directions(centre, point[..., :-1] @ basis, point[..., -1])

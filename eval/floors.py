@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from histoscale.eval.scores.interval import Statistic
 
@@ -17,11 +20,13 @@ FLOOR_POOLS = ("cls", "cls+mean")
 
 @dataclass(frozen=True)
 class FloorsConfig:
-    """initialisations: how many untrained encoders the `random` floor averages. trees, leaf: of the colour forest."""
+    """initialisations: how many untrained encoders the `random` floor averages. trees, leaf: of the colour forest. rows: at
+    most so many are drawn for what is fitted on colour beside the probes."""
 
     initialisations: int
     trees: int
     leaf: int
+    rows: int
     seed: int
 
 
@@ -64,12 +69,26 @@ def better(candidates: Sequence[Calls], labels: np.ndarray) -> Calls:
     return max(candidates, key=lambda calls: calls.balanced_accuracy(labels))
 
 
+def plain_log_probabilities(
+    train: np.ndarray, labels: np.ndarray, classes: int, queries: Sequence[np.ndarray], config: FloorsConfig
+) -> list[np.ndarray]:
+    """scikit-learn's logistic regression as it comes, on standardised numbers; as `forest_log_probabilities`."""
+    train, labels = _drawn(train, labels, config)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(train, labels)
+    found = []
+    for rows in queries:
+        logs = np.full((len(rows), classes), np.log(np.finfo(float).tiny))
+        logs[:, model.classes_] = model.predict_log_proba(rows)
+        found.append(logs)
+    return found
+
+
 def forest_log_probabilities(
     train: np.ndarray, labels: np.ndarray, classes: int, queries: Sequence[np.ndarray], config: FloorsConfig
 ) -> list[np.ndarray]:
     """A random forest on a few numbers a patch: log of the mean leaf shares, [m, classes] for each of the queries."""
     forest = RandomForestClassifier(config.trees, min_samples_leaf=config.leaf, random_state=config.seed, n_jobs=1)
-    forest.fit(train, labels)
+    forest.fit(*_drawn(train, labels, config))
     found = []
     for rows in queries:
         shares = np.zeros((len(rows), classes))
@@ -77,3 +96,11 @@ def forest_log_probabilities(
         with np.errstate(divide="ignore"):
             found.append(np.log(shares))
     return found
+
+
+def _drawn(train: np.ndarray, labels: np.ndarray, config: FloorsConfig) -> tuple[np.ndarray, np.ndarray]:
+    """At most `config.rows` rows, drawn by seed: classifiers of 42 numbers learn little from more."""
+    if len(train) <= config.rows:
+        return train, labels
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(train))[: config.rows])
+    return train[rows], labels[rows]

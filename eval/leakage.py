@@ -1,15 +1,14 @@
 """Has an encoder seen in pretraining what it is scored on? By slide and patient ids, by published corpora, by equal pixels."""
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from histoscale.data.catalog import Catalog
-from histoscale.eval.datasets.patches import ROLES, LabelledPatches
+from histoscale.eval.datasets.patches import ROLES
 
 # Set -> its source corpora -> the roles that come from them (reference: the registry of section 1.15).
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -39,6 +38,20 @@ _TCGA = re.compile(r"TCGA-\w{2}-\w{4}(-\w+)*", re.IGNORECASE)
 _CAMELYON = re.compile(r"(?:camelyon16_)?(?:train_)?((?:normal|tumor|test)_\d{3})", re.IGNORECASE)
 _PATIENT_FIELDS = 3  # of a TCGA barcode: project, source site, participant
 _SHOWN = 4
+
+
+class Sourced(Protocol):
+    """A labelled set of any kind that says where its images come from."""
+
+    @property
+    def groups(self) -> str: ...
+    @property
+    def patients(self) -> np.ndarray: ...
+    @property
+    def slide_ids(self) -> np.ndarray: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    def rows(self, role: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ def patient_key(patient_id: str) -> str:
     return "-".join(barcode[0].upper().split("-")[:_PATIENT_FIELDS]) if barcode else patient_id.strip().lower()
 
 
-def find_leaks(patches: LabelledPatches, corpus: Corpus) -> list[Leak]:
+def find_leaks(patches: Sourced, corpus: Corpus) -> list[Leak]:
     """What of each role the corpus holds: by slide id, and by patient id where the set knows patients or TCGA barcodes."""
     slides = patches.patients if patches.groups == "slide" else patches.slide_ids
     known = _Barcodes.of(corpus.slide_ids)
@@ -164,19 +177,9 @@ class Duplicate:
     roles: tuple[str, ...]
 
 
-def hash_rows(pixels: Sequence[np.ndarray] | np.ndarray) -> list[bytes]:
-    """16 bytes for each image uint8 [3, h, w], equal for equal shapes and pixels."""
-    found = []
-    for image in pixels:
-        digest = hashlib.blake2b(repr(image.shape).encode(), digest_size=16)
-        digest.update(np.ascontiguousarray(image).data)
-        found.append(digest.digest())
-    return found
-
-
-def duplicates(hashes: Sequence[bytes], roles: np.ndarray) -> list[Duplicate]:
+def duplicates(hashes: Sequence[Hashable], roles: np.ndarray) -> list[Duplicate]:
     """Pictures that stand in more than one role; rows without a role are left alone."""
-    places: dict[bytes, list[int]] = {}
+    places: dict[Hashable, list[int]] = {}
     for row, found in enumerate(hashes):
         if roles[row]:
             places.setdefault(found, []).append(row)
@@ -213,7 +216,7 @@ def _beginnings(key: str) -> list[str]:
     return ["-".join(parts[:count]) for count in range(_PATIENT_FIELDS + 1, len(parts))]
 
 
-def _patients(patches: LabelledPatches, slides: np.ndarray) -> list[str]:
+def _patients(patches: Sourced, slides: np.ndarray) -> list[str]:
     """The patient of each row: the set's own, or the one in a TCGA barcode, or ""."""
     if patches.groups == "patient":
         return [str(name) for name in patches.patients.tolist()]

@@ -19,6 +19,7 @@ METRIC_WORDS = {
     "quadratic_kappa": "quadratic kappa",
     "log_loss": "log-loss",
     "ece": "ECE",
+    "brier": "Brier",
     "monai_dice": "MonaiDice, no background",
     "dice": "pooled Dice",
     "iou": "pooled IoU",

@@ -18,7 +18,7 @@ from histoscale.data.catalog import open_catalog
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.proof import ProofConfig, contact_sheet, prove, read_places
-from histoscale.launch.demo_report import write_demo_report
+from histoscale.launch.demo_report import worth, write_demo_report
 from histoscale.launch.footprint import Footprint
 from histoscale.launch.run import invoke
 
@@ -81,7 +81,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     with footprint.stage("proof"):
         store = Store(config.storage)
         proof = prove(cohort, catalog, store, config.proof, journal)
-        proof = proof.with_untrained(results["probe"]["probe"]["random"]["balanced_accuracy"])
+        floor = worth(results["probe"]["probe"], "linear", "report")["random"]["balanced_accuracy"]["value"]
+        proof = proof.with_untrained(floor)
         opened = open_catalog(str(catalog), store)
         places = read_places(cohort / "patches.parquet", "matched4", opened)
         columns, rows = (", ".join(sorted(set(names.tolist()))) for names in (places.label, places.site))

@@ -19,10 +19,11 @@ def write_demo_report(
     probe, mil = results["probe"]["probe"], results["mil"]["mil"]
     rows = [json.loads(line) for line in (out / "pretrain" / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
+    own = worth(probe, "linear", "report")[probe["label"]]
     facts = {
-        "balanced accuracy of the encoder, internal test": number(_score(probe["pretrained"])),
-        "above the untrained encoder (paired)": number(probe["pretrained_minus_random"]),
-        "above colour alone (paired)": number(probe["pretrained_minus_colour"]),
+        "balanced accuracy of the encoder, internal test": number(own["balanced_accuracy"]),
+        "above the untrained encoder (paired)": number(own["minus"]["random"]["balanced_accuracy"]),
+        "above colour alone (paired)": number(own["minus"]["colour"]["balanced_accuracy"]),
         "AUC of the slide model at a hospital it never saw": number(mil["external"]["auc"]),
         "wall time": f"{sum(stage.seconds for stage in stages) / 60:.1f} min",
         "memory (peak PSS)": f"{max(stage.peak_bytes for stage in stages) / 2**30:.1f} GiB",
@@ -44,8 +45,10 @@ def write_demo_report(
     write_report(out / "report.html", "Histoscale: from slides to scores", lead, facts, sections)
 
 
-def _score(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {**row, "value": row["balanced_accuracy"]}
+def worth(probe: Mapping[str, Any], kind: str, role: str) -> dict[str, Any]:
+    """Encoder -> metric -> score, of one probe (`linear`, `knn`) on one part (`report`, `external`) of the only set."""
+    (scores,) = probe["scores"].values()
+    return scores["honest"][kind][role]
 
 
 def _streamed(out: Path, results: Mapping[str, Any]) -> Section:
@@ -102,18 +105,20 @@ def _learned(steps: Sequence[Mapping[str, Any]]) -> Section:
     return Section("What was learned", text, [table], [(curves, "Read-outs over the steps; the dotted line is ln K.")])
 
 
-NAMES = {"pretrained": "this encoder", "random": "untrained encoder (floor)", "colour": "colour alone (floor)"}
+NAMES = {"random": "untrained encoder (floor)", "colour": "colour alone (floor)"}
 
 
 def _worth(probe: Mapping[str, Any]) -> Section:
     rows, intervals = [], {}
-    knn = probe["knn"]
-    places = [("internal test", "linear", probe), ("internal test", "kNN", knn)]
-    places += [("external site", "linear", probe["external"]), ("external site", "kNN", knn["external"])]
-    for where, kind, found in places:
-        for name, words in NAMES.items():
-            score, minus = _score(found[name]), found.get(f"pretrained_minus_{name}")
-            rows.append((words, kind, where, number(score), number(minus) if minus else "", found[name]["how"]))
+    for where, kind, role in [
+        ("internal test", "linear", "report"), ("internal test", "knn", "report"),
+        ("external site", "linear", "external"), ("external site", "knn", "external"),
+    ]:  # fmt: skip
+        found = worth(probe, kind, role)
+        above = found[probe["label"]]["minus"]
+        for name, words in {probe["label"]: "this encoder", **NAMES}.items():
+            score, minus = found[name]["balanced_accuracy"], above.get(name, {}).get("balanced_accuracy")
+            rows.append((words, kind, where, number(score), number(minus) if minus else "", score["embedding"]))
             if kind == "linear":
                 intervals[f"{words}, {where}"] = score
     table = Table(
@@ -217,6 +222,6 @@ def _cost(steps: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> Sectio
 
 def _limits(mil: Mapping[str, Any], probe: Mapping[str, Any]) -> Section:
     said = list(mil["cannot_say"])
-    said += [f"Probe: {note}." for note in probe["notes"]]
+    said += [f"Probe: {note}." for note in probe["remarks"]]
     said.append("The tissue is synthetic: a score here says that the road works, not that an encoder is good on patients.")
     return Section("What this cannot say", "\n\n".join(said), [], [])

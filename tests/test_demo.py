@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from histoscale.launch.demo_report import worth
+
 SMALL = [
     "stages.cohort=['cohort=tiny','cohort.cases=2']",
     "stages.pretrain=['recipe=demo','stream.workers=0','optim.global_batch=16','schedule.steps=6','schedule.warmup_steps=2']",
@@ -27,9 +29,10 @@ def test_from_nothing_to_a_page_and_again(tmp_path: Path) -> None:
     first = demo(out)
     assert first.returncode == 0, first.stderr
     summary = json.loads((out / "summary.json").read_text())
-    for name in ("pretrained", "random", "colour"):
-        assert {"balanced_accuracy", "low", "high"} <= summary["probe"][name].keys()
-    assert {"value", "low", "high"} <= summary["probe"]["pretrained_minus_random"].keys()
+    found = worth(summary["probe"], "linear", "report")
+    for name in ("pretrain", "random", "colour"):
+        assert {"value", "low", "high"} <= found[name]["balanced_accuracy"].keys()
+    assert {"value", "low", "high"} <= found["pretrain"]["minus"]["random"]["balanced_accuracy"].keys()
     assert {"value", "low", "high"} <= summary["mil"]["external"]["auc"].keys()
     assert summary["peak_pss_bytes"] > 0
     assert set(summary["stages"]) >= {"cohort", "catalog", "pretrain", "probe", "release", "mil", "proof"}

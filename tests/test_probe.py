@@ -13,8 +13,8 @@ from histoscale.eval.logistic import Rows, Standard, fit
 from histoscale.eval.probe import ProbeConfig, fit_linear, inner_folds
 
 CONFIG = ProbeConfig(
-    pool="cls", penalties=[1.0, 0.1, 0.03, 0.01, 0.001], folds=5, tolerance=1e-7, choosing_tolerance=2e-3,
-    max_iterations=1000, neighbours=20, temperature=0.07, seed=0, penalty_alone=0.1,
+    pool="cls", penalties=[1.0, 0.1, 0.03, 0.01, 0.001], penalty_alone=0.1, folds=5, tolerance=1e-7, choosing_tolerance=2e-3,
+    max_iterations=1000, neighbours=20, temperature=0.07, seed=0,
 )  # fmt: skip
 
 
@@ -179,3 +179,12 @@ def test_constant_features_are_harmless() -> None:
     padded = np.concatenate([x, np.full((400, 2), 7.3)], axis=1)
     with_constant, without = (fit_linear(v, labels, 3, groups, CONFIG) for v in (padded, x))
     np.testing.assert_allclose(with_constant.log_probabilities(padded), without.log_probabilities(x), atol=1e-5)
+
+
+def test_one_patient_chooses_nothing_and_says_so() -> None:
+    x, labels, groups = features(8)
+    assert not fit_linear(x, labels, 3, groups, CONFIG).note.startswith("trained on one")
+    alone = fit_linear(x, labels, 3, np.full(400, "a"), CONFIG)
+    assert alone.penalty == CONFIG.penalty_alone and "one patient" in alone.note and not alone.inner
+    expected = scikit_learn(alone.standard(x), labels, 0.1).predict_proba(alone.standard(x))
+    np.testing.assert_allclose(np.exp(alone.log_probabilities(x)), expected, atol=1e-4, rtol=0)

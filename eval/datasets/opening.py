@@ -13,17 +13,20 @@ from histoscale.eval.datasets.bach import open_bach
 from histoscale.eval.datasets.bracs import open_bracs
 from histoscale.eval.datasets.breakhis import open_breakhis
 from histoscale.eval.datasets.cohort import CutConfig, open_cohort
+from histoscale.eval.datasets.consep import open_consep
 from histoscale.eval.datasets.crc import open_crc
 from histoscale.eval.datasets.folder import FolderConfig, open_folder
 from histoscale.eval.datasets.gleason import open_gleason
 from histoscale.eval.datasets.hest import HestConfig
+from histoscale.eval.datasets.masks import LabelledMasks
 from histoscale.eval.datasets.mhist import open_mhist
+from histoscale.eval.datasets.monusac import open_monusac
 from histoscale.eval.datasets.patches import DatasetConfig, DatasetError, LabelledPatches
 from histoscale.eval.datasets.pcam import open_pcam
 from histoscale.eval.datasets.public import PublicConfig
 from histoscale.eval.datasets.tp53 import Tp53Config, open_tp53
 
-PUBLIC = ("bach", "bracs", "breakhis", "crc", "crc_nonorm", "gleason", "mhist", "pcam", "pcam_10shot")
+PUBLIC = ("bach", "bracs", "breakhis", "consep", "crc", "crc_nonorm", "gleason", "mhist", "monusac", "pcam", "pcam_10shot")
 OWN_SCHEMA = ("folder", "tp53", "hest")
 
 
@@ -81,6 +84,11 @@ OPENERS: dict[str, Callable[[Any, Place], LabelledPatches]] = {
     "pcam": lambda config, place: open_pcam(place.root, config),
     "pcam_10shot": lambda config, place: open_pcam(place.root, config),
 }
+
+
+# Sets with a class for every pixel.
+MASKS: dict[str, Callable[[Path, PublicConfig], LabelledMasks]] = {"consep": open_consep, "monusac": open_monusac}
+SPOTS = "hest"  # numbers to regress, task by task: `open_hest`
 
 
 def open_dataset(

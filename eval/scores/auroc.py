@@ -59,6 +59,35 @@ def areas(labels: np.ndarray, scores: np.ndarray, groups: Sequence[str] | None =
     return Areas(values, within[0] + within[1] + across + across.T, spread, having)
 
 
+def mean_areas(
+    labels: np.ndarray, probabilities: Sequence[np.ndarray], of: Sequence[int], groups: Sequence[str] | np.ndarray | None
+) -> Areas:
+    """Class against rest, meaned over classes and runs: areas of M models on the same n units, with their covariance.
+
+    labels: [n]. probabilities: of each model [R, n, K]. of: the classes, each with units and without; one of two for a
+    binary set. groups: as in `areas`. The variance is that of sums over groups of the meaned structural components, which for
+    one class and one run is Obuchowski's up to the n / (n - 1) of each side. Raises ValueError for a class that has all or none.
+    """
+    labels = np.asarray(labels)
+    _, group = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
+    count = int(group.max()) + 1
+    values, deviation = np.zeros(len(probabilities)), np.zeros((2, len(probabilities), count))
+    having = np.full(2, count)
+    for c in of:
+        member = (labels == c).astype(np.int64)
+        having = np.minimum(having, [len(np.unique(group[member == side])) for side in (1, 0)])
+        for model, runs in enumerate(probabilities):
+            positive, negative = _split(member, np.asarray(runs, np.float64)[:, :, c])
+            for side, part in enumerate(_components(positive, negative)):
+                share = part.mean(0) / len(of)
+                values[model] += share.mean() if side == 0 else 0.0
+                inside = group[member == 1 - side]
+                deviation[side, model] += np.bincount(inside, weights=(share - share.mean()) / len(share), minlength=count)
+    factor = count / (count - 1) if count > 1 else math.nan
+    both = deviation.sum(0)
+    return Areas(values, factor * both @ both.T, factor * (deviation**2).sum(2), (int(having[0]), int(having[1])))
+
+
 def report_area(found: Areas, model: int, patients: int, units: int, level: float) -> Interval:
     """The area of one model as it may be reported.
 

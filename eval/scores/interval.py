@@ -13,12 +13,9 @@ from histoscale.data.keys import keys, uniform
 
 BOOTSTRAP_PATIENTS = 20  # fewer: the percentile bootstrap is too narrow, so a t-interval and a warning
 REPORTABLE_PATIENTS = 10  # fewer: no interval at all
-DRAWN_AT_ONCE = 1 << 21  # patients times replicates in memory
 MAX_REDRAWN = 0.05  # a statistic undefined in more replicates than this has no honest interval
 
 Statistic = Callable[[np.ndarray], float]  # rows int64 [m], repeated as they were drawn -> a number, NaN where undefined
-# How often each patient counts, float64 [d, P], patients in the order of their ids -> [d] numbers, NaN where undefined
-Weighted = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -51,20 +48,7 @@ class Interval:
 
 
 def patient_bootstrap(
-    statistic: Statistic, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
-) -> Interval:
-    """`weighted_bootstrap` of a statistic of rows, which sees the rows of a patient as often as the patient was drawn."""
-    members = _members(patients)
-
-    def weighted(weights: np.ndarray) -> np.ndarray:
-        drawn = (np.repeat(np.arange(len(members)), row.astype(np.int64)) for row in weights)
-        return np.array([statistic(np.concatenate([members[i] for i in chosen])) for chosen in drawn])
-
-    return weighted_bootstrap(weighted, patients, config, strata)
-
-
-def weighted_bootstrap(
-    statistic: Weighted, patients: Sequence[str] | np.ndarray, config: IntervalConfig, strata: Sequence[str] | None = None
+    statistic: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
 ) -> Interval:
     """Percentile interval of `statistic` by drawing whole patients with replacement.
 
@@ -74,8 +58,8 @@ def weighted_bootstrap(
     Raises ValueError for no rows, or a patient in two strata.
     """
     members = _members(patients)
+    value = float(statistic(np.arange(len(patients))))
     n = len(members)
-    value = float(statistic(np.ones((1, n)))[0])
 
     def interval(low: float | None, high: float | None, note: str) -> Interval:
         return Interval(value, low, high, n, len(patients), note)
@@ -85,19 +69,16 @@ def weighted_bootstrap(
     if n < REPORTABLE_PATIENTS:
         return interval(None, None, f"interval withheld: {n} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one")
     if n < BOOTSTRAP_PATIENTS:
-        return _patient_t(statistic, value, n, len(patients), config.level)
+        return _patient_t(statistic, members, value, len(patients), config.level)
 
     groups = _strata(members, strata)
     values = np.empty(config.draws)
-    at_once = max(1, DRAWN_AT_ONCE // n)
     open_draws, redrawn, attempt = np.arange(config.draws), 0, 0
     while len(open_draws):
         if redrawn > MAX_REDRAWN * config.draws:
             return interval(None, None, f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates")
-        for start in range(0, len(open_draws), at_once):
-            part = open_draws[start : start + at_once]
-            chosen = _draw(groups, part, attempt, config.seed)
-            values[part] = statistic(np.stack([np.bincount(row, minlength=n) for row in chosen]).astype(np.float64))
+        chosen = _draw(groups, open_draws, attempt, config.seed)
+        values[open_draws] = [statistic(np.concatenate([members[i] for i in row])) for row in chosen]
         open_draws = open_draws[np.isnan(values[open_draws])]
         redrawn, attempt = redrawn + len(open_draws), attempt + 1
     tail = (1 - config.level) / 2
@@ -106,22 +87,95 @@ def weighted_bootstrap(
 
 
 def paired_difference(
-    first: Statistic,
-    second: Statistic,
-    patients: Sequence[str] | np.ndarray,
-    config: IntervalConfig,
-    strata: Sequence[str] | None = None,
+    first: Statistic, second: Statistic, patients: Sequence[str], config: IntervalConfig, strata: Sequence[str] | None = None
 ) -> Interval:
     """first − second on the same patients, subtracted inside every replicate."""
     return patient_bootstrap(lambda rows: first(rows) - second(rows), patients, config, strata)
 
 
-def _patient_t(statistic: Weighted, value: float, n: int, units: int, level: float) -> Interval:
+Totals = Callable[[np.ndarray], np.ndarray]  # sums over rows [..., C] -> a number each [...], NaN where undefined
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """The draws of `patient_bootstrap` for n rows, once for every statistic that is a function of sums over rows.
+
+    codes: int64 [n], the patient of each row. counts: uint8 [draws, P], how often each draw took each patient; no draws under 20
+    patients."""
+
+    codes: np.ndarray
+    counts: np.ndarray
+    config: IntervalConfig
+
+    @staticmethod
+    def of(patients: Sequence[str] | np.ndarray, config: IntervalConfig) -> "Resampling":
+        """Raises ValueError for no rows."""
+        if len(patients) == 0:
+            raise ValueError("an interval needs at least one row, got none")
+        _, codes = np.unique(np.asarray(patients), return_inverse=True)
+        number = int(codes.max()) + 1
+        draws = config.draws if number >= BOOTSTRAP_PATIENTS else 0
+        counts = np.empty((draws, number), np.uint8)  # a patient is drawn 256 times with probability 1e-507
+        for part in _batches(draws, number):
+            counts[part] = _counted(np.arange(draws)[part], number, 0, config.seed)
+        return Resampling(codes, counts, config)
+
+    def sums(self, rows: np.ndarray) -> np.ndarray:
+        """Sums over the rows of each patient: float [n, C] -> float64 [P, C]."""
+        found = np.zeros((self.codes.max() + 1, rows.shape[1]))
+        for column in range(rows.shape[1]):
+            found[:, column] = np.bincount(self.codes, weights=rows[:, column], minlength=len(found))
+        return found
+
+    def interval(self, sums: np.ndarray, statistic: Totals) -> Interval:
+        """`patient_bootstrap` of a statistic of totals, by one matrix product. sums: float64 [P, C]."""
+        total, number, level = sums.sum(0), len(sums), self.config.level
+        value, units = float(statistic(total[None])[0]), len(self.codes)
+        if math.isnan(value):
+            return Interval(value, None, None, number, units, "interval withheld: the statistic is undefined on these rows")
+        if number < REPORTABLE_PATIENTS:
+            why = f"interval withheld: {number} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one"
+            return Interval(value, None, None, number, units, why)
+        if number < BOOTSTRAP_PATIENTS:
+            return _pseudo_t(value, statistic(total - sums), units, level)
+        draws = len(self.counts)
+        values = np.concatenate([statistic(self.counts[part] @ sums) for part in _batches(draws, max(number, sums.shape[1]))])
+        redrawn, attempt = 0, 0
+        while len(open_ := np.flatnonzero(np.isnan(values))):
+            redrawn, attempt = redrawn + len(open_), attempt + 1
+            if redrawn > MAX_REDRAWN * draws:
+                why = f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates"
+                return Interval(value, None, None, number, units, why)
+            values[open_] = statistic(_counted(open_, number, attempt, self.config.seed) @ sums)
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+        note = f"{redrawn} undefined replicates drawn again" if redrawn else ""
+        return Interval(value, float(low), float(high), number, units, note)
+
+
+def _counted(draws: np.ndarray, patients: int, attempt: int, seed: int) -> np.ndarray:
+    """float64 [len(draws), patients]: how often each was drawn."""
+    chosen = _draw([np.arange(patients)], draws, attempt, seed) + np.arange(len(draws))[:, None] * patients
+    return np.bincount(chosen.ravel(), minlength=len(draws) * patients).reshape(len(draws), patients).astype(np.float64)
+
+
+def _batches(draws: int, width: int) -> list[slice]:
+    size = max((1 << 22) // width, 1)
+    return [slice(start, min(start + size, draws)) for start in range(0, draws, size)]
+
+
+def _patient_t(statistic: Statistic, members: list[np.ndarray], value: float, units: int, level: float) -> Interval:
     """Student's t on one number a patient: the jackknife pseudo-value nθ − (n−1)θ₋ᵢ (Arvesen 1969, doi 10.1214/aoms/1177697287).
 
     For a mean over patients of equal size a pseudo-value is the patient's own mean; for AUC it gives DeLong's variance.
     """
-    without = statistic(1 - np.eye(n))
+    n = len(members)
+    without = np.array([statistic(np.concatenate(members[:i] + members[i + 1 :])) for i in range(n)])
+    return _pseudo_t(value, without, units, level)
+
+
+def _pseudo_t(value: float, without: np.ndarray, units: int, level: float) -> Interval:
+    """without: [patients], the statistic without each."""
+    n = len(without)
     if np.isnan(without).any():
         return Interval(value, None, None, n, units, "interval withheld: the statistic is undefined without one of the patients")
     pseudo = n * value - (n - 1) * without
@@ -130,7 +184,7 @@ def _patient_t(statistic: Weighted, value: float, n: int, units: int, level: flo
     return Interval(value, value - half, value + half, n, units, note)
 
 
-def _members(patients: Sequence[str] | np.ndarray) -> list[np.ndarray]:
+def _members(patients: Sequence[str]) -> list[np.ndarray]:
     """The rows of each patient, patients in the order of their ids."""
     if len(patients) == 0:
         raise ValueError("an interval needs at least one row, got none")
