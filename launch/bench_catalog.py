@@ -69,8 +69,8 @@ def catalog(config: "Config", journal: Journal) -> dict[str, Any]:
     start = time.perf_counter()
     plan = Plan(config.seed, _BATCH, config.sampler, table)
     planned = time.perf_counter() - start
+    memory = _memory(plan, source, scale, journal)  # before this process reads visits itself, and keeps what it opened
     shares = _planning(plan, source, scale.read_visits, journal)
-    memory = _memory(plan, source, scale, journal)
     found = {
         "slides": len(table.slide_ids),
         "bytes_a_slide": size / len(table.slide_ids),
