@@ -77,7 +77,7 @@ def middles(name: str = "middles", side: int = 32, blind: bool = False) -> Encod
         return found.mean(dim=1), found
 
     device = torch.device("cpu")
-    return Encoder(name, 3, side, (), None, None, (0.5,) * 3, (0.5,) * 3, "fp32", name, device, nn.Identity(), tokens)
+    return Encoder(name, 3, side, (), None, None, (0.5,) * 3, (0.5,) * 3, "bicubic", "fp32", name, device, nn.Identity(), tokens)
 
 
 Run = Callable[..., Segmentation]
@@ -193,7 +193,7 @@ def test_a_real_network_on_monusac_with_its_ambiguous_zones(tmp_path: Path, jour
     fixtures.write_monusac(tmp_path / "data", train=4, test=3)
     masks = open_monusac(tmp_path / "data", fixtures.MONUSAC)
     architecture = Architecture(
-        "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+        "timm", "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
         32, (0.5,) * 3, (0.5,) * 3, "bicubic", (), None, None,
     )  # fmt: skip
     torch.manual_seed(0)
