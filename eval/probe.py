@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import log_softmax
-from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
 
 from histoscale.eval.logistic import Fits, Rows, Standard, fit
 
@@ -114,6 +113,9 @@ def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -
 
     Raises ValueError with a single group, inside which nothing can be chosen.
     """
+    # Here, because 50 MiB of it would stand in every worker of a command that merely knows this file's configuration.
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
+
     count = len(np.unique(groups))
     if count < 2:
         raise ValueError(f"train has {count} patient: choosing a penalty needs at least two")

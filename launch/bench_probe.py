@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from histoscale.data.journal import Journal
@@ -55,6 +54,8 @@ def probe(config: "Config", journal: Journal) -> dict[str, Any]:
         fitted["linear"] = fit_linear(x, labels, size.classes, blocks, config.probe, device=device)
 
     def scikit() -> None:
+        from sklearn.linear_model import LogisticRegression  # not at the top: workers of other benches would carry it
+
         ours = fitted["linear"]
         z, half = ours.standard(x).astype(np.float32), 2 if size.classes == 2 else 1
         LogisticRegression(C=half / (ours.penalty * len(x)), tol=config.probe.tolerance, max_iter=1000).fit(z, labels)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from histoscale.data.keys import keys, uniform
 
@@ -179,7 +179,7 @@ def _pseudo_t(value: float, without: np.ndarray, units: int, level: float) -> In
     if np.isnan(without).any():
         return Interval(value, None, None, n, units, "interval withheld: the statistic is undefined without one of the patients")
     pseudo = n * value - (n - 1) * without
-    half = float(stats.t.ppf((1 + level) / 2, n - 1) * pseudo.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * pseudo.std(ddof=1) / math.sqrt(n))
     note = f"warning: {n} patients, t-interval on patient-level values; read it with care under {BOOTSTRAP_PATIENTS}"
     return Interval(value, value - half, value + half, n, units, note)
 
