@@ -1,8 +1,11 @@
-"""Do probabilities mean what they say? Bins of predicted probability against observed rate, and their weighted gap."""
+"""Do probabilities mean what they say? Bins against observed rates, Brier's score and its parts, slope and intercept."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit, logit
+
+CLIP = 1e-6  # of a probability, before its logit
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,144 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray, bins: int) -> B
 
     probabilities: [n] in [0, 1]; positive: bool [n]. Raises ValueError for no unit or a probability outside [0, 1].
     """
-    if len(probabilities) == 0 or not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"{len(probabilities)} probabilities, not all inside 0 to 1: calibration needs some that are")
+    _check(probabilities)
     place = np.clip(np.ceil(probabilities * bins).astype(np.int64) - 1, 0, bins - 1)
-    count = np.bincount(place, minlength=bins)
-    held = count > 0
-    predicted = np.bincount(place, weights=probabilities, minlength=bins)[held] / count[held]
-    observed = np.bincount(place, weights=positive.astype(np.float64), minlength=bins)[held] / count[held]
-    return Bins(count[held], predicted, observed)
+    return _bins(probabilities, positive, place, bins)
+
+
+def equal_mass(probabilities: np.ndarray, positive: np.ndarray, bins: int) -> Bins:
+    """Bins of equally many units, in order of probability; equal probabilities keep the order in which they came.
+
+    Raises ValueError for no unit or a probability outside [0, 1].
+    """
+    _check(probabilities)
+    count = min(bins, len(probabilities))
+    place = np.empty(len(probabilities), np.int64)
+    for i, part in enumerate(np.array_split(np.argsort(probabilities, kind="stable"), count)):
+        place[part] = i
+    return _bins(probabilities, positive, place, count)
 
 
 def brier(probabilities: np.ndarray, positive: np.ndarray) -> float:
     """Mean squared distance of the probability of the positive class to what happened (0 or 1)."""
     return float(np.mean((probabilities - positive) ** 2))
+
+
+@dataclass(frozen=True)
+class BrierParts:
+    """Brier = reliability − resolution + uncertainty, over the distinct forecasts (Murphy 1973). skill: 1 − Brier / uncertainty,
+    NaN with one class."""
+
+    reliability: float
+    resolution: float
+    uncertainty: float
+    skill: float
+
+
+def brier_parts(probabilities: np.ndarray, positive: np.ndarray) -> BrierParts:
+    """probabilities, positive: [n]. Raises ValueError for no unit or a probability outside [0, 1]."""
+    _check(probabilities)
+    values, place = np.unique(probabilities, return_inverse=True)
+    found = _bins(probabilities, positive, place, len(values))
+    share, rate = found.count / len(probabilities), float(np.mean(positive))
+    parts = float((share * (found.predicted - found.observed) ** 2).sum()), float((share * (found.observed - rate) ** 2).sum())
+    uncertainty = rate * (1 - rate)
+    skill = 1 - brier(probabilities, positive) / uncertainty if uncertainty > 0 else float("nan")
+    return BrierParts(*parts, uncertainty, skill)
+
+
+def log_odds(probabilities: np.ndarray) -> np.ndarray:
+    """logit p, with p kept 1e-6 away from 0 and 1."""
+    return logit(np.clip(probabilities, CLIP, 1 - CLIP))
+
+
+def slope_and_intercept(logits: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logistic regression of what happened on the logit (Cox 1958, doi 10.1093/biomet/45.3-4.562): slope under 1 is too sure.
+
+    logits: [n]; positive: [n], 0 or 1; weights: [b, n], how often each unit counts -> slope, intercept: float64 [b] each, NaN
+    where there is none: one class, one logit, or classes that a threshold separates.
+    """
+    weights = np.atleast_2d(np.asarray(weights, np.float64))
+    y = np.broadcast_to(np.asarray(positive, np.float64), logits.shape)
+    seen = weights > 0
+    low, high = (
+        {side: reduce(np.where(seen & (y == side), logits, far), axis=1) for side in (0, 1)}
+        for reduce, far in ((np.min, np.inf), (np.max, -np.inf))
+    )
+    known = (high[0] > low[1]) & (high[1] > low[0])  # false too where a class is missing
+    line = np.full((2, len(weights)), np.nan)
+    if known.any():
+        line[:, known] = fit_line(logits, y, weights[known], free=(True, True))
+    return line[1], line[0]
+
+
+def intercept_in_the_large(logits: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The intercept beside a slope of 1: over 0, events are more frequent than predicted. float64 [b], NaN with one class."""
+    weights = np.atleast_2d(np.asarray(weights, np.float64))
+    y = np.broadcast_to(np.asarray(positive, np.float64), logits.shape)
+    known = ((weights * y).sum(1) > 0) & ((weights * (1 - y)).sum(1) > 0)
+    found = np.full(len(weights), np.nan)
+    if known.any():
+        found[known] = fit_line(logits, y, weights[known], free=(True, False))[0]
+    return found
+
+
+def fit_line(x: np.ndarray, targets: np.ndarray, weights: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
+    """Σ w · cross-entropy of sigmoid(a + b x) with the targets, minimised over the free ones of (a, b), from (0, 1).
+
+    x: [n]; targets: [n] or [b, n] in [0, 1]; weights: [b, n] -> float64 [2, b]. Newton's method, a step halved until the loss
+    does not rise. The caller sees to it that there is a minimum; a direction without curvature is not followed.
+    """
+    count = len(weights)
+    line = np.stack([np.zeros(count), np.ones(count)])
+    total = weights.sum(1)
+
+    def loss(at: np.ndarray) -> np.ndarray:
+        z = at[0][:, None] + at[1][:, None] * x
+        return (weights * (np.logaddexp(0, z) - targets * z)).sum(1) / total
+
+    value = loss(line)
+    for _ in range(100):
+        p = expit(line[0][:, None] + line[1][:, None] * x)
+        rest, curve = weights * (p - targets), weights * p * (1 - p)
+        gradient = np.stack([rest.sum(1), (rest * x).sum(1)]) / total * np.array(free)[:, None]
+        aa, ab, bb = (float_ / total for float_ in (curve.sum(1), (curve * x).sum(1), (curve * x * x).sum(1)))
+        step = _newton(gradient, aa, ab, bb, free)
+        length = np.ones(count)
+        for _ in range(40):
+            tried = line - length * step
+            rises = ~(loss(tried) <= value + 1e-15)
+            if not rises.any():
+                break
+            length = np.where(rises, length / 2, length)
+        else:
+            tried = np.where(rises, line, tried)
+        moved = np.abs(tried - line).max(0)
+        line, value = tried, loss(tried)
+        if (moved <= 1e-10 * (1 + np.abs(line).max(0))).all():
+            break
+    return line
+
+
+def _newton(gradient: np.ndarray, aa: np.ndarray, ab: np.ndarray, bb: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        alone = np.stack([np.where(aa > 0, gradient[0] / aa, 0.0), np.where(bb > 0, gradient[1] / bb, 0.0)])
+        if not all(free):
+            return alone
+        determinant = aa * bb - ab * ab
+        both = np.stack([bb * gradient[0] - ab * gradient[1], aa * gradient[1] - ab * gradient[0]]) / determinant
+    flat = determinant <= 1e-12 * aa * bb  # x does not vary: the intercept alone
+    return np.where(flat, np.stack([alone[0], np.zeros_like(alone[0])]), both)
+
+
+def _bins(probabilities: np.ndarray, positive: np.ndarray, place: np.ndarray, bins: int) -> Bins:
+    count = np.bincount(place, minlength=bins)
+    held = count > 0
+    predicted = np.bincount(place, weights=probabilities, minlength=bins)[held] / count[held]
+    observed = np.bincount(place, weights=np.asarray(positive, np.float64), minlength=bins)[held] / count[held]
+    return Bins(count[held], predicted, observed)
+
+
+def _check(probabilities: np.ndarray) -> None:
+    if len(probabilities) == 0 or not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError(f"{len(probabilities)} probabilities, not all inside 0 to 1: calibration needs some that are")

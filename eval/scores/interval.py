@@ -129,27 +129,49 @@ class Resampling:
 
     def interval(self, sums: np.ndarray, statistic: Totals) -> Interval:
         """`patient_bootstrap` of a statistic of totals, by one matrix product. sums: float64 [P, C]."""
-        total, number, level = sums.sum(0), len(sums), self.config.level
-        value, units = float(statistic(total[None])[0]), len(self.codes)
+        return self._interval(lambda counts: statistic(counts @ sums), len(sums), sums.shape[1])
+
+    def weighted(self, statistic: Totals) -> Interval:
+        """`patient_bootstrap` of a statistic that takes how often each row counts: weights float64 [b, n] -> [b]."""
+        number = int(self.codes.max()) + 1
+        return self._interval(lambda counts: statistic(counts[:, self.codes]), number, len(self.codes))
+
+    def _interval(self, statistic: Totals, number: int, width: int) -> Interval:
+        """statistic: of counts of patients [b, P]."""
+        level, units = self.config.level, len(self.codes)
+        value = float(statistic(np.ones((1, number)))[0])
         if math.isnan(value):
             return Interval(value, None, None, number, units, "interval withheld: the statistic is undefined on these rows")
         if number < REPORTABLE_PATIENTS:
             why = f"interval withheld: {number} patients, and fewer than {REPORTABLE_PATIENTS} cannot carry one"
             return Interval(value, None, None, number, units, why)
         if number < BOOTSTRAP_PATIENTS:
-            return _pseudo_t(value, statistic(total - sums), units, level)
+            return _pseudo_t(value, statistic(1.0 - np.eye(number)), units, level)
         draws = len(self.counts)
-        values = np.concatenate([statistic(self.counts[part] @ sums) for part in _batches(draws, max(number, sums.shape[1]))])
+        values = np.concatenate([statistic(self.counts[part].astype(np.float64)) for part in _batches(draws, max(number, width))])
         redrawn, attempt = 0, 0
         while len(open_ := np.flatnonzero(np.isnan(values))):
             redrawn, attempt = redrawn + len(open_), attempt + 1
             if redrawn > MAX_REDRAWN * draws:
                 why = f"interval withheld: undefined in more than {MAX_REDRAWN:.0%} of the replicates"
                 return Interval(value, None, None, number, units, why)
-            values[open_] = statistic(_counted(open_, number, attempt, self.config.seed) @ sums)
+            values[open_] = statistic(_counted(open_, number, attempt, self.config.seed))
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
         note = f"{redrawn} undefined replicates drawn again" if redrawn else ""
         return Interval(value, float(low), float(high), number, units, note)
+
+
+def independent_difference(first: Interval, second: Interval) -> Interval:
+    """first − second of two sets that share no patient, its ends from the two intervals, which need not be symmetric (Zou and
+    Donner 2008, doi 10.1002/sim.3095; for proportions with Wilson's it is Newcombe's of 1998). Withheld where either is."""
+    value, patients, units = first.value - second.value, first.patients + second.patients, first.units + second.units
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        note = next(each.note for each in (first, second) if each.low is None or each.high is None)
+        return Interval(value, None, None, patients, units, note)
+    down = math.hypot(first.value - first.low, second.high - second.value)
+    up = math.hypot(first.high - first.value, second.value - second.low)
+    warned = [each.note for each in (first, second) if each.note.startswith("warning")]
+    return Interval(value, value - down, value + up, patients, units, "; ".join(warned))
 
 
 def _counted(draws: np.ndarray, patients: int, attempt: int, seed: int) -> np.ndarray:

@@ -85,24 +85,32 @@ def operate(labels: np.ndarray, scores: np.ndarray, at: Threshold, prevalence: f
     labels, scores: [n]. prevalence: the stated one, for PPV and NPV by Bayes' rule. Raises ValueError on an
     impossible one.
     """
+    labels, scores = np.asarray(labels) == 1, np.asarray(scores, np.float64)
+    return operation(labels, scores >= at.value, at.required, prevalence, _needed(scores[labels], at.required))
+
+
+def operation(positive: np.ndarray, flagged: np.ndarray, required: float, prevalence: float, needed: float) -> Operation:
+    """`operate` of decisions that are made already, as when units of several models each had their own threshold.
+
+    positive, flagged: bool [n]. needed: as in `Operation`, NaN where scores share no scale. Raises ValueError on an impossible
+    prevalence.
+    """
     if not 0 < prevalence < 1:
         raise ValueError(f"the stated prevalence is {prevalence}: expected a number between 0 and 1")
-    labels, scores = np.asarray(labels) == 1, np.asarray(scores, np.float64)
-    flagged = scores >= at.value
-    hit, missed = int((flagged & labels).sum()), int((~flagged & labels).sum())
-    false, passed = int((flagged & ~labels).sum()), int((~flagged & ~labels).sum())
+    hit, missed = int((flagged & positive).sum()), int((~flagged & positive).sum())
+    false, passed = int((flagged & ~positive).sum()), int((~flagged & ~positive).sum())
     sensitivity, specificity = rate(hit, hit + missed), rate(passed, passed + false)
     return Operation(
         sensitivity=sensitivity,
         specificity=specificity,
         fnr=rate(missed, hit + missed),
-        flagged=rate(hit + false, len(labels)),
+        flagged=rate(hit + false, len(positive)),
         ppv=rate(hit, hit + false),
         npv=rate(passed, passed + missed),
         prevalence=prevalence,
         at_prevalence=_predictive(sensitivity.value, specificity.value, prevalence),
-        drift=sensitivity.value - at.required,
-        needed=_needed(scores[labels], at.required),
+        drift=sensitivity.value - required,
+        needed=needed,
     )
 
 

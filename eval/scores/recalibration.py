@@ -1,0 +1,120 @@
+"""A few local cases move a foreign model's probabilities: what is gained on the other local cases, over many draws."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from histoscale.data.keys import key
+from histoscale.data.splits import nested_subset
+from histoscale.eval.scores.calibration import brier, fit_line, log_odds, reliability
+
+METHODS = {"intercept": (True, False), "temperature": (False, True), "platt": (True, True)}
+
+
+@dataclass(frozen=True)
+class RecalibrationConfig:
+    """cases: numbers of local cases to learn from, patients whole. methods: of METHODS. draws: of local samples. bins: of ece."""
+
+    cases: list[int]
+    methods: list[str]
+    draws: int
+    bins: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        strange = [name for name in self.methods if name not in METHODS]
+        if strange or min([self.draws, self.bins, *self.cases]) < 1:
+            given = f"recalibration has methods {self.methods}, cases {self.cases}, draws {self.draws}, bins {self.bins}"
+            raise ValueError(f"{given}: expected some of {', '.join(METHODS)} and numbers from 1 on")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over draws: the mean, and the 2.5 and 97.5 percentile. No interval of confidence: draws share their cases."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """One method after `cases` local cases. before, after: by `ece`, `brier` and `log_loss`, on the cases that were not learned
+    from. better: share of the draws with a lower Brier score than before. draws: with both classes left to read."""
+
+    method: str
+    cases: int
+    draws: int
+    before: dict[str, Spread]
+    after: dict[str, Spread]
+    better: float
+
+
+def fit_recalibration(probabilities: np.ndarray, positive: np.ndarray, method: str) -> tuple[float, float]:
+    """(a, b) of p' = sigmoid(a + b logit p): `intercept` moves a, `temperature` b = 1 / T, `platt` both.
+
+    The targets are Platt's, (N₊ + 1) / (N₊ + 2) and 1 / (N₋ + 2) (1999), so that a few separable cases give no infinite slope.
+    A slope is not let below 0, where it would turn the order of the scores round. Raises ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"the method of recalibration is {method!r}: expected {', '.join(METHODS)}")
+    logits, y = log_odds(probabilities), np.asarray(positive) == 1
+    hits = int(y.sum())
+    targets = np.where(y, (hits + 1) / (hits + 2), 1 / (len(y) - hits + 2))
+    once = np.ones((1, len(y)))
+    a, b = fit_line(logits, targets, once, METHODS[method])[:, 0]
+    if b < 0:
+        a, b = fit_line(np.zeros_like(logits), targets, once, (METHODS[method][0], False))[0, 0], 0.0
+    return float(a), float(b)
+
+
+def recalibrate(probabilities: np.ndarray, line: tuple[float, float]) -> np.ndarray:
+    """sigmoid(a + b logit p): float64 [n]. Scores keep their order, so a threshold carried along flags the same units."""
+    return expit(line[0] + line[1] * log_odds(probabilities))
+
+
+def local_recalibration(
+    probabilities: np.ndarray, positive: np.ndarray, groups: Sequence[str], config: RecalibrationConfig
+) -> list[Recalibrated]:
+    """Learn from `cases` units of a site, read its others; patients are never divided. probabilities, positive: [n].
+
+    Numbers of cases that leave under half of the units to read are left out.
+    """
+    positive = np.asarray(positive) == 1
+    found = []
+    for cases in (n for n in config.cases if 2 * n <= len(positive)):
+        samples = []
+        for draw in range(config.draws):
+            chosen = np.zeros(len(positive), bool)
+            chosen[nested_subset(groups, cases, key(config.seed, "recalibration", draw))] = True
+            if len(set(positive[~chosen].tolist())) == 2:
+                samples.append(chosen)
+        if not samples:
+            continue
+        for method in config.methods:
+            rows = []
+            for chosen in samples:
+                line = fit_recalibration(probabilities[chosen], positive[chosen], method)
+                rest, y = probabilities[~chosen], positive[~chosen]
+                rows.append([_losses(rest, y, config.bins), _losses(recalibrate(rest, line), y, config.bins)])
+            table = np.array(rows)  # [draws, before and after, losses]
+            before, after = ({name: _spread(table[:, side, i]) for i, name in enumerate(LOSSES)} for side in (0, 1))
+            better = float((table[:, 1, 1] < table[:, 0, 1]).mean())
+            found.append(Recalibrated(method, cases, len(samples), before, after, better))
+    return found
+
+
+LOSSES = ("ece", "brier", "log_loss")
+
+
+def _losses(probabilities: np.ndarray, positive: np.ndarray, bins: int) -> list[float]:
+    z = log_odds(probabilities)
+    log_loss = float(np.mean(np.logaddexp(0, z) - positive * z))
+    return [reliability(probabilities, positive, bins).expected_calibration_error, brier(probabilities, positive), log_loss]
+
+
+def _spread(values: np.ndarray) -> Spread:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Spread(float(values.mean()), float(low), float(high))
