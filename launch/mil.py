@@ -25,12 +25,16 @@ from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.heatmap import HeatmapConfig, Tiles, choose, draw, read_thumbnail, write_tiles
-from histoscale.eval.mil.bags import BagError, Bags, Features, SplitConfig, TaskConfig, read_bags
+from histoscale.eval.mil.aggregators.pooling import MeanConfig
+from histoscale.eval.mil.bags import BagError, Bags, read_bags
 from histoscale.eval.mil.ensemble import Reading
+from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig, Fitted, fit
 from histoscale.eval.mil.floors import plain_floors
 from histoscale.eval.mil.pointing import coverage, pointing, read_foci
+from histoscale.eval.mil.split import FixedSplit, Trial, make_plan
 from histoscale.eval.mil.study import Study, score_rows, study
+from histoscale.eval.mil.task import BinaryTask
 from histoscale.eval.mil.words import cannot_say, show
 from histoscale.eval.scores.interval import IntervalConfig
 
@@ -50,8 +54,8 @@ class Config:
     manifest: str
     catalog: str | None
     truth: str | None
-    task: TaskConfig
-    split: SplitConfig
+    task: BinaryTask
+    split: FixedSplit
     mil: FitConfig
     interval: IntervalConfig
     heatmap: HeatmapConfig
@@ -65,7 +69,8 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """What stands behind the names: labels, parts, encoder and tiles of every slide."""
     bags = _bags(config, config.embeddings)
-    seen = [(b.slide_id, b.group, b.site, b.part, b.label, b.tiles) for b in bags.rows]
+    parts = [(part, *rows) for part, rows in asdict(_trial(config, bags)).items()]
+    seen = [parts, *((b.slide_id, b.group, b.site, b.label, b.tiles) for b in bags.rows)]
     return {"encoder_hash": bags.encoder, "slides": hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}
 
 
@@ -80,27 +85,28 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
     bags = _bags(config, config.embeddings)
+    trial = _trial(config, bags)
     catalog = open_catalog(config.catalog, Store(config.storage)) if config.catalog else None
     fits = _fits(config, bags)
     epochs = config.mil.folds * config.mil.repeats * config.mil.epochs * len(fits)
     fitted: dict[str, tuple[Fitted, Features]] = {}
     with journal.progress(epochs, "slide models", "epochs") as progress:
         for name, (source, chosen) in fits.items():
-            held = Features(source, config.cache_bytes)
-            fitted[name] = fit(source, held, chosen, progress), held
+            held = Features([[bag.path] for bag in source.rows], source.width, config.cache_bytes, config.threads)
+            fitted[name] = fit(source, trial.train, held, config.task, chosen, progress), held
     readings = {name: [each.read(row, held) for row in range(len(bags.rows))] for name, (each, held) in fitted.items()}
-    scores = {name: np.array([reading.score for reading in each]) for name, each in readings.items()}
+    scores = {name: np.array([reading.output[0] for reading in each]) for name, each in readings.items()}
     floors = {name: values for name, values in scores.items() if name != "model"}
-    floors |= plain_floors(bags.rows, bags.part("train"), _tissue(catalog, bags))
-    found = study(bags, scores["model"], floors, config.task, config.interval)
+    floors |= plain_floors(bags.rows, trial.train, _tissue(catalog, bags))
+    found = study(bags, trial, scores["model"], floors, config.task, config.interval)
 
     model, features = fitted["model"]
     facts = {"encoder_hash": bags.encoder, "mpp": bags.mpp, "task": asdict(config.task)}
     thresholds = {f"{at.required:g}": at.value if math.isfinite(at.value) else None for at in found.thresholds}
     model.ensemble.save(journal.path("model/config.json").parent, {**facts, "thresholds": thresholds})
-    _write_scores(journal.path("scores.csv"), score_rows(bags, scores["model"], found.thresholds))
-    pointed = _pointing(config, bags, readings["model"], features)
-    drawn = _heatmaps(config, bags, readings["model"], features, found, catalog, journal)
+    _write_scores(journal.path("scores.csv"), score_rows(bags, trial, scores["model"], found.thresholds))
+    pointed = _pointing(config, bags, trial, readings["model"], features)
+    drawn = _heatmaps(config, bags, trial, readings["model"], features, found, catalog, journal)
     journal.say(show(found))
     if pointed:
         journal.say("\n".join(_pointing_words(part, values) for part, values in pointed.items()))
@@ -110,12 +116,16 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
 
 def _bags(config: Config, folder: str) -> Bags:
     slides = read_manifest(config.manifest, Store(config.storage))
-    return read_bags(Path(folder), slides, config.task, config.split)
+    return read_bags(Path(folder), slides, config.task, config.split.unit)
+
+
+def _trial(config: Config, bags: Bags) -> Trial:
+    return make_plan(bags, config.split).trials[0]
 
 
 def _fits(config: Config, bags: Bags) -> dict[str, tuple[Bags, FitConfig]]:
     """The model, and the floors that are trained like it."""
-    mean = replace(config.mil, aggregator=replace(config.mil.aggregator, kind="mean"))
+    mean = replace(config.mil, aggregator=MeanConfig("mean"))
     fits = {"model": (bags, config.mil)}
     if config.mil.aggregator.kind != "mean":
         fits["mean_pooling"] = bags, mean
@@ -148,11 +158,11 @@ def _foci(config: Config, slide_id: str) -> list[np.ndarray] | None:
     return read_foci(path) if path and path.exists() else None
 
 
-def _pointing(config: Config, bags: Bags, readings: Sequence[Reading], features: Features) -> dict[str, Any]:
+def _pointing(config: Config, bags: Bags, trial: Trial, readings: Sequence[Reading], features: Features) -> dict[str, Any]:
     """Pointing accuracy by part over the positive slides whose foci are known."""
     found = {}
-    for part in ("internal", "external"):
-        known = [(i, _foci(config, bags.rows[i].slide_id)) for i in bags.part(part) if bags.rows[i].label]
+    for part, read in (("internal", trial.internal), ("external", trial.external)):
+        known = [(i, _foci(config, bags.rows[i].slide_id)) for i in read if bags.rows[i].label]
         rows = [(i, rings) for i, rings in known if rings]
         covered = [coverage(features.coords(i), bags.rows[i].size_px, rings) for i, rings in rows]
         patients = [bags.rows[i].group for i, _ in rows]
@@ -172,6 +182,7 @@ def _pointing_words(part: str, found: dict[str, Any]) -> str:
 def _heatmaps(
     config: Config,
     bags: Bags,
+    trial: Trial,
     readings: Sequence[Reading],
     features: Features,
     found: Study,
@@ -179,13 +190,13 @@ def _heatmaps(
     journal: Journal,
 ) -> list[str]:
     """Write heatmaps/<slide_id>.png with its raw tiles beside it; without a catalog the raw tiles alone. Returns the names."""
-    read = bags.part("internal") + bags.part("external")
+    read = trial.internal + trial.external
     picked = choose([bags.rows[i].slide_id for i in read], bags.labels(read).tolist(), config.heatmap.slides, config.heatmap.seed)
     at = next((each for each in found.thresholds if math.isfinite(each.value)), found.thresholds[0])
     names = []
     for i in (read[place] for place in picked):
         bag, reading = bags.rows[i], readings[i]
-        tiles = Tiles(features.coords(i), bag.size_px, reading.attention, reading.contribution)
+        tiles = Tiles(features.coords(i), bag.size_px, reading.attention, reading.contribution[:, 0])
         path = journal.path(f"heatmaps/{bag.slide_id}.png")
         if catalog is None:
             write_tiles(path.with_suffix(".parquet"), tiles)
@@ -195,9 +206,10 @@ def _heatmaps(
         mpp = catalog.level_mpps(row)[0]
         thumbnail = read_thumbnail(reader, mpp, config.heatmap.longest_px, config.heatmap.level_tolerance)
         limit = f"threshold {at.value:.3g} for {at.required:g}" if math.isfinite(at.value) else "no threshold: all flagged"
-        flag = "flagged" if reading.score >= at.value else "not flagged"
+        flag = "flagged" if reading.output[0] >= at.value else "not flagged"
         label = "positive" if bag.label else "negative"
-        title = f"{bag.slide_id} · {bag.site} ({bag.part}) · {label} · score {reading.score:.3f}, {limit}: {flag}"
+        part = "internal" if i in trial.internal else "external"
+        title = f"{bag.slide_id} · {bag.site} ({part}) · {label} · score {reading.output[0]:.3f}, {limit}: {flag}"
         draw(path, thumbnail, tiles, _foci(config, bag.slide_id), title, config.heatmap)
         names.append(f"heatmaps/{path.name}")
     return names

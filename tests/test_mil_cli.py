@@ -151,7 +151,7 @@ def test_run_again_it_has_nothing_to_do_and_another_result_is_refused(
         (("task.label=grade",), "no label column 'grade'; it has role, tumour"),
         (("split=patients", "split.external_sites=[moon]"), "moon, which no labelled slide comes from"),
         (("task.decision=nurse",), "expected slide or patient"),
-        (("mil.aggregator.kind=transmil",), "expected abmil, mean or max"),
+        (("mil.aggregator.kind=attention",), "'abmil', 'mean', 'max'"),
         (("heatmap.display=hot",), "expected relative or rank"),
         (("embeddings=/nowhere",), "holds no store"),
     ],

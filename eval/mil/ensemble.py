@@ -1,113 +1,166 @@
 """The deployed slide model: fold models with their standardisation, averaged; saved without pickles."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from histoscale.eval.mil.abmil import GatedAttention
-from histoscale.eval.mil.pooling import MaxPool, MeanPool
+from histoscale.eval.mil.aggregators.abmil import Abmil, AbmilConfig
+from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Whole
+from histoscale.eval.mil.aggregators.pooling import MaxConfig, MaxPool, MeanConfig, MeanPool
+
+Aggregators = AbmilConfig | MeanConfig | MaxConfig
+AggregatorConfig = Annotated[Aggregators, Field(discriminator="kind")]
+_CHUNK = 8192  # tiles that are read at once
 
 
-@dataclass(frozen=True)
-class AggregatorConfig:
-    """kind: abmil, mean or max. hidden, attention, dropout: sizes of `abmil`; the poolings have none and ignore them."""
-
-    kind: str
-    hidden: int
-    attention: int
-    dropout: float
-
-
-def build_aggregator(config: AggregatorConfig, width: int) -> nn.Module:
-    """An untrained aggregator for features of `width`. Raises ValueError on an unknown kind."""
-    match config.kind:
-        case "abmil":
-            return GatedAttention(width, config.hidden, config.attention, config.dropout)
-        case "mean":
-            return MeanPool(width)
-        case "max":
-            return MaxPool(width)
-    raise ValueError(f"mil.aggregator.kind is {config.kind!r}: expected abmil, mean or max")
+def build_aggregator(config: Aggregators, width: int, outputs: int) -> Aggregator:
+    """An untrained aggregator from features of `width` to `outputs` logits."""
+    match config:
+        case AbmilConfig():
+            return Abmil(width, outputs, config)
+        case MeanConfig():
+            return MeanPool(width, outputs)
+        case MaxConfig():
+            return MaxPool(width, outputs)
 
 
 class SlideModel(nn.Module):
-    """Standardisation by training tiles, then an aggregator."""
+    """Standardisation by training tiles, an aggregator, and the unit of its logits: a number that is predicted comes out in the
+    target's unit, a log-risk with a mean of zero over the training slides."""
 
     shift: Tensor
     scale: Tensor
+    origin: Tensor
+    unit: Tensor
 
-    def __init__(self, width: int, config: AggregatorConfig) -> None:
+    def __init__(self, width: int, config: Aggregators, outputs: int) -> None:
         super().__init__()
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.aggregator = build_aggregator(config, width)
+        self.register_buffer("origin", torch.zeros(()))
+        self.register_buffer("unit", torch.ones(()))
+        self.aggregator = build_aggregator(config, width, outputs)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, N, D], mask: bool [B, N] -> logits [B], attention [B, N], tile logits [B, N]; logit = sum attention * tile."""
-        attention, tiles = self.aggregator((x - self.shift) / self.scale, mask)
-        return (attention * tiles).sum(1), attention, tiles
+    def forward(self, x: Tensor, mask: Tensor) -> Pooled:
+        """x: [B, N, D], mask: bool [B, N] -> logits [B, K], attention [B, N], tile logits [B, N, K] or None."""
+        found = self.aggregator((x - self.shift) / self.scale, mask)
+        tiles = None if found.tiles is None else self.in_unit(found.tiles)
+        return found._replace(logits=self.in_unit(found.logits), tiles=tiles)
+
+    def in_unit(self, logits: Tensor) -> Tensor:
+        return logits * self.unit + self.origin
+
+    def logits(self, features: np.ndarray) -> Tensor:
+        """float64 [K] of one slide, [n, D] in any float type."""
+        return self.in_unit(self.aggregator.logits(self._chunks(features)).double())
+
+    def whole(self, features: np.ndarray) -> Whole:
+        """One slide, [n, D] in any float type; a chunk of its tiles at a time where the aggregator allows it."""
+        found = self.aggregator.whole(self._chunks(features))
+        attention = found.attention.double()
+        contribution = found.contribution.double() * self.unit + attention[:, None] * self.origin
+        without = None if found.without is None else self.in_unit(found.without)
+        return Whole(self.in_unit(found.logits.double()), attention, contribution, without)
+
+    def _chunks(self, features: np.ndarray) -> Iterator[Tensor]:
+        for start in range(0, len(features), _CHUNK):
+            part = torch.from_numpy(np.ascontiguousarray(features[start : start + _CHUNK]))
+            yield (part.to(self.shift.dtype) - self.shift) / self.scale
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the model saw in one slide. score: in (0, 1). attention, contribution: float64 [n] a tile, means over the models;
-    attention sums to 1, contribution to the score's logit."""
+    """What the models saw in one slide.
 
-    score: float
+    output: float64 [K], the positive class's probability, the classes' probabilities, the number in its unit, or the log-risk.
+    logits: float64 [K], means over the models. attention: float64 [n], sums to 1. contribution: float64 [n, K]: sums to the
+    logits over the tiles where the model splits them, else the gradient times its input. models: float64 [M, K], the logits of
+    each model that was asked.
+    """
+
+    output: np.ndarray
+    logits: np.ndarray
     attention: np.ndarray
     contribution: np.ndarray
+    models: np.ndarray
+
+
+def to_output(logits: np.ndarray, kind: str) -> np.ndarray:
+    """Logits [..., K] of a task of this kind -> what is reported: probabilities, or the logits themselves."""
+    if kind == "binary":
+        return torch.from_numpy(logits).sigmoid().numpy()
+    return torch.from_numpy(logits).softmax(-1).numpy() if kind == "classes" else logits
 
 
 class Ensemble:
-    """Fold models whose logits are averaged: one deployed object, one score a slide."""
+    """Fold models whose logits are averaged: one deployed object. kind: of the task."""
 
-    def __init__(self, models: list[SlideModel], width: int, config: AggregatorConfig) -> None:
+    def __init__(self, models: Sequence[SlideModel], width: int, outputs: int, config: Aggregators, kind: str) -> None:
         self.models = [model.eval() for model in models]
-        self.width, self.config = width, config
+        self.width, self.outputs, self.config, self.kind = width, outputs, config, kind
 
-    @torch.no_grad()
-    def read(self, features: np.ndarray, members: list[int] | None = None) -> Reading:
-        """features: float32 [n, D] of one slide; members: the models to ask, all by default.
+    def read(self, features: np.ndarray, members: Sequence[int] | None = None) -> Reading:
+        """features: [n, D] of one slide; members: the models to ask, all by default.
 
         Raises ValueError when the slide has no tile or another width.
         """
+        seen = [model.whole(features) for model in self._asked(features, members)]
+        models = torch.stack([each.logits for each in seen]).numpy()
+        logits = models.mean(0)
+        attention = torch.stack([each.attention for each in seen]).mean(0).numpy()
+        contribution = torch.stack([each.contribution for each in seen]).mean(0).numpy()
+        return Reading(to_output(logits, self.kind), logits, attention, contribution, models)
+
+    def logits(self, features: np.ndarray, members: Sequence[int] | None = None) -> np.ndarray:
+        """float64 [K] alone, for curves that ask for many subsets of tiles. Raises ValueError as `read`."""
+        return torch.stack([model.logits(features) for model in self._asked(features, members)]).mean(0).numpy()
+
+    def occlusion(self, features: np.ndarray, members: Sequence[int] | None = None) -> np.ndarray | None:
+        """Logits less the logits without a tile, for each tile: float64 [n, K]; exact, in closed form. None for models that have
+        none (TransMIL). The only tile of a slide answers for the whole logits. Raises ValueError as `read`."""
+        changes = []
+        for model in self._asked(features, members):
+            found = model.whole(features)
+            if found.without is None:
+                return None
+            changes.append(found.logits - found.without if len(features) > 1 else found.logits[None])
+        return torch.stack(changes).mean(0).numpy()
+
+    def _asked(self, features: np.ndarray, members: Sequence[int] | None) -> list[SlideModel]:
         if features.ndim != 2 or features.shape[1] != self.width or len(features) == 0:
             raise ValueError(f"features of shape {features.shape}: expected [n > 0, {self.width}]")
-        x = torch.from_numpy(np.ascontiguousarray(features, np.float32))[None]
-        mask = torch.ones(x.shape[:2], dtype=torch.bool)
-        seen = [self.models[i](x, mask) for i in (range(len(self.models)) if members is None else members)]
-        attention = torch.stack([a[0].double() for _, a, _ in seen])
-        tiles = torch.stack([t[0].double() for _, _, t in seen])
-        contribution = (attention * tiles).mean(0)
-        return Reading(float(contribution.sum().sigmoid()), attention.mean(0).numpy(), contribution.numpy())
+        return self.models if members is None else [self.models[i] for i in members]
 
     def save(self, folder: Path, facts: dict[str, Any]) -> None:
         """model.safetensors and config.json; `facts` (encoder, task, threshold) stand in config.json under their own names."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{name}": tensor for i, model in enumerate(self.models) for name, tensor in model.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
-        values = {"models": len(self.models), "width": self.width, "aggregator": asdict(self.config), **facts}
+        values = {"models": len(self.models), "width": self.width, "outputs": self.outputs, "kind": self.kind}
+        values |= {"aggregator": asdict(self.config), **facts}
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_ensemble(folder: Path) -> tuple[Ensemble, dict[str, Any]]:
     """The ensemble of `Ensemble.save` and the whole of its config.json. Raises ValueError when the two disagree."""
     facts = json.loads((folder / "config.json").read_text())
-    config = AggregatorConfig(**facts["aggregator"])
+    config: Aggregators = TypeAdapter(AggregatorConfig).validate_python(facts["aggregator"])
     tensors = load_file(folder / "model.safetensors")
     models = []
     for i in range(facts["models"]):
-        model = SlideModel(facts["width"], config)
+        model = SlideModel(facts["width"], config, facts["outputs"])
         part = {name.removeprefix(f"{i}."): tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
         try:
             model.load_state_dict(part)
         except RuntimeError as error:
             raise ValueError(f"{folder}: model.safetensors does not hold what config.json describes: {error}") from error
         models.append(model)
-    return Ensemble(models, facts["width"], config), facts
+    return Ensemble(models, facts["width"], facts["outputs"], config, facts["kind"]), facts

@@ -1,7 +1,7 @@
-"""Training of slide models: repeated patient-grouped folds, out-of-fold scores, and the ensemble of all fold models."""
+"""Training of slide models: repeated patient-grouped folds, out-of-fold readings, and the ensemble of all fold models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,18 +11,25 @@ from torch.nn import functional as F
 
 from histoscale.data.journal import Progress
 from histoscale.data.keys import key, keys
-from histoscale.data.splits import folds
-from histoscale.eval.mil.bags import Bag, BagError, Bags, Features
-from histoscale.eval.mil.ensemble import AggregatorConfig, Ensemble, Reading, SlideModel
+from histoscale.data.splits import SplitError
+from histoscale.eval.mil.bags import Bag, BagError, Bags
+from histoscale.eval.mil.ensemble import AggregatorConfig, Ensemble, Reading, SlideModel, to_output
+from histoscale.eval.mil.features import Draw, Features
+from histoscale.eval.mil.losses import binary_loss, class_loss, cox_loss
+from histoscale.eval.mil.split import grouped_folds
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
+
+IMBALANCE = ("balanced", "none")
 
 
 @dataclass(frozen=True)
 class FitConfig:
     """Everything that training of a slide model decides; none of it is chosen by a reported slide.
 
-    epochs: a fixed number. tiles: at most so many of a slide in one training step, drawn anew each epoch. batch: slides a step.
-    folds, repeats: the ensemble holds folds * repeats models, and each training slide is scored by the `repeats` models that
-    never saw its patient. lr falls from its value to 0 by a cosine.
+    epochs: a fixed number. tiles: at most so many of a slide in one training step, drawn anew each epoch; null: all of them.
+    batch: slides a step. folds, repeats: the ensemble holds folds * repeats models, and each training slide is scored by the
+    `repeats` models that never saw its patient. imbalance: `balanced` (every class weighs the same) or `none`, for tasks with
+    classes. lr falls from its value to 0 by a cosine.
     """
 
     aggregator: AggregatorConfig
@@ -30,56 +37,83 @@ class FitConfig:
     repeats: int
     epochs: int
     batch: int
-    tiles: int
+    tiles: int | None
+    imbalance: str
     lr: float
     weight_decay: float
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.imbalance not in IMBALANCE:
+            raise ValueError(f"mil.imbalance is {self.imbalance!r}: expected {' or '.join(IMBALANCE)}")
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """ensemble: the deployed object. held_out: row -> the models that never saw its patient."""
+    """ensemble: the deployed object. held_out: row -> the models that never saw its patient. repeats: the models of each seed."""
 
     ensemble: Ensemble
     held_out: dict[int, list[int]]
+    repeats: list[list[int]]
 
     def read(self, row: int, features: Features) -> Reading:
         """A training slide by the models that never saw its patient, any other slide by all models."""
-        return self.ensemble.read(features[row], self.held_out.get(row))
+        return self.ensemble.read(features.whole(row), self.held_out.get(row))
+
+    def by_seed(self, row: int, reading: Reading) -> np.ndarray:
+        """The output of the models of each seed alone, from `read` of that row: float64 [repeats, K]."""
+        asked = self.held_out.get(row, list(range(len(self.ensemble.models))))
+        places = [[asked.index(i) for i in members if i in asked] for members in self.repeats]
+        return to_output(np.stack([reading.models[each].mean(0) for each in places]), self.ensemble.kind)
 
 
-def fit(bags: Bags, features: Features, config: FitConfig, progress: Progress) -> Fitted:
-    """Train on the rows of the part `train`; `progress` advances once an epoch of a model.
+def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config: FitConfig, progress: Progress) -> Fitted:
+    """Train on some rows; `progress` advances once an epoch of a model.
 
-    Deterministic: equal inputs and thread count give equal bits. Raises BagError when a fold would lack a class.
+    Of a slide with stain-jittered copies one store is drawn each epoch. Deterministic: equal inputs and thread count give equal
+    bits. Raises BagError when a fold would lack a class, StoreError when a store fails.
     """
-    rows = bags.part("train")
+    rows = list(rows)
     models: list[SlideModel] = []
     held_out: dict[int, list[int]] = {row: [] for row in rows}
+    repeats: list[list[int]] = []
     for repeat in range(config.repeats):
-        for fold in grouped_folds([bags.rows[i] for i in rows], config.folds, key(config.seed, "mil/folds", repeat)):
+        repeats.append([])
+        for fold in inner_folds([bags.rows[i] for i in rows], task, config.folds, key(config.seed, "mil/folds", repeat)):
             out = {rows[i] for i in fold}
             for row in out:
                 held_out[row].append(len(models))
-            models.append(_train([i for i in rows if i not in out], bags, features, config, len(models), progress))
-    return Fitted(Ensemble(models, bags.width, config.aggregator), held_out)
+            repeats[-1].append(len(models))
+            models.append(_train([i for i in rows if i not in out], bags, features, task, config, len(models), progress))
+    return Fitted(Ensemble(models, bags.width, task.outputs, config.aggregator, task.kind), held_out, repeats)
 
 
-def grouped_folds(bags: Sequence[Bag], count: int, seed: int) -> list[list[int]]:
-    """Places of the bags of each fold; a group is never divided, and groups are dealt out class by class and site by site.
+def inner_folds(bags: Sequence[Bag], task: Task, count: int, seed: int) -> list[list[int]]:
+    """Places of the bags of each fold; groups whole, level in targets and sites (split.grouped_folds).
 
-    A group may hold both classes. Raises BagError when a class has fewer groups than folds, SplitError for fewer than two folds.
+    Raises BagError when too few groups have a class (or an event) for every model to see one, and, of two classes, for every fold
+    to hold one; SplitError for fewer than two folds.
     """
-    classes: dict[str, str] = {}
-    for bag in bags:
-        classes[bag.group] = "".join(sorted({*classes.get(bag.group, ""), str(bag.label)}))
-    for label, name in (("1", "positive"), ("0", "negative")):
-        having = sum(label in each for each in classes.values())
-        if having < count:
-            raise BagError(f"{having} training patients with a {name} slide for mil.folds={count}: fewer folds, or more slides")
-    # "0" < "01" < "1": the groups that hold a class are neighbours, so every fold gets some of both.
-    places = folds([bag.group for bag in bags], count, seed, [f"{classes[bag.group]}/{bag.site}" for bag in bags])
+    if count < 2:
+        raise SplitError(f"mil.folds is {count}: expected at least 2")
+    for level, name, least in _needed(task, count):
+        having = len({bag.group for bag in bags if level == (bag.event if isinstance(task, SurvivalTask) else bag.label)})
+        if having < least:
+            raise BagError(f"{having} training patients with {name} for mil.folds={count}: fewer folds, or more slides")
+    places = grouped_folds(bags, count, seed)
     return [[i for i, place in enumerate(places) if place == fold] for fold in range(count)]
+
+
+def _needed(task: Task, count: int) -> list[tuple[int, str, int]]:
+    """A class (or 1 for an event), its name, and the groups that must have it."""
+    match task:
+        case BinaryTask():
+            return [(1, "a positive slide", count), (0, "a negative slide", count)]
+        case ClassesTask():
+            return [(i, f"a slide of class {name}", 2) for i, name in enumerate(task.classes)]
+        case SurvivalTask():
+            return [(1, "an event", count)]
+    return []
 
 
 def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,24 +123,29 @@ def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return x, torch.arange(x.shape[1])[None] < counts[:, None]
 
 
-def _train(rows: Sequence[int], bags: Bags, features: Features, config: FitConfig, number: int, progress: Progress) -> SlideModel:
-    labels = torch.from_numpy(bags.labels(rows)).float()
-    weight = (1 - labels).sum() / labels.sum()  # both classes weigh the same
+def _train(
+    rows: Sequence[int], bags: Bags, features: Features, task: Task, config: FitConfig, number: int, progress: Progress
+) -> SlideModel:
+    targets, events = torch.from_numpy(bags.targets(rows)).float(), torch.from_numpy(bags.events(rows))
+    weights = _class_weights(targets, task, config.imbalance)
+    most = config.tiles if config.tiles is not None else max(bags.rows[i].tiles for i in rows)
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout belong to this model alone
         torch.manual_seed(key(config.seed, "mil/init", number) >> 1)
-        model = SlideModel(bags.width, config.aggregator).train()
+        model = SlideModel(bags.width, config.aggregator, task.outputs).train()
         _standardise(model, rows, features)
+        if isinstance(task, RegressionTask):
+            model.origin.copy_(targets.mean())
+            model.unit.copy_(targets.std(correction=0) if targets.std(correction=0) > 0 else torch.ones(()))
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        steps = config.epochs * math.ceil(len(rows) / config.batch)
-        step = 0
-        for epoch in range(config.epochs):
-            drawn = key(config.seed, "mil/epoch", number, epoch)
-            order = keys(drawn, "order", 0, torch.arange(len(rows))).argsort()
+        orders = [_order(rows, config, number, epoch) for epoch in range(config.epochs)]
+        steps, step = sum(map(len, orders)), 0
+        batches = features.batches((draws for each in orders for draws in _draws(rows, each, features)), most)
+        for order in orders:
             total = 0.0
-            for chosen in order.split(config.batch):
-                tiles = [_draw(features[rows[i]], config.tiles, key(drawn, "tiles", rows[i])) for i in chosen.tolist()]
-                logits, _, _ = model(*pad(tiles))
-                loss = F.binary_cross_entropy_with_logits(logits, labels[chosen], pos_weight=weight)
+            for chosen, _ in order:
+                x, mask = pad([torch.from_numpy(tiles).float() for tiles in next(batches)])
+                found = model(x, mask)
+                loss = _loss(found.logits, targets[chosen], events[chosen], weights, model, task)
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * (1 + math.cos(math.pi * step / steps)) / 2
                 optimizer.zero_grad()
@@ -114,20 +153,53 @@ def _train(rows: Sequence[int], bags: Bags, features: Features, config: FitConfi
                 optimizer.step()
                 step, total = step + 1, total + loss.item() * len(chosen)
             progress.advance(loss=total / len(rows))
-    return model.eval()
+    model.eval()
+    if isinstance(task, SurvivalTask):  # a log-risk has no zero of its own; models of other folds are compared and averaged
+        model.origin.copy_(-torch.stack([model.logits(features.whole(row))[0] for row in rows]).mean())
+    return model
 
 
-def _draw(features: np.ndarray, tiles: int, drawn: int) -> Tensor:
-    """All tiles, or `tiles` of them without replacement."""
-    if len(features) <= tiles:
-        return torch.from_numpy(features)
-    return torch.from_numpy(features)[keys(drawn, "tile", 0, torch.arange(len(features))).argsort()[:tiles]]
+Step = tuple[Tensor, list[int]]  # places in `rows`: [b], and the keys of their draws
+
+
+def _order(rows: Sequence[int], config: FitConfig, number: int, epoch: int) -> list[Step]:
+    drawn = key(config.seed, "mil/epoch", number, epoch)
+    order = keys(drawn, "order", 0, torch.arange(len(rows))).argsort()
+    return [(chosen, [key(drawn, "tiles", rows[i]) for i in chosen.tolist()]) for chosen in order.split(config.batch)]
+
+
+def _draws(rows: Sequence[int], order: Sequence[Step], features: Features) -> Iterator[list[Draw]]:
+    for chosen, drawn in order:
+        pairs = [(rows[i], k) for i, k in zip(chosen.tolist(), drawn, strict=True)]
+        yield [Draw(row, key(k, "copy") % len(features.stores[row]), k) for row, k in pairs]
+
+
+def _class_weights(targets: Tensor, task: Task, imbalance: str) -> Tensor:
+    """[K] for several classes, the weight of positives [] for two; a share of 1 / classes each where balanced."""
+    if isinstance(task, ClassesTask):
+        counts = torch.bincount(targets.long(), minlength=task.outputs).float()
+        return len(targets) / (task.outputs * counts) if imbalance == "balanced" else torch.ones(task.outputs)
+    if isinstance(task, BinaryTask) and imbalance == "balanced":
+        return (1 - targets).sum() / targets.sum()
+    return torch.ones(())
+
+
+def _loss(logits: Tensor, targets: Tensor, events: Tensor, weights: Tensor, model: SlideModel, task: Task) -> Tensor:
+    """The mean over a batch. A number is compared in standard deviations, by squares: its expectation is what is wanted."""
+    match task:
+        case BinaryTask():
+            return binary_loss(logits, targets, weights).mean()
+        case ClassesTask():
+            return class_loss(logits, targets, weights).mean()
+        case RegressionTask():
+            return F.mse_loss(logits[:, 0] / model.unit, targets / model.unit)
+        case SurvivalTask():
+            return cox_loss(logits[:, 0], targets, events)
 
 
 def _standardise(model: SlideModel, rows: Sequence[int], features: Features) -> None:
     """Mean and standard deviation of the training tiles, each slide counting once."""
-    means = np.stack([features[i].mean(0, dtype=np.float64) for i in rows])
-    squares = np.stack([np.square(features[i], dtype=np.float64).mean(0) for i in rows])
+    means, squares = (np.stack(each) for each in zip(*(features.moments(i) for i in rows), strict=True))
     shift = means.mean(0)
     spread = np.sqrt(np.maximum(squares.mean(0) - shift**2, 0))
     model.shift.copy_(torch.from_numpy(shift))

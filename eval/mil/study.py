@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from histoscale.eval.mil.bags import Bags, TaskConfig
+from histoscale.eval.mil.bags import Bags
+from histoscale.eval.mil.split import Trial
+from histoscale.eval.mil.task import BinaryTask
 from histoscale.eval.scores.auroc import areas, report_area, report_difference
 from histoscale.eval.scores.interval import Interval, IntervalConfig, patient_bootstrap
 from histoscale.eval.scores.operating import Operation, Rate, Threshold, decide, operate, threshold
@@ -63,7 +65,7 @@ class Part:
 class Study:
     """train: out-of-fold scores, where the thresholds come from. external is None without an external site."""
 
-    task: TaskConfig
+    task: BinaryTask
     groups: str
     thresholds: list[Threshold]
     train: Part
@@ -92,12 +94,19 @@ class Study:
         }
 
 
-def study(bags: Bags, scores: np.ndarray, floors: Mapping[str, np.ndarray], task: TaskConfig, config: IntervalConfig) -> Study:
+def study(
+    bags: Bags,
+    trial: Trial,
+    scores: np.ndarray,
+    floors: Mapping[str, np.ndarray],
+    task: BinaryTask,
+    config: IntervalConfig,
+) -> Study:
     """scores: [n] by row, out of fold for training slides. floors: other scores of the same rows, by name.
 
     Thresholds are fixed on the training rows; the other rows are only read.
     """
-    train, internal, external = (bags.part(name) for name in ("train", "internal", "external"))
+    train, internal, external = trial.train, trial.internal, trial.external
     known = _units(bags, train, scores, task)
     thresholds = [threshold(known.labels, known.scores, required, task.rule) for required in task.sensitivities]
 
@@ -120,11 +129,14 @@ def study(bags: Bags, scores: np.ndarray, floors: Mapping[str, np.ndarray], task
     )
 
 
-def score_rows(bags: Bags, scores: np.ndarray, thresholds: Sequence[Threshold]) -> list[dict[str, Any]]:
+def score_rows(bags: Bags, trial: Trial, scores: np.ndarray, thresholds: Sequence[Threshold]) -> list[dict[str, Any]]:
     """One row a slide for `scores.csv`; flagged_<sensitivity>: the slide's own decision."""
     rows = []
-    for bag, score in zip(bags.rows, scores.tolist(), strict=True):
-        place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "part": bag.part, "label": bag.label}
+    part = {row: name for name in ("train", "internal", "external") for row in getattr(trial, name)}
+    for i, (bag, score) in enumerate(zip(bags.rows, scores.tolist(), strict=True)):
+        if i not in part:
+            continue
+        place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "part": part[i], "label": bag.label}
         flags = {f"flagged_{at.required:g}": int(score >= at.value) for at in thresholds}
         rows.append({**place, "score": score, **flags})
     return rows
@@ -137,7 +149,7 @@ class _Units:
     groups: list[str]
 
 
-def _units(bags: Bags, rows: Sequence[int], scores: np.ndarray, task: TaskConfig) -> _Units:
+def _units(bags: Bags, rows: Sequence[int], scores: np.ndarray, task: BinaryTask) -> _Units:
     labels, values = bags.labels(rows), np.asarray(scores, np.float64)[list(rows)]
     groups = [bags.rows[i].group for i in rows]
     if task.decision == "patient":
@@ -153,7 +165,7 @@ def _part(
     scores: np.ndarray,
     floors: Mapping[str, np.ndarray],
     thresholds: Sequence[Threshold],
-    task: TaskConfig,
+    task: BinaryTask,
     config: IntervalConfig,
 ) -> Part:
     main = _units(bags, rows, scores, task)
