@@ -1,0 +1,160 @@
+"""PathoROB's own code beside ours on the same features: index, paired index, clustering score, performance drop; CRoMa's margin.
+
+    git clone https://github.com/bifold-pathomics/PathoROB && pip install --target OTHER --no-deps pandas python-dateutil seaborn croma
+    PATHOROB=PathoROB PYTHONPATH=.ns:OTHER python tests/oracle_pathorob.py OUT
+
+OUT takes the features as PathoROB reads them. Prints both numbers and their difference, and fails above 1e-9.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, os.environ["PATHOROB"])
+import pandas as pd  # noqa: E402
+from pathorob.apd.train_model import train_logistic_regression  # noqa: E402
+from pathorob.apd.utils import compute_apd, get_patches_map_to_split  # noqa: E402
+from pathorob.clustering_score.clustering_score import compute as their_clusters  # noqa: E402
+from pathorob.features.data_manager import FeatureDataManager  # noqa: E402
+from pathorob.robustness_index.robustness_index import compute as their_index  # noqa: E402
+
+from histoscale.eval.robustness.clusters import ClustersConfig, cluster  # noqa: E402
+from histoscale.eval.robustness.confounding import drop, fit, shares  # noqa: E402
+from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, margins, tail_mean  # noqa: E402
+from histoscale.eval.scores.interval import IntervalConfig  # noqa: E402
+
+INTERVAL = IntervalConfig(20, 0.95, 0)
+SETS = {  # name: metadata, sites, classes, slides of a cell, patches of a slide
+    "camelyon": ("camelyon", ["RUMC", "UMCU"], ["normal", "tumor"], 6, 12),
+    "tolkach_esca": ("tolkach_esca_reduced", ["A", "B", "C"], ["ADVENT", "TUMOR", "SH_OES"], 4, 8),
+    "tcga": ("tcga_2x2", ["Asterand", "Cureline", "Roswell"], ["BRCA", "COAD", "LUAD"], 4, 10),
+}
+
+
+def made(name: str) -> tuple[pd.DataFrame, np.ndarray]:
+    _, sites, classes, slides, each = SETS[name]
+    rng = np.random.default_rng(len(name))
+    towards = rng.normal(size=(len(sites) + len(classes), 24))
+    rows, features = [], []
+    for s, site in enumerate(sites):
+        for c, kind in enumerate(classes):
+            for slide in range(slides):
+                own = rng.normal(size=24)
+                for patch in range(each):
+                    features.append(towards[s] + towards[len(sites) + c] + own * 0.7 + rng.normal(size=24) * 1.5)
+                    # barcodes as long as TCGA's, of which the first 12 letters are the case
+                    rows.append(("ID", f"{site[:3]}-{kind[:3]}-{slide:04}-slide", str(patch), kind, site))
+    columns = ["subset", "slide_id", "patch_id", "biological_class", "medical_center"]
+    # classes and sites in the order of their names, in which both then put rows together: k-means starts from chosen rows
+    order = sorted(rng.permutation(len(rows)).tolist(), key=lambda i: (rows[i][3], rows[i][4]))
+    return pd.DataFrame([rows[i] for i in order], columns=columns), np.array(features, np.float32)[order]
+
+
+def where_of(table: pd.DataFrame) -> Where:
+    biology, sites = (np.unique(table[column], return_inverse=True)[1] for column in ("biological_class", "medical_center"))
+    slides = table["slide_id"].to_numpy(dtype=str)
+    return Where(biology, sites, slides, slides)
+
+
+def show(what: str, theirs: float, ours: float) -> bool:
+    print(f"{what:<44} theirs {theirs:.12f}  ours {ours:.12f}  difference {abs(theirs - ours):.1e}")
+    return abs(theirs - ours) <= 1e-9
+
+
+def paired(table: pd.DataFrame) -> pd.DataFrame:
+    """Every pair of classes at every pair of sites as a subset of its own, as tcga_2x2.csv names them."""
+    kinds, sites = sorted(table["biological_class"].unique()), sorted(table["medical_center"].unique())
+    parts = []
+    for a, first in enumerate(kinds):
+        for second in kinds[a + 1 :]:
+            for b, here in enumerate(sites):
+                for there in sites[b + 1 :]:
+                    keep = table["biological_class"].isin([first, second]) & table["medical_center"].isin([here, there])
+                    parts.append(table[keep].assign(subset=f"{first}-{second}-{here}-{there}"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def main(out: Path) -> None:
+    good = []
+    for name, (metadata, *_rest) in SETS.items():
+        table, features = made(name)
+        where, pairs = where_of(table), name == "tcga"
+        (out / "metadata").mkdir(parents=True, exist_ok=True)
+        (paired(table) if pairs else table).to_csv(out / f"metadata/{metadata}.csv", index=False)
+        FeatureDataManager(out / "features", out / "metadata").save_features("made", name, features, table)
+        places = {"features_dir": str(out / "features"), "metadata_dir": str(out / "metadata")}
+        for k in (11, -1) if not pairs else (21,):
+            results = str(out / f"index{k}")
+            with contextlib.redirect_stdout(io.StringIO()):
+                their_index("made", name, results_dir=results, k_opt_param=k, num_workers=1, **places)
+            (path,) = Path(results).rglob(f"*{name}*/**/results_summary.json")
+            found = json.loads(path.read_text())
+            ours = count(features, where, NeighboursConfig(k if k > 0 else None, 600, pairs, 5, 0.1))
+            good.append(show(f"robustness index, {name}, k {found['k_opt']}", found["robustness_index"], ours.index))
+            good.append(found["k_opt"] == ours.k)
+        if not pairs:  # their tcga reads another table here
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                if name == "camelyon":
+                    table.to_csv(out / "metadata/camelyon_reduced.csv", index=False)
+                theirs = their_clusters("made", name, results_dir=str(out / "clusters"), maxK=6, num_trials=5, **places)
+            ours_ = cluster(features, where, ClustersConfig(2, 6, 20, 5, 5, 1337, None), INTERVAL)
+            good.append(show(f"clustering score, {name}", theirs["clustering_score_mean"], ours_.interval.value))
+            good.append(show(f"  its SD over trials, {name}", theirs["clustering_score_mean_std"], ours_.spread))
+    good += drops()
+    if importlib.util.find_spec("croma") is not None:
+        good += croma_margins()
+    sys.exit(0 if all(good) else 1)
+
+
+def drops() -> list[bool]:
+    """Camelyon's splits by both: their table of slides, their fit; ours."""
+    good = []
+    for split in range(8):
+        theirs, _ = get_patches_map_to_split("camelyon", split, 1)
+        ours = shares(2, 2, 7, split, 8, [1, 0])
+        good.append(all(ours[site, kind] == slides for site, kind, slides in theirs))
+    rng = np.random.default_rng(0)
+    powers = np.linspace(-8, 4, 15).tolist()
+    accuracy = np.zeros((2, 4, 3))
+    for split in range(4):
+        for number in range(3):
+            x, y = rng.normal(size=(240, 24)).astype(np.float32), rng.integers(0, 3, 240)
+            x[:, 0] += y * (1 - 0.2 * split)
+            parts = (slice(0, 100), slice(100, 160), slice(160, 240))
+            _, _, (theirs_,) = train_logistic_regression(
+                x[parts[0]], y[parts[0]], x[parts[1]], y[parts[1]], [x[parts[2]]], [y[parts[2]]]
+            )
+            model = fit(x[parts[0]], y[parts[0]], x[parts[1]], y[parts[1]], powers)
+            called = model.predict(x[parts[2]])
+            accuracy[:, split, number] = theirs_, np.mean([(called == y[parts[2]])[y[parts[2]] == c].mean() for c in range(3)])
+    good.append(show("performance drop", float(np.mean(compute_apd(accuracy[0]))), float(drop(accuracy[1]))))
+    return good
+
+
+def croma_margins() -> list[bool]:
+    from croma import RI, CRoMa
+
+    table, features = made("tolkach_esca")
+    features, where = features.astype(np.float64), where_of(table)
+    manifest = pd.DataFrame(
+        {"sample_id": [f"s{i}" for i in range(len(table))], "label": table["biological_class"], "center": table["medical_center"],
+         "image_path": table["patch_id"], "group_id": table["slide_id"]}
+    )  # fmt: skip
+    theirs = CRoMa.compute(features, manifest, confounder_column="center")
+    ours = margins(features, where, 5)
+    index = RI.compute(features, manifest, confounder_column="center", k_candidates=[11])
+    return [
+        show("croma: robustness index", index.value, count(features, where, NeighboursConfig(11, 600, False, 5, 0.1)).index),
+        show("croma: median margin", theirs.value, float(np.median(ours))),
+        show("croma: mean of the worst tenth", theirs.ltm_alpha, tail_mean(ours, 0.1)),
+    ]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
