@@ -23,6 +23,17 @@ _FLOATS = ("float16", "float32")
 _SLIDE_MPP = 10.0  # um/px at 1x: the convention by which magnifications are turned into mpp (20x is 0.5)
 
 
+@dataclass(frozen=True)
+class StoreConfig:
+    """dtype: fp16 or fp32; fp16 is half the bytes, and a feature beyond its range (65504) fails that slide."""
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"store.dtype is {self.dtype!r}: expected {' or '.join(DTYPES)}")
+
+
 class StoreError(ValueError):
     """An embedding store that cannot be read, or a slide id that is no file name; the message says what to do."""
 
@@ -161,15 +172,17 @@ def spacing(coords: np.ndarray) -> int:
     return int(found[counts.argmax()])
 
 
-def write_store(path: Path, features: np.ndarray, coords: np.ndarray, attrs: Mapping[str, Any], dtype: str) -> None:
-    """Write features [n, D] as `dtype` (fp16, fp32) and coords [n, 2], whole or not at all; equal inputs give equal bytes.
+def write_store(path: Path, features: np.ndarray, coords: np.ndarray, attrs: Mapping[str, Any], config: StoreConfig) -> None:
+    """Write features [n, D] and coords [n, 2], whole or not at all; equal inputs give equal bytes.
 
     The attributes stand on the file and on `coords`, where TRIDENT's readers look for them. Raises StoreError where a feature is
-    too large for fp16.
+    not finite, or too large for fp16.
     """
     with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(features, DTYPES[dtype])
-    check_finite(values, path)
+        values = np.ascontiguousarray(features, DTYPES[config.dtype])
+    if not np.isfinite(values).all():
+        limit = "; give store.dtype=fp32" if np.isfinite(features).all() else ""
+        raise StoreError(f"features of {path.stem} are not finite in {config.dtype}{limit}")
     partial = path.with_suffix(f".{os.getpid()}.partial")
     with h5py.File(partial, "w", libver="earliest", track_order=False) as file:
         file.create_dataset("features", data=values, track_times=False)
@@ -180,6 +193,23 @@ def write_store(path: Path, features: np.ndarray, coords: np.ndarray, attrs: Map
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def matches(path: Path, attrs: Mapping[str, Any]) -> bool:
+    """Whether there is a store with these attributes; what is no whole HDF5 file is none."""
+    if not path.exists():
+        return False
+    try:
+        with _opened(path) as file:
+            return all(name in file.attrs and file.attrs[name] == value for name, value in attrs.items())
+    except StoreError:
+        return False
+
+
+def read_attribute(path: Path, name: str) -> str:
+    """One attribute of a store of ours. Raises StoreError."""
+    with _opened(path) as file:
+        return str(file.attrs[name])
 
 
 _AGAIN = "embed that slide again"

@@ -3,13 +3,16 @@
     histoscale embed encoder=runs/release catalog=runs/catalog out=runs/embeddings
     histoscale embed encoder=colour catalog=runs/catalog grid.mpp=0.5 grid.patch_px=256 out=runs/colour
     histoscale embed encoder=runs/release catalog=runs/catalog normalise=macenko out=runs/macenko
+    histoscale embed encoder=runs/release catalog=runs/catalog store.dtype=fp16 jitter.copies=2 out=runs/jittered
 
-Finished slides are kept when it runs again. Slides that cannot be read are rows in failures.jsonl. Under torchrun the ranks
-share the slides.
+The files open in TRIDENT's and CLAM's loading code. Finished slides are kept when it runs again. Slides that cannot be read are
+rows in failures.jsonl. Under torchrun the ranks share the slides. jitter.copies writes the same tiles with jittered stains into
+jitter-1, jitter-2, … beside the plain stores.
 """
 
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +21,20 @@ from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.normalise.slide import NormaliseConfig
 from histoscale.data.ranks import open_ranks
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.eval.embed import EmbedError, GridConfig, PipeConfig, embed_slides
+from histoscale.eval.embed import EmbedError, JitterConfig, Recipe, embed_slides, prepare, settle, shares
 from histoscale.eval.encoder import open_encoder
+from histoscale.eval.grid import GridConfig, PipeConfig
+from histoscale.eval.stores import StoreConfig
 
-RESULT = ("encoder", "precision", "catalog", "pool", "grid", "normalise")
+RESULT = ("encoder", "precision", "catalog", "pool", "grid", "normalise", "jitter", "store")
 
 
 @dataclass(frozen=True)
 class Config:
     """encoder: a release, a checkpoint, timm:<name>, random:<folder or timm name> or colour. precision: fp32, bf16, fp16.
 
-    pool: cls, mean or cls+mean. normalise: brings slides to one stain before the encoder sees them. device: auto, cpu, cuda.
+    pool: cls, mean or cls+mean. normalise: brings slides to one stain before the encoder sees them. jitter: copies of the stores
+    with other stains. store: how features are written. device: auto, cpu, cuda.
     """
 
     encoder: str
@@ -37,6 +43,8 @@ class Config:
     pool: str
     grid: GridConfig
     normalise: NormaliseConfig
+    jitter: JitterConfig
+    store: StoreConfig
     pipe: PipeConfig
     device: str
     storage: StorageConfig
@@ -57,20 +65,33 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     if not catalog.slides:
         raise EmbedError(f"the catalog {config.catalog} holds no slide")
     encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
-    share = range(ranks.rank, len(catalog.slides), ranks.world)
+    recipe = Recipe(config.pool, config.grid, config.normalise, config.jitter, config.store)
     out = Path(config.out)
-    found = embed_slides(encoder, catalog, share, config.pool, config.grid, config.normalise, config.pipe, store, out, journal)
-    parts = ranks.objects(found)
-    failed = {slide_id: reason for part in parts for slide_id, reason in part["failed"].items()}
-    unnormalised = {slide_id: reason for part in parts for slide_id, reason in part["unnormalised"].items()}
-    total = {name: sum(part[name] for part in parts) for name in ("slides", "kept", "patches")}
-    journal.say(f"{total['slides']} of {len(catalog.slides)} slides have a store in {out}, {total['kept']} of them from before")
-    for slide_id, reason in failed.items():
+
+    def first() -> list[list[int]]:
+        prepare(out, config.jitter)
+        return shares(catalog, out, ranks.world)
+
+    start = time.perf_counter()
+    share = ranks.first(first)[ranks.rank]
+    found = settle(ranks.objects(embed_slides(encoder, catalog, share, recipe, config.pipe, store, out, journal)))
+    seconds = time.perf_counter() - start
+    journal.say(f"{found.slides} of {len(catalog.slides)} slides have a store in {out}, {found.kept} of them from before")
+    if found.patches:
+        parts = (
+            f"{found.model_s:.1f} s in the encoder, {found.waiting_s:.1f} s waiting for pixels, {found.writing_s:.1f} s writing"
+        )
+        journal.say(f"{found.patches} patches in {seconds:.1f} s: the slowest rank spent {parts}")
+    for slide_id, reason in found.failed.items():
         journal.say(f"  without: {slide_id} ({reason})")
-    for slide_id, reason in unnormalised.items():
+    if catalog.rejected:
+        journal.say(f"  {len(catalog.rejected)} more slides of the manifest are not in the catalog: see its rejected slides")
+    for slide_id, reason in found.unnormalised.items():
         journal.say(f"  as it was scanned, not normalised: {slide_id} ({reason})")
-    facts = {name: found[name] for name in ("mpp", "patch_px", "effective_mpp")}
-    return {"embed": {**total, **facts, "failed": failed, "unnormalised": unnormalised, "encoder_hash": encoder.hash}}
+    facts = {name: value for name, value in asdict(found).items() if name != "refused"}
+    seen = encoder.effective_mpp(found.mpp, found.patch_px)
+    more = {"rejected": len(catalog.rejected), "seconds": seconds, "effective_mpp": seen, "encoder_hash": encoder.hash}
+    return {"embed": {**facts, **more}}
 
 
 if __name__ == "__main__":

@@ -13,11 +13,15 @@ from histoscale.data.manifest import read_manifest
 from histoscale.data.normalise.slide import NoneConfig
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
-from histoscale.eval.embed import GridConfig, PipeConfig
+from histoscale.eval.embed import JitterConfig, Recipe
 from histoscale.eval.encoder import Encoder
+from histoscale.eval.grid import GridConfig, PipeConfig
+from histoscale.eval.stores import StoreConfig
 
 NONE = NoneConfig("none")
 GRID = GridConfig(mpp=0.5, patch_px=64, tissue_fraction=0.4, mpp_tolerance=0.05, max_upsample=1.0)
+NO_JITTER = JitterConfig(copies=0, sigma_od=0.1, seed=0)
+RECIPE = Recipe("cls", GRID, NONE, NO_JITTER, StoreConfig("fp32"))
 PIPE = PipeConfig(batch=7, threads=2, read_px=300)
 
 

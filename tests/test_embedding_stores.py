@@ -9,6 +9,7 @@ import pytest
 from store_layouts import grid, write_clam, write_trident
 
 from histoscale.eval.stores import (
+    StoreConfig,
     StoreError,
     StoreInfo,
     open_store,
@@ -31,7 +32,7 @@ def drawn(tiles: int, width: int = 6, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_a_store_is_read_as_it_was_written(tmp_path: Path, dtype: str) -> None:
     path, features = store_path(tmp_path, "a"), drawn(20)
-    write_store(path, features, grid(20, 62), ATTRS, dtype)
+    write_store(path, features, grid(20, 62), ATTRS, StoreConfig(dtype))
     name = {"fp16": "float16", "fp32": "float32"}[dtype]
     assert open_store(path) == StoreInfo(path, "e1", 6, 20, 0.5, 32, 62, name)  # 32 * .5 / .26 = 61.5: rounded up
     np.testing.assert_array_equal(read_features(path), features.astype(name))
@@ -47,7 +48,7 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monke
     written = []
     for _ in range(2):
         path = store_path(tmp_path, "a")
-        write_store(path, drawn(50), grid(50, 62), ATTRS, "fp16")
+        write_store(path, drawn(50), grid(50, 62), ATTRS, StoreConfig("fp16"))
         written.append(path.read_bytes())
         monkeypatch.setattr("time.time", lambda: 2e9)
         path.unlink()
@@ -58,10 +59,10 @@ def test_equal_inputs_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_fp16_cannot_hold_is_refused(tmp_path: Path) -> None:
     features = drawn(5)
     features[3, 2] = 1e5
-    with pytest.raises(StoreError, match="not finite"):
-        write_store(tmp_path / "a.h5", features, grid(5, 62), ATTRS, "fp16")
+    with pytest.raises(StoreError, match="features of a are not finite in fp16; give store.dtype=fp32"):
+        write_store(tmp_path / "a.h5", features, grid(5, 62), ATTRS, StoreConfig("fp16"))
     assert not list(tmp_path.iterdir())
-    write_store(tmp_path / "a.h5", features, grid(5, 62), ATTRS, "fp32")
+    write_store(tmp_path / "a.h5", features, grid(5, 62), ATTRS, StoreConfig("fp32"))
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -146,7 +147,7 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
 @pytest.mark.parametrize(("harm", "words"), BROKEN)
 def test_a_broken_store_is_named_with_what_to_do(tmp_path: Path, harm: Callable[[Path], None], words: str) -> None:
     path = tmp_path / "a.h5"
-    write_store(path, drawn(20), grid(20, 62), ATTRS, "fp32")
+    write_store(path, drawn(20), grid(20, 62), ATTRS, StoreConfig("fp32"))
     harm(path)
     with pytest.raises(StoreError, match=words) as caught:
         open_store(path)
@@ -155,7 +156,7 @@ def test_a_broken_store_is_named_with_what_to_do(tmp_path: Path, harm: Callable[
 
 def test_features_that_are_not_finite_are_refused_when_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
-    write_store(path, drawn(20), grid(20, 62), ATTRS, "fp16")
+    write_store(path, drawn(20), grid(20, 62), ATTRS, StoreConfig("fp16"))
     with h5py.File(path, "a") as file:
         file["features"][7, 1] = np.nan
     assert open_store(path).tiles == 20
@@ -168,3 +169,8 @@ def test_ids_that_are_no_file_names_are_refused(tmp_path: Path, slide_id: str) -
     with pytest.raises(StoreError, match="no store for this slide"):
         store_path(tmp_path, slide_id)
     assert store_path(tmp_path, "TCGA-1.2-x") == tmp_path / "TCGA-1.2-x.h5"
+
+
+def test_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="store.dtype is 'int8': expected fp16 or fp32"):
+        StoreConfig("int8")

@@ -11,7 +11,7 @@ import pytest
 from store_layouts import grid, write_clam, write_trident
 
 from histoscale.eval.mil.features import Draw, Features, choose
-from histoscale.eval.stores import StoreError, read_features, write_store
+from histoscale.eval.stores import StoreConfig, StoreError, read_features, write_store
 
 WIDTH = 6
 
@@ -27,12 +27,12 @@ def slides(folder: Path) -> list[list[Path]]:
         elif kind == "clam":
             write_clam(path, features, 64)
         else:
-            write_store(path, features, grid(tiles, 64), {"slide_id": path.stem}, kind)
+            write_store(path, features, grid(tiles, 64), {"slide_id": path.stem}, StoreConfig(kind))
     for row in range(2):
         copy = folder / "jitter-1" / f"s{row}.h5"
         copy.parent.mkdir(exist_ok=True)
         features = read_features(stores[row][0])
-        write_store(copy, features + 100, grid(len(features), 64), {"slide_id": copy.stem}, "fp32")
+        write_store(copy, features + 100, grid(len(features), 64), {"slide_id": copy.stem}, StoreConfig("fp32"))
         stores[row].append(copy)
     return stores
 
@@ -71,7 +71,7 @@ def test_wide_gaps_between_tiles_are_not_read(tmp_path: Path, monkeypatch: pytes
     """A large slide of which few tiles are wanted: the same tiles, with a fraction of the bytes and of the memory."""
     path, width = tmp_path / "a.h5", 512
     values = np.random.default_rng(0).normal(size=(40_000, width)).astype(np.float16)
-    write_store(path, values, grid(len(values), 64), {}, "fp16")
+    write_store(path, values, grid(len(values), 64), {}, StoreConfig("fp16"))
     read: list[int] = []
     preadv = os.preadv
 

@@ -5,7 +5,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from corners import GRID, PIPE, catalog_of, encoder
+from corners import PIPE, RECIPE, catalog_of, encoder
 from PIL import Image
 from pydantic import TypeAdapter
 from scipy.optimize import nnls
@@ -351,7 +351,9 @@ def test_embedding_stores_say_how_their_slides_were_normalised(catalog: Catalog,
     settings = config("macenko")
 
     def embed(normalise: Any) -> dict[str, Any]:
-        return embed_slides(encoder(), catalog, [0, 2], "cls", GRID, normalise, PIPE, store, journal.out, journal)
+        recipe = replace(RECIPE, normalise=normalise)
+        found = asdict(embed_slides(encoder(), catalog, [0, 2], recipe, PIPE, store, journal.out, journal))
+        return {name: value for name, value in found.items() if not name.endswith("_s")}
 
     plain = embed(config("none"))
     assert plain["unnormalised"] == {}
