@@ -8,6 +8,7 @@ from histoscale.launch.config import COMMANDS, nearest
 ABOUT = {
     "demo": "the whole story on a synthetic cohort, on a laptop, ending in one HTML report",
     "cohort": "write a synthetic cohort: slides with truth, of any size",
+    "manifest": "a public cohort's label files -> manifest (Camelyon16/17, PANDA, TCGA)",
     "index": "manifest -> catalog",
     "pretrain": "catalog -> checkpoints (one process, or under torchrun)",
     "release": "checkpoint -> release directory (timm)",

@@ -26,6 +26,69 @@ STUDIES = "_tcga_pan_can_atlas_2018"  # what its PanCancer Atlas studies end in:
 HOSPITALS = "tissueSourceSite.tsv"  # the GDC's table of source-site codes
 HOSPITAL_COLUMNS = ("TSS Code", "Source Site")
 PINNED = "SHA256SUMS"
+# Other names of one hospital in the GDC's table, as `plain_hospital` has them -> the name that is kept. Washington University and
+# BLN passed on tissue of others: those count with the hospital that they name.
+ONE_HOSPITAL = {
+    plain: kept
+    for kept, others in {
+        "BLN - Baylor": "bln baylor, baylor network",
+        "Brigham and Women's Hospital": "brigham and women s hospital, brigham and women s hospital division of thoracic surgery",
+        "British Columbia Cancer Agency": "british columbia cancer agency, bc cancer agency",
+        "Christiana Healthcare": "christiana healthcare, christiana care",
+        "Cleveland Clinic Foundation": (
+            "cleveland clinic foundation, cleveland clinic, bln cleveland clinic, washington university cleveland clinic"
+        ),
+        "Duke University": "duke university, duke",
+        "Emory University": "emory university, emory university winship cancer inst, washington university emory",
+        "Fondazione IRCCS Besta": "fondazione besta, milan italy fondazione irccs instituto neuroligico c besta",
+        "Fox Chase Cancer Center": "fox chase cancer center, fox chase",
+        "Greenville Health System": "greenville health system, greenville health systems",
+        "Gundersen Lutheran Health System": "gundersen lutheran health system, gundersen lutheran",
+        "Hartford Hospital": "hartford hospital, hartford",
+        "International Genomics Consortium": "international genomics consortium, international genomics conosrtium",
+        "MD Anderson Cancer Center": ("md anderson cancer center, md anderson, university of texas md anderson cancer center"),
+        "Mayo Clinic - Rochester": "mayo clinic rochester, mayo clinic, mayo, washington university mayo clinic",
+        "Memorial Sloan Kettering Cancer Center": "memorial sloan kettering cancer center, memorial sloan kettering, mskcc",
+        "Ohio State University": "ohio state university, the ohio state university",
+        "Ontario Institute for Cancer Research": (
+            "ontario institute for cancer research, ontario institute for cancer research oicr, "
+            "ontario institute for cancer research oicr ottawa"
+        ),
+        "Roswell Park": "roswell park, roswell",
+        "St. Joseph's Hospital (AZ)": "st joseph s hospital az, st joseph s hospital arizona",
+        "Thoraxklinik at University Hospital Heidelberg": "thoraxklinik at university hospital heidelberg, thoraxklinik",
+        "Translational Genomics Research Institute": "translational genomics research institute, tgen",
+        "University Health Network, Toronto": "university health network toronto, university health network",
+        "University of Alabama": "university of alabama, washington university alabama",
+        "University of California San Francisco": "university of california san francisco, ucsf",
+        "University of Chicago": "university of chicago, bln university of chicago",
+        "University of Colorado Denver": "university of colorado denver, st university of colorado denver",
+        "University of Hawaii": "university of hawaii, university of hawaii normal study",
+        "University of Kansas": "university of kansas, university of kansas medical center",
+        "University of Miami": "university of miami, bln university of miami",
+        "University of Michigan": "university of michigan, michigan university",
+        "University of North Carolina": "university of north carolina, unc",
+        "Vanderbilt University": "vanderbilt university, vanderbilt",
+        "Washington University": "washington university, washington university st louis",
+        "Yale University": "yale university, yale",
+    }.items()
+    for plain in others.split(", ")
+}
+# Study, as the GDC's table names it, in lower case -> the project's abbreviation.
+PROJECTS = {
+    "acute myeloid leukemia": "LAML", "adrenocortical carcinoma": "ACC", "bladder urothelial carcinoma": "BLCA",
+    "brain lower grade glioma": "LGG", "breast invasive carcinoma": "BRCA",
+    "cervical squamous cell carcinoma and endocervical adenocarcinoma": "CESC", "cholangiocarcinoma": "CHOL",
+    "colon adenocarcinoma": "COAD", "esophageal carcinoma": "ESCA", "glioblastoma multiforme": "GBM",
+    "head and neck squamous cell carcinoma": "HNSC", "kidney chromophobe": "KICH", "kidney renal clear cell carcinoma": "KIRC",
+    "kidney renal papillary cell carcinoma": "KIRP", "liver hepatocellular carcinoma": "LIHC", "lung adenocarcinoma": "LUAD",
+    "lung squamous cell carcinoma": "LUSC", "lymphoid neoplasm diffuse large b-cell lymphoma": "DLBC", "mesothelioma": "MESO",
+    "ovarian serous cystadenocarcinoma": "OV", "pancreatic adenocarcinoma": "PAAD",
+    "pheochromocytoma and paraganglioma": "PCPG", "prostate adenocarcinoma": "PRAD", "rectum adenocarcinoma": "READ",
+    "sarcoma": "SARC", "skin cutaneous melanoma": "SKCM", "stomach adenocarcinoma": "STAD", "testicular germ cell tumors": "TGCT",
+    "thymoma": "THYM", "thyroid carcinoma": "THCA", "uterine carcinosarcoma": "UCS",
+    "uterine corpus endometrial carcinoma": "UCEC", "uveal melanoma": "UVM",
+}  # fmt: skip
 _PATIENT = re.compile(r"TCGA-(?P<code>[A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])")
 _DIAGNOSTIC = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-\d{2}[A-Z]-\d{2}-DX[A-Z0-9]*(\.|$)")
 
@@ -62,23 +125,44 @@ def hospital_of(patient: str, hospitals: Mapping[str, str]) -> str:
 
 
 def read_hospitals(path: Path) -> dict[str, str]:
-    """Source-site code -> the hospital's name. One hospital owns several codes, one for each study, so the name is the site.
+    """Source-site code -> the hospital's name. One hospital owns several codes, one for each study, so the name is the site; of
+    the several spellings of a name one is kept. Codes that no barcode can hold (`LUSC`) are passed over.
 
     Raises DatasetError: no such file, a column is missing, a code that a spreadsheet shortened, two names for one code.
     """
     found: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for row in _tsv(path, HOSPITAL_COLUMNS):
-        code, name = row["TSS Code"].strip(), " ".join(row["Source Site"].split())
-        if len(code) != 2 or not name:
+        code, told = row["TSS Code"].strip(), " ".join(row["Source Site"].split())
+        if len(code) < 2 or not told:
             raise DatasetError(
-                f"{path}: the code {code!r} with the name {name!r}: expected two characters and a name, fetch the table again "
+                f"{path}: the code {code!r} with the name {told!r}: expected two characters and a name, fetch the table again "
                 "(spreadsheets drop leading zeros)"
             )
+        if len(code) > 2:
+            continue
+        plain = plain_hospital(told)
+        name = kept.setdefault(plain, ONE_HOSPITAL.get(plain, told))
         if found.setdefault(code, name) != name:
             raise DatasetError(
                 f"{path}: the code {code} is both {found[code]!r} and {name!r}: expected one hospital, fetch it again"
             )
     return found
+
+
+def read_projects(path: Path) -> dict[str, str]:
+    """Source-site code -> the project, `TCGA-LUAD`, by the study that the GDC's table names; codes of no project are absent.
+
+    Raises DatasetError: no such file, or a column is missing.
+    """
+    rows = _tsv(path, ("TSS Code", "Study Name"))
+    studies = {row["TSS Code"].strip(): " ".join(row["Study Name"].split()).lower() for row in rows}
+    return {code: f"TCGA-{PROJECTS[study]}" for code, study in studies.items() if study in PROJECTS}
+
+
+def plain_hospital(name: str) -> str:
+    """A name without capitals and punctuation: `St. Joseph's Medical Center-(MD)` and `St Joseph's Medical Center (MD)` agree."""
+    return " ".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def tp53_labels(variants: Iterable[Mapping[str, str]], sequenced: Iterable[str]) -> dict[str, int]:

@@ -1,0 +1,1 @@
+"""Public cohorts of slides: what their label files say, as rows of a manifest."""
