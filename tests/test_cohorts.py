@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from pydantic import TypeAdapter
 from slide_layouts import (
     RUMC_MPP,
     UMCU_MPP,
@@ -30,6 +32,10 @@ from histoscale.eval.cohorts.cohort import Cohort, CohortError, LabelTable, chec
 from histoscale.eval.cohorts.panda import PandaConfig, eva_split, read_panda
 from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
 from histoscale.eval.datasets.tcga import plain_hospital, read_hospitals, read_projects
+from histoscale.eval.mil.bags import Bag, Bags
+from histoscale.eval.mil.split import SiteSplit, make_plan
+from histoscale.eval.mil.task import Task, TaskConfig, read_targets
+from histoscale.eval.scores.auroc import auroc
 
 C16 = Camelyon16Config(kind="camelyon16", counts="published")
 C17 = Camelyon17Config(kind="camelyon17", counts="published")
@@ -291,6 +297,106 @@ def test_one_slide_in_two_files_is_refused(tmp_path: Path) -> None:
     cohort = read_tcga(write_tcga(tmp_path, names, GDC), TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
     with pytest.raises(CohortError, match="TCGA-21-A000-01Z-00-DX1 is there more than once"):
         check_rows(cohort)
+
+
+# --- real tables ---
+
+
+def test_real_tcga_tables_split_without_overlap(shared_data: Path, tmp_path: Path, store: Store) -> None:
+    """941 slides whose table knows the hospitals: no hospital and no patient on both sides; and what a site alone tells."""
+    table = shared_data / "tables/slideflow_lung_labels.csv"
+    if not table.is_file():
+        pytest.skip(f"{table} is not here")
+    real = list(csv.DictReader(table.open()))
+    root = write_tcga(tmp_path / "tcga", {f"{row['slide']}.svs": "" for row in real}, GDC)
+    bare = read_tcga(root, TcgaConfig("tcga", "diagnostic", None))
+    cohort = with_labels(bare, LabelTable(str(table), "patient", "patient_id", {"subtype": "subtype", "site": "site"}))
+    check_sites(cohort)
+    slides = read_back(cohort, tmp_path, store)
+    assert len(slides) == 941 and {slide.site for slide in slides} == {row["site"] for row in real}
+    task = committed_task("tcga_lung")
+    rows = [
+        Bag(
+            s.slide_id,
+            s.patient_id or "",
+            s.site or "",
+            float(s.labels["subtype"] == "squamous"),
+            True,
+            Path(),
+            1,
+            1,
+            1.0,
+            s.labels,
+        )
+        for s in slides
+    ]
+    assert set(read_targets(slides, task)[0]) == {row.slide_id for row in rows}
+    bags = Bags(tuple(rows), 1, "none", 0.5, "patient", {})
+    plan = make_plan(bags, SiteSplit(kind="sites", unit="patient", blocks=5, folds=5, seed=0))
+    labels = np.array([row.target for row in rows])
+    held: Counter[int] = Counter()
+    for trial in plan.trials[:5]:
+        inside, outside = ({rows[i].site for i in part} for part in (trial.train, trial.external))
+        assert trial.external and not inside & outside
+        assert len({row.group for row in rows}) == len({rows[i].group for i in (*trial.train, *trial.external)}) == 941
+        held.update(trial.external)
+        share = labels[list(trial.external)].mean()
+        assert 0.3 < share < 0.7, f"{trial.name}: {share:.2f} squamous"
+    assert held == Counter(range(941))
+    hospital = auroc(labels, share_by(labels, [row.site for row in rows]))
+    code = auroc(labels, share_by(labels, [row.group.split("-")[1] for row in rows]))
+    print(f"what a site tells of the subtype, in sample: hospital AUC {hospital:.3f}, code AUC {code:.3f}")
+    assert code == 1.0 and 0.5 < hospital < 0.9
+
+
+def share_by(labels: np.ndarray, names: list[str]) -> np.ndarray:
+    """The share of positives of each row's name: the site prior."""
+    share = {name: np.mean([label for label, own in zip(labels, names, strict=True) if own == name]) for name in set(names)}
+    return np.array([share[name] for name in names])
+
+
+def committed_task(name: str) -> Task:
+    path = Path(__file__).resolve().parents[1] / f"configs/task/{name}.yaml"
+    task: Task = TypeAdapter(TaskConfig).validate_python(yaml.safe_load(path.read_text()))
+    return task
+
+
+def test_the_five_gene_table_joins_by_slide(shared_data: Path, tmp_path: Path, store: Store) -> None:
+    table = shared_data / "tables/gigapath_LUAD-5-gene_TCGA.csv"
+    if not table.is_file():
+        pytest.skip(f"{table} is not here")
+    real = list(csv.DictReader(table.open()))
+    lung = [(code, f"hospital {code}", "Lung adenocarcinoma") for code in sorted({row["slide_id"].split("-")[1] for row in real})]
+    root = write_tcga(tmp_path / "tcga", {row["file_name"]: row["id"] for row in real}, lung)
+    cohort = read_tcga(root, TcgaConfig("tcga", "all", "tissueSourceSite.tsv"))
+    labels = LabelTable(str(table), "slide_id", "slide_id", {"TP53": "tp53", "EGFR": "egfr"})
+    found = with_labels(cohort, labels)
+    assert found.counts["named by the label table"] == len(real) == 1345 and {row["tp53"] for row in found.rows} == {
+        "True",
+        "False",
+    }
+    slides = read_back(found, tmp_path, store)
+    assert len({slide.patient_id for slide in slides}) == 521 == len({row["pat_id"] for row in real})
+    assert Counter(slide.preparation for slide in slides) == {"FFPE": 529, "frozen": 786, None: 30}
+    told = {row["slide_id"]: row["is_ffpe"] == "True" for row in real}
+    assert all(told[s.slide_id.split(".")[0]] == (s.preparation == "FFPE") for s in slides if s.preparation)
+    patient = {slide.slide_id.split(".")[0]: slide.patient_id for slide in slides}
+    assert all(patient[row["slide_id"]] == row["case_submitter_id"] for row in real)
+
+
+@pytest.mark.parametrize(
+    ("name", "cohort"), [("camelyon16", "c16"), ("camelyon17", "c17"), ("camelyon17_stage", "c17"), ("panda", "panda")]
+)
+def test_every_task_finds_its_labels(name: str, cohort: str, tmp_path: Path, store: Store) -> None:
+    if cohort == "c16":
+        read = read_camelyon16(write_camelyon16(tmp_path / cohort), C16, store)
+    elif cohort == "c17":
+        read = read_camelyon17(write_camelyon17(tmp_path / cohort), C17)
+    else:
+        read = read_panda(write_panda(tmp_path / cohort, 60, noisy=False), PandaConfig("panda", "any", None))
+    targets, left_out = read_targets(read_back(read, tmp_path, store), committed_task(name))
+    assert len(targets) == len(read.rows) and not left_out
+    assert len({target.value for target in targets.values()}) == {"panda": 6, "camelyon17_stage": 4}.get(name, 2)
 
 
 # --- the command ---

@@ -1,7 +1,8 @@
 """Trials of slide models: fixed parts, folds and sites that never share a slide, a patient or, where external, a site."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from histoscale.data.splits import SplitError
+from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.split import FixedSplit, FoldSplit, Plan, SiteSplit, SplitConfig, grouped_folds, make_plan
 
 FIXED = FixedSplit(
@@ -28,23 +30,15 @@ FOLDS = FoldSplit(kind="folds", unit="patient", column=None, folds=5, external_s
 SITES = SiteSplit(kind="sites", unit="patient", blocks=None, folds=3, seed=0)
 
 
-@dataclass(frozen=True)
-class Row:
-    slide_id: str
-    group: str
-    site: str
-    target: float
-    event: bool = True
-    columns: dict[str, str] = field(default_factory=dict)
+def a_bag(slide_id: str, group: str, site: str, target: float, event: bool = True, columns: dict[str, str] | None = None) -> Bag:
+    return Bag(slide_id, group, site, target, event, Path(f"{slide_id}.h5"), 9, 64, 1.0, columns or {})
 
 
-@dataclass(frozen=True)
-class Rows:
-    rows: tuple[Row, ...]
-    groups: str = "patient"
+def some(rows: tuple[Bag, ...], groups: str = "patient") -> Bags:
+    return Bags(rows, 4, "abc", 0.5, groups, {})
 
 
-def cohort(patients: int = 60) -> Rows:
+def cohort(patients: int = 60) -> Bags:
     """Two slides a patient, three sites near and one far; a role and a fold for each."""
     rows = []
     for patient in range(patients):
@@ -52,17 +46,17 @@ def cohort(patients: int = 60) -> Rows:
         site = "far" if role == "external" else f"near{patient % 3}"
         for number in range(2):
             columns = {"role": role, "fold": str(patient % 5)}
-            rows.append(Row(f"s{patient}-{number}", f"p{patient}", site, float((patient // 4 + number) % 2), True, columns))
-    return Rows(tuple(rows))
+            rows.append(a_bag(f"s{patient}-{number}", f"p{patient}", site, float((patient // 4 + number) % 2), True, columns))
+    return some(tuple(rows))
 
 
-def changed(bags: Rows, place: int, **values: object) -> Rows:
+def changed(bags: Bags, place: int, **values: object) -> Bags:
     rows = list(bags.rows)
     rows[place] = replace(rows[place], **values)  # type: ignore[arg-type]
     return replace(bags, rows=tuple(rows))
 
 
-def shares_nothing(bags: Rows, plan: Plan) -> None:
+def shares_nothing(bags: Bags, plan: Plan) -> None:
     for trial in plan.trials:
         parts = [trial.train, trial.internal, trial.external]
         assert trial.train and not set(parts[0]) & set(parts[1]) | set(parts[0]) & set(parts[2]) | set(parts[1]) & set(parts[2])
@@ -130,9 +124,9 @@ def test_every_site_is_read_once_by_a_model_that_never_saw_it() -> None:
 
 
 def test_many_sites_are_held_out_in_blocks() -> None:
-    rows = tuple(Row(f"s{i}", f"p{i}", f"site{i % 13}", float(i % 3 == 0)) for i in range(130))
-    plan = make_plan(Rows(rows), replace(SITES, blocks=4))
-    shares_nothing(Rows(rows), plan)
+    rows = tuple(a_bag(f"s{i}", f"p{i}", f"site{i % 13}", float(i % 3 == 0)) for i in range(130))
+    plan = make_plan(some(rows), replace(SITES, blocks=4))
+    shares_nothing(some(rows), plan)
     blocks = [trial for trial in plan.trials if trial.name.startswith("sites ")]
     assert len(blocks) == 4 and sorted(i for trial in blocks for i in trial.external) == list(range(130))
 
@@ -147,7 +141,7 @@ def test_many_sites_are_held_out_in_blocks() -> None:
 def test_folds_keep_groups_whole_and_level_the_targets(sizes: list[int], count: int, classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = [
-        Row(f"{g}-{i}", f"g{g}", f"site{g % 3}", float(target))
+        a_bag(f"{g}-{i}", f"g{g}", f"site{g % 3}", float(target))
         for g, (size, target) in enumerate(zip(sizes, rng.integers(0, classes, len(sizes)), strict=True))
         for i in range(size)
     ]
@@ -165,7 +159,7 @@ def test_folds_keep_groups_whole_and_level_the_targets(sizes: list[int], count: 
 
 
 def test_one_slide_a_patient_is_dealt_out_exactly_by_class_and_site() -> None:
-    rows = [Row(f"s{i}", f"p{i}", f"site{i % 2}", float(i // 2 % 3)) for i in range(120)]
+    rows = [a_bag(f"s{i}", f"p{i}", f"site{i % 2}", float(i // 2 % 3)) for i in range(120)]
     folds = grouped_folds(rows, 4, 7)
     cells = Counter((row.site, row.target, fold) for row, fold in zip(rows, folds, strict=True))
     assert set(Counter(folds).values()) == {30}
@@ -175,7 +169,7 @@ def test_one_slide_a_patient_is_dealt_out_exactly_by_class_and_site() -> None:
 
 def test_numbers_and_censored_times_are_levelled_by_rank() -> None:
     rng = np.random.default_rng(0)
-    rows = [Row(f"s{i}", f"p{i}", "", float(rng.exponential()), i % 3 > 0) for i in range(200)]
+    rows = [a_bag(f"s{i}", f"p{i}", "", float(rng.exponential()), i % 3 > 0) for i in range(200)]
     folds = np.array(grouped_folds(rows, 5, 0))
     ranks = np.array([row.target for row in rows]).argsort().argsort()
     censored = np.array([not row.event for row in rows])
@@ -210,26 +204,26 @@ def test_a_slide_under_two_names_is_one_though_patients_are_unknown() -> None:
     rows[0] = replace(rows[0], slide_id="TCGA-55-8507-01Z-00-DX1.3C6198CF", group="a")
     rows[4] = replace(rows[4], slide_id="TCGA-55-8507-01Z-00-DX1.svs", group="b")
     with pytest.raises(SplitError, match="tears 1 slides apart"):
-        make_plan(Rows(tuple(rows), "slide"), replace(FIXED, unit="slide"))
+        make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide"))
     rows[4] = replace(rows[4], slide_id="TCGA-55-8507-01Z-00-DX2")
     with pytest.raises(SplitError, match="tears 1 patients apart"):  # the barcode says whose they are
-        make_plan(Rows(tuple(rows), "slide"), replace(FIXED, unit="slide"))
+        make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide"))
     rows[4] = replace(rows[4], slide_id="TCGA-55-8508-01Z-00-DX2")
-    assert make_plan(Rows(tuple(rows), "slide"), replace(FIXED, unit="slide")).checks[1].found == "none of 2 on two sides"
+    assert make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide")).checks[1].found == "none of 2 on two sides"
 
 
 def test_a_site_inside_and_outside_is_refused() -> None:
     bags = cohort()
     rows = tuple(replace(row, site="far") if row.group == "p0" else row for row in bags.rows)
     with pytest.raises(SplitError, match="has the sites far inside and outside"):
-        make_plan(Rows(rows), FIXED)
+        make_plan(some(rows), FIXED)
 
 
 def test_an_external_slide_without_a_site_is_refused() -> None:
     bags = cohort()
     rows = tuple(replace(row, site="") if row.columns["role"] == "external" else row for row in bags.rows)
     with pytest.raises(SplitError, match="30 external slides have no site"):
-        make_plan(Rows(rows), FIXED)
+        make_plan(some(rows), FIXED)
 
 
 def test_a_patient_at_two_sites_cannot_be_held_out_with_one_of_them() -> None:
@@ -285,6 +279,6 @@ def test_the_kind_decides_the_schema() -> None:
 
 
 def test_two_classes_need_a_patient_a_fold() -> None:
-    rows = tuple(Row(f"s{i}", f"p{i}", "x", float(i < 3)) for i in range(30))
+    rows = tuple(a_bag(f"s{i}", f"p{i}", "x", float(i < 3)) for i in range(30))
     with pytest.raises(SplitError, match="3 groups hold a slide of the target 1 for 5 folds"):
-        make_plan(Rows(rows), replace(FOLDS, external_sites=[]))
+        make_plan(some(rows), replace(FOLDS, external_sites=[]))

@@ -18,7 +18,7 @@ from histoscale.eval.datasets.tcga import hospital_of, is_diagnostic, patient_of
 SLIDES = ("diagnostic", "all")
 NOTES = ("TCGA is in the pretraining of most published encoders: see the leakage page",)
 _SUFFIXES = (".svs", ".tif", ".tiff")
-_SLIDE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-\d{2}[A-Z]-\d{2}-(?P<kind>DX|TS|BS|MS)[A-Z0-9]*")
+_SLIDE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-\d{2}(?P<vial>[A-Z])-\d{2}-(?P<kind>DX|TS|BS|MS)[A-Z0-9]*")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class TcgaConfig:
 
 
 def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
-    """cohort: the project (TCGA-LUAD), preparation: FFPE or frozen. site and cohort are "" without the GDC's table.
+    """cohort: the project (TCGA-LUAD). preparation: FFPE, frozen, or "" where the barcode does not tell. site and cohort are ""
+    without the GDC's table.
 
     Raises CohortError: the table has another form or lacks a code.
     """
@@ -70,13 +71,18 @@ def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
                 "cohort": projects.get(patient.split("-")[1], "TCGA"),
                 "organ": "",
                 "stain": "H&E",
-                "preparation": "FFPE" if match["kind"] == "DX" else "frozen",
+                "preparation": _preparation(match["kind"], match["vial"]),
             }
         )
     rows.sort(key=lambda row: row["slide_id"])
     found = {"slides": len(rows), "patients": len({row["patient_id"] for row in rows})}
     found |= dict(sorted(Counter(row["cohort"] for row in rows).items()))
     return Cohort("TCGA", tuple(rows), (), found, left_out, NOTES)
+
+
+def _preparation(kind: str, vial: str) -> str:
+    """Tissue slides of vial A are frozen; of later vials some are not."""
+    return "FFPE" if kind == "DX" else "frozen" if vial == "A" else ""
 
 
 def check_sites(cohort: Cohort) -> None:

@@ -1,8 +1,8 @@
 """Which slides train and which are read, in one or several trials: fixed parts, folds, one site at a time; never overlapping."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
@@ -10,6 +10,7 @@ from pydantic import Field
 from histoscale.data.keys import key
 from histoscale.data.splits import UNITS, SplitError, ordered
 from histoscale.eval.leakage import patient_key, slide_key
+from histoscale.eval.mil.bags import Bag, Bags
 
 PARTS = ("train", "internal", "external")
 _CLASSES = 10  # more distinct targets than these are numbers, and are levelled by rank
@@ -90,30 +91,6 @@ class SiteSplit:
 SplitConfig = Annotated[FixedSplit | FoldSplit | SiteSplit, Field(discriminator="kind")]
 
 
-class Row(Protocol):
-    """A slide of the study. group: its patient (or itself). target, event: as the task reads them. columns: of the manifest."""
-
-    @property
-    def slide_id(self) -> str: ...
-    @property
-    def group(self) -> str: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def target(self) -> float: ...
-    @property
-    def event(self) -> bool: ...
-    @property
-    def columns(self) -> dict[str, str]: ...
-
-
-class Rows(Protocol):
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    @property
-    def groups(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Trial:
     """One training: rows that train, rows of sites that it knows, rows of sites that it does not."""
@@ -145,7 +122,7 @@ class Plan:
     left_out: dict[str, str]
 
 
-def make_plan(bags: Rows, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
+def make_plan(bags: Bags, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
     """The trials of a study.
 
     fixed: one. folds: one a fold, which is internal, and `all`, which trains on every fold, reads the external sites and is
@@ -172,7 +149,7 @@ def make_plan(bags: Rows, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
     return Plan(config.kind, tuple(trials), len(trials) - 1, _checks(bags.rows, trials, config.unit), left_out)
 
 
-def grouped_folds(rows: Sequence[Row], count: int, seed: int) -> list[int]:
+def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
     """A fold in range(count) for every row: groups whole, targets as level as that allows, then sites, then sizes.
 
     Groups, the largest first and equal ones in keyed order, go where the squared counts of their targets grow least. Up to ten
@@ -210,7 +187,7 @@ def grouped_folds(rows: Sequence[Row], count: int, seed: int) -> list[int]:
     return [fold[row.group] for row in rows]
 
 
-def _fixed(rows: Sequence[Row], config: FixedSplit) -> tuple[list[Trial], dict[str, str]]:
+def _fixed(rows: Sequence[Bag], config: FixedSplit) -> tuple[list[Trial], dict[str, str]]:
     left_out: dict[str, str] = {}
     if config.role is not None:
         values = _column(rows, config.role, "split.role")
@@ -232,7 +209,7 @@ def _fixed(rows: Sequence[Row], config: FixedSplit) -> tuple[list[Trial], dict[s
     return [Trial("fixed", chosen["train"], chosen["internal"], chosen["external"])], left_out
 
 
-def _folds(rows: Sequence[Row], config: FoldSplit) -> tuple[list[Trial], dict[str, str]]:
+def _folds(rows: Sequence[Bag], config: FoldSplit) -> tuple[list[Trial], dict[str, str]]:
     outside = _outside(rows, config.external_sites)
     external = tuple(i for i, row in enumerate(rows) if row.site in outside)
     inside = [i for i, row in enumerate(rows) if row.site not in outside]
@@ -251,7 +228,7 @@ def _folds(rows: Sequence[Row], config: FoldSplit) -> tuple[list[Trial], dict[st
     return [*_each("fold", inside, names), Trial("all", tuple(inside), (), external)], left_out
 
 
-def _sites(rows: Sequence[Row], config: SiteSplit) -> list[Trial]:
+def _sites(rows: Sequence[Bag], config: SiteSplit) -> list[Trial]:
     nameless = [row.slide_id for row in rows if not row.site]
     if nameless:
         raise SplitError(
@@ -266,42 +243,11 @@ def _sites(rows: Sequence[Row], config: SiteSplit) -> list[Trial]:
     everything = list(range(len(rows)))
     prefix, held = "site", [row.site for row in rows]
     if config.blocks is not None:
-        blocks = grouped_folds([_AsSite(row) for row in rows], config.blocks, key(config.seed, "mil/blocks"))
+        blocks = grouped_folds([replace(row, group=row.site) for row in rows], config.blocks, key(config.seed, "mil/blocks"))
         prefix, held = "sites", _numbered(blocks)
     outer = [Trial(trial.name, trial.train, (), trial.internal) for trial in _each(prefix, everything, held)]
     inner = _each("fold", everything, _numbered(grouped_folds(rows, config.folds, config.seed)))
     return [*outer, *inner, Trial("all", tuple(everything), (), ())]
-
-
-@dataclass(frozen=True)
-class _AsSite:
-    """A row whose group is its site: what is whole in a block."""
-
-    row: Row
-
-    @property
-    def slide_id(self) -> str:
-        return self.row.slide_id
-
-    @property
-    def group(self) -> str:
-        return self.row.site
-
-    @property
-    def site(self) -> str:
-        return ""
-
-    @property
-    def target(self) -> float:
-        return self.row.target
-
-    @property
-    def event(self) -> bool:
-        return self.row.event
-
-    @property
-    def columns(self) -> dict[str, str]:
-        return self.row.columns
 
 
 def _each(prefix: str, inside: Sequence[int], names: Sequence[str]) -> list[Trial]:
@@ -323,9 +269,9 @@ def _numbered(places: Sequence[int]) -> list[str]:
 # What must not be shared.
 
 
-def _checks(rows: Sequence[Row], trials: Sequence[Trial], unit: str) -> tuple[Check, ...]:
+def _checks(rows: Sequence[Bag], trials: Sequence[Trial], unit: str) -> tuple[Check, ...]:
     """Raises SplitError for the first that does not hold."""
-    ways: list[tuple[str, str, Callable[[Row], str]]] = [
+    ways: list[tuple[str, str, Callable[[Bag], str]]] = [
         (
             "slides",
             "slide ids, without suffixes and with TCGA barcodes without the file's UUID",
@@ -353,7 +299,7 @@ def _checks(rows: Sequence[Row], trials: Sequence[Trial], unit: str) -> tuple[Ch
     return tuple(checks)
 
 
-def _refuse_shared(trial: Trial, names: Sequence[str], what: str, rows: Sequence[Row]) -> None:
+def _refuse_shared(trial: Trial, names: Sequence[str], what: str, rows: Sequence[Bag]) -> None:
     owner: dict[str, tuple[str, int]] = {}
     shared = []
     for part in PARTS:
@@ -369,7 +315,7 @@ def _refuse_shared(trial: Trial, names: Sequence[str], what: str, rows: Sequence
         )
 
 
-def _refuse_site(trial: Trial, rows: Sequence[Row]) -> None:
+def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
     outside = {rows[i].site for i in trial.external}
     if "" in outside:
         nameless = [rows[i].slide_id for i in trial.external if not rows[i].site]
@@ -385,7 +331,7 @@ def _refuse_site(trial: Trial, rows: Sequence[Row]) -> None:
         )
 
 
-def _barcode(row: Row) -> str:
+def _barcode(row: Bag) -> str:
     """The patient that a TCGA barcode names, or ""."""
     found = patient_key(row.slide_id)
     return found if found.startswith("TCGA-") else ""
@@ -399,7 +345,7 @@ def _check_unit(unit: str) -> None:
         raise SplitError(f"split.unit is {unit!r}: expected {' or '.join(UNITS)}")
 
 
-def _column(rows: Sequence[Row], column: str, option: str) -> list[str]:
+def _column(rows: Sequence[Bag], column: str, option: str) -> list[str]:
     values = [row.columns.get(column, "") for row in rows]
     if not any(values):
         known = sorted({name for row in rows for name in row.columns})
@@ -409,7 +355,7 @@ def _column(rows: Sequence[Row], column: str, option: str) -> list[str]:
     return values
 
 
-def _outside(rows: Sequence[Row], external_sites: Sequence[str]) -> set[str]:
+def _outside(rows: Sequence[Bag], external_sites: Sequence[str]) -> set[str]:
     absent = sorted(set(external_sites) - {row.site for row in rows})
     if absent:
         known = sorted({row.site for row in rows} - {""})
@@ -419,7 +365,7 @@ def _outside(rows: Sequence[Row], external_sites: Sequence[str]) -> set[str]:
     return set(external_sites)
 
 
-def _whole(rows: Sequence[Row], inside: Sequence[int], names: Sequence[str], column: str) -> None:
+def _whole(rows: Sequence[Bag], inside: Sequence[int], names: Sequence[str], column: str) -> None:
     folds: dict[str, set[str]] = {}
     for i, name in zip(inside, names, strict=True):
         folds.setdefault(rows[i].group, set()).add(name)
@@ -430,7 +376,7 @@ def _whole(rows: Sequence[Row], inside: Sequence[int], names: Sequence[str], col
         )
 
 
-def _strata(rows: Sequence[Row]) -> list[str]:
+def _strata(rows: Sequence[Bag]) -> list[str]:
     targets = np.array([row.target for row in rows])
     values, place = np.unique(targets, return_inverse=True)
     if len(values) > _CLASSES:
