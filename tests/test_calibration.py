@@ -74,19 +74,31 @@ def test_a_line_without_curvature_moves_the_intercept_alone() -> None:
     assert fit_line(np.zeros(4), np.array([1.0, 0, 0, 0]), np.ones((1, 4)), (True, True))[:, 0] == pytest.approx([logit(0.25), 1])
 
 
+def once(p: np.ndarray, y: np.ndarray, method: str) -> np.ndarray:
+    return fit_recalibration(p, y, method, np.ones((1, len(p))))[:, 0]
+
+
 def test_recalibration_undoes_a_distortion_and_keeps_the_order() -> None:
     p, y = drawn(4000, 0.5, -1.0)
     for method, expected in (("platt", (-1.0, 0.5)), ("temperature", (0.0, 0.5)), ("intercept", (-1.0, 1.0))):
-        line = fit_recalibration(p, y, method)
+        line = once(p, y, method)
         assert line == pytest.approx(expected, abs=0.25)
-        after = recalibrate(p, line)
-        assert (np.argsort(after) == np.argsort(p)).all()
-    few = fit_recalibration(np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1]), "platt")
+        assert (np.argsort(recalibrate(p, line)) == np.argsort(p)).all()
+    few = once(np.array([0.1, 0.2, 0.8, 0.9]), np.array([0, 0, 1, 1]), "platt")
     assert np.isfinite(few).all() and 0 < few[1] < 2  # separable cases give a slope that is not infinite
-    contrary = fit_recalibration(np.array([0.1, 0.2, 0.8, 0.9]), np.array([1, 1, 0, 0]), "platt")
+    contrary = once(np.array([0.1, 0.2, 0.8, 0.9]), np.array([1, 1, 0, 0]), "platt")
     assert contrary == pytest.approx((0.0, 0.0), abs=1e-6)
     with pytest.raises(ValueError, match="expected intercept, temperature, platt"):
-        fit_recalibration(p, y, "isotonic")
+        once(p, y, "isotonic")
+
+
+def test_samples_at_once_are_the_samples_one_by_one() -> None:
+    p, y = drawn(60, 0.5, -1.0)
+    chosen = np.random.default_rng(0).random((7, 60)) < 0.3
+    for method in ("intercept", "temperature", "platt"):
+        found = fit_recalibration(p, y, method, chosen.astype(float))
+        for own, line in zip(chosen, found.T, strict=True):
+            assert line == pytest.approx(once(p[own], y[own], method), abs=1e-7)
 
 
 def test_local_cases_are_never_read_and_patients_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,23 +106,29 @@ def test_local_cases_are_never_read_and_patients_stay_whole(monkeypatch: pytest.
 
     p, y = drawn(120, 0.4, -1.2)
     groups = [f"p{i // 2}" for i in range(120)]
-    learned: list[set[str]] = []
+    seen: list[np.ndarray] = []
     fitted = recalibration.fit_recalibration
 
-    def watched(some: np.ndarray, positive: np.ndarray, method: str) -> tuple[float, float]:
-        learned.append({groups[i] for value in some for i in np.flatnonzero(p == value)})
-        return fitted(some, positive, method)
+    def watched(some: np.ndarray, positive: np.ndarray, method: str, weights: np.ndarray) -> np.ndarray:
+        seen.append(weights)
+        return fitted(some, positive, method, weights)
 
     monkeypatch.setattr(recalibration, "fit_recalibration", watched)
-    config = RecalibrationConfig(cases=[10, 40, 61], methods=["platt", "intercept"], draws=20, bins=15, seed=0)
-    found = local_recalibration(p, y, groups, config)
+    config = RecalibrationConfig(cases=[10, 40, 61], methods=["platt", "intercept"], draws=20, seed=0)
+    found = local_recalibration(p, y, groups, config, 15)
     assert [(one.method, one.cases) for one in found] == [(m, n) for n in (10, 40) for m in ("platt", "intercept")]
-    assert {len(each) for each in learned} == {5, 20} and len({frozenset(each) for each in learned}) > 30
+    for weights, size in zip(seen, (10, 10, 40, 40), strict=True):
+        assert (weights.sum(1) == size).all() and (weights[:, ::2] == weights[:, 1::2]).all()
+        assert len({tuple(row) for row in weights}) == 20
     best = found[2]  # platt on 40
     assert best.after["brier"].mean < best.before["brier"].mean and best.better > 0.8
     assert best.before["brier"].low <= best.before["brier"].mean <= best.before["brier"].high
+    poisoned = np.where(seen[2][0] > 0, 0.5, p)  # what was learned from enters no number of that draw
+    again = local_recalibration(poisoned, y, groups, RecalibrationConfig([40], ["intercept"], 1, 0), 15)[0]
+    alone = local_recalibration(p, y, groups, RecalibrationConfig([40], ["intercept"], 1, 0), 15)[0]
+    assert again.before == alone.before
 
 
 def test_a_config_that_means_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="expected some of intercept"):
-        RecalibrationConfig(cases=[10], methods=["isotonic"], draws=2, bins=15, seed=0)
+        RecalibrationConfig(cases=[10], methods=["isotonic"], draws=2, seed=0)

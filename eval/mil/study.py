@@ -1,5 +1,6 @@
-"""The study of a slide model: its table by part and by site, its floors, its operating points."""
+"""The study of a slide model: its numbers by part and by site, its floors, its operating points, and the gap between sites."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,28 +8,41 @@ from typing import Any
 import numpy as np
 
 from histoscale.eval.mil.bags import Bags
-from histoscale.eval.mil.split import Trial
-from histoscale.eval.mil.task import BinaryTask
+from histoscale.eval.mil.metrics import Metric, chance, headline, metrics, ranks_alone
+from histoscale.eval.mil.split import Plan
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
+from histoscale.eval.mil.units import Place, Units, places, units
 from histoscale.eval.scores.auroc import areas, report_area, report_difference
-from histoscale.eval.scores.interval import Interval, IntervalConfig, patient_bootstrap
-from histoscale.eval.scores.operating import Operation, Rate, Threshold, decide, operate, threshold
+from histoscale.eval.scores.calibration import Bins, reliability
+from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
+from histoscale.eval.scores.operating import Operation, Rate, Threshold, operate, operation, rate, threshold
+from histoscale.eval.scores.ranking import roc_points
+from histoscale.eval.scores.recalibration import Recalibrated, RecalibrationConfig, local_recalibration
 
 RATES = ("sensitivity", "specificity", "fnr", "flagged", "ppv", "npv")
 
 
 @dataclass(frozen=True)
-class Operating:
-    """A threshold at work. clustered: sensitivity and specificity with patients resampled, present where a patient has several
-    units and the binomial intervals are therefore too narrow."""
+class StudyConfig:
+    """bins: of calibration errors and reliability diagrams. recalibration: on local cases of each external site."""
 
-    at: Threshold
+    bins: int
+    recalibration: RecalibrationConfig
+
+
+@dataclass(frozen=True)
+class Operating:
+    """Thresholds at work, each unit under the one of its own trial. clustered: sensitivity and specificity with patients
+    resampled, present where a patient has several units and the binomial intervals are therefore too narrow."""
+
+    required: float
     found: Operation
     clustered: dict[str, Interval]
 
     def as_dict(self) -> dict[str, Any]:
         ppv, npv = self.found.at_prevalence
         return {
-            **{name: _rate(getattr(self.found, name)) for name in RATES},
+            **{name: rate_dict(getattr(self.found, name)) for name in RATES},
             "at_prevalence": {"prevalence": self.found.prevalence, "ppv": ppv, "npv": npv},
             "drift": self.found.drift,
             "needed_threshold": self.found.needed,
@@ -38,42 +52,80 @@ class Operating:
 
 @dataclass(frozen=True)
 class Part:
-    """One set of slides. units: decisions (slides or patients). auc is None where a class is missing. floors: their areas;
-    minus: the model's area less theirs. operating: one a required sensitivity."""
+    """One set of slides. units: decisions (slides or patients). counts: units by class, or with and without the event.
+
+    headline: the metric in which floors stand beside (`floors`) and are subtracted (`minus`); None where it is undefined.
+    metrics: the others too. operating: of a binary task, one a required sensitivity. recalls: of a task of classes.
+    roc: [k, 2], of a single model; bins: of the probability of the positive class; confusion: [K, K].
+    """
 
     name: str
+    role: str
     slides: int
     patients: int
     units: int
-    positives: int
-    auc: Interval | None
+    counts: dict[str, int]
+    headline: Interval | None
+    metrics: dict[str, Interval]
     floors: dict[str, Interval]
     minus: dict[str, Interval]
     operating: list[Operating]
+    recalls: dict[str, Rate]
+    roc: np.ndarray | None
+    bins: Bins | None
+    confusion: np.ndarray | None
+    recalibration: list[Recalibrated]
+
+    @property
+    def positives(self) -> int:
+        """Units of the positive class, or with the event; 0 for tasks without either."""
+        return self.counts.get("positive", self.counts.get("event", 0))
+
+    @property
+    def auc(self) -> Interval | None:
+        return self.metrics.get("auroc")
 
     def as_dict(self) -> dict[str, Any]:
+        bins = self.bins
         return {
-            **{name: getattr(self, name) for name in ("slides", "patients", "units", "positives")},
+            **{name: getattr(self, name) for name in ("role", "slides", "patients", "units", "positives", "counts")},
             "auc": self.auc.as_dict() if self.auc else None,
+            "headline": self.headline.as_dict() if self.headline else None,
+            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
             "floors": {name: interval.as_dict() for name, interval in self.floors.items()},
             "minus": {name: interval.as_dict() for name, interval in self.minus.items()},
-            "operating": {f"{each.at.required:g}": each.as_dict() for each in self.operating},
+            "operating": {f"{each.required:g}": each.as_dict() for each in self.operating},
+            "recalls": {name: rate_dict(each) for name, each in self.recalls.items()},
+            "reliability": {name: getattr(bins, name).tolist() for name in ("count", "predicted", "observed")} if bins else None,
+            "confusion": self.confusion.tolist() if self.confusion is not None else None,
+            "recalibration": [asdict(each) for each in self.recalibration],
         }
 
 
 @dataclass(frozen=True)
 class Study:
-    """train: out-of-fold scores, where the thresholds come from. external is None without an external site."""
+    """thresholds: of the deployed trial; of_trials: of every trial that is read, by name. train: out-of-fold scores, where the
+    deployed thresholds come from. external is None without an external site. sites: of external sites their external part.
+    sites_inside: the same sites read by models that knew them, where a plan reads both. gap: internal minus external."""
 
-    task: BinaryTask
+    task: Task
+    kind: str
     groups: str
     thresholds: list[Threshold]
+    of_trials: dict[str, list[Threshold]]
     train: Part
     internal: Part | None
     external: Part | None
     sites: dict[str, Part]
+    sites_inside: dict[str, Part]
+    gap: dict[str, Interval]
     external_sites: list[str]
     left_out: dict[str, str]
+
+    @property
+    def chance(self) -> float:
+        """The headline without any use of the slides."""
+        return chance(self.task)
 
     @property
     def reported(self) -> list[Part]:
@@ -81,126 +133,309 @@ class Study:
 
     def as_dict(self) -> dict[str, Any]:
         """The values of `summary.json` under `mil`."""
+        named = {f"{at.required:g}": asdict(at) for at in self.thresholds}
         return {
             "task": self.task.name,
+            "kind": self.task.kind,
+            "split": self.kind,
             "decision": self.task.decision,
             "groups": self.groups,
-            "thresholds": {f"{at.required:g}": asdict(at) for at in self.thresholds},
+            "headline": headline(self.task),
+            "chance": self.chance,
+            "thresholds": named,
+            "thresholds_of_trials": {
+                name: {f"{at.required:g}": at.value for at in found} for name, found in self.of_trials.items()
+            },
             "train": self.train.as_dict(),
             "internal": self.internal.as_dict() if self.internal else None,
             "external": self.external.as_dict() if self.external else None,
+            "gap": {name: interval.as_dict() for name, interval in self.gap.items()},
             "sites": {name: part.as_dict() for name, part in self.sites.items()},
+            "sites_inside": {name: part.as_dict() for name, part in self.sites_inside.items()},
+            "external_sites": self.external_sites,
             "left_out": self.left_out,
         }
 
 
 def study(
     bags: Bags,
-    trial: Trial,
-    scores: np.ndarray,
+    plan: Plan,
+    outputs: np.ndarray,
     floors: Mapping[str, np.ndarray],
-    task: BinaryTask,
-    config: IntervalConfig,
+    task: Task,
+    interval: IntervalConfig,
+    config: StudyConfig,
 ) -> Study:
-    """scores: [n] by row, out of fold for training slides. floors: other scores of the same rows, by name.
+    """outputs: float64 [T, n, K] by trial and row, out of fold for training rows, NaN where a trial says nothing. floors: other
+    outputs of the same shape by name; one that is NaN on a part says nothing about it.
 
-    Thresholds are fixed on the training rows; the other rows are only read.
+    Thresholds are fixed on each trial's training rows; the other rows are only read. Raises ValueError for outputs that are
+    missing where the plan reads, BagError as `units`.
     """
-    train, internal, external = trial.train, trial.internal, trial.external
-    known = _units(bags, train, scores, task)
-    thresholds = [threshold(known.labels, known.scores, required, task.rule) for required in task.sensitivities]
-
-    def part(name: str, rows: Sequence[int]) -> Part:
-        return _part(name, rows, bags, scores, floors, thresholds, task, config)
-
-    sites: dict[str, list[int]] = {}
-    for row in internal + external:
-        sites.setdefault(bags.rows[row].site or "unknown", []).append(row)
+    reads = _Reads(bags, plan, outputs, floors, task, interval, config, _thresholds(bags, plan, outputs, task))
+    where = {part: places(plan, part) for part in ("train", "internal", "external")}
+    internal, external = (reads.part(name, role, where[role]) if where[role] else None for name, role in
+                          (("internal test", "internal"), ("external", "external")))  # fmt: skip
+    outer, inner = (_by_site(bags, where[role]) for role in ("external", "internal"))
+    sites = {site: reads.part(site, "external", found) for site, found in outer.items()}
+    sites |= {site: reads.part(site, "internal", found) for site, found in inner.items() if site not in sites}
+    inside = {site: reads.part(site, "internal", found) for site, found in inner.items() if site in outer}
+    read = {t for role in ("internal", "external") for t, _ in where[role]}
     return Study(
         task=task,
+        kind=plan.kind,
         groups=bags.groups,
-        thresholds=thresholds,
-        train=part("train (out of fold)", train),
-        internal=part("internal test", internal) if internal else None,
-        external=part("external", external) if external else None,
-        sites={site: part(site, rows) for site, rows in sorted(sites.items())},
-        external_sites=sorted({bags.rows[row].site for row in external}),
-        left_out=bags.left_out,
+        thresholds=reads.thresholds[plan.deployed],
+        of_trials={plan.trials[t].name: found for t, found in enumerate(reads.thresholds) if found and t in read},
+        train=reads.part("train (out of fold)", "train", where["train"]),
+        internal=internal,
+        external=external,
+        sites=dict(sorted(sites.items())),
+        sites_inside=dict(sorted(inside.items())),
+        gap=reads.gap(where["internal"], where["external"], internal, external) if internal and external else {},
+        external_sites=sorted(outer),
+        left_out={**bags.left_out, **plan.left_out},
     )
 
 
-def score_rows(bags: Bags, trial: Trial, scores: np.ndarray, thresholds: Sequence[Threshold]) -> list[dict[str, Any]]:
-    """One row a slide for `scores.csv`; flagged_<sensitivity>: the slide's own decision."""
+def score_rows(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[dict[str, Any]]:
+    """Rows of `scores.csv`: one a slide and place where a trial read it; flagged_<sensitivity>: the slide's own decision.
+
+    score: the probability of the positive class, the value or the log-risk; of several classes score_<class> each.
+    """
+    thresholds = _thresholds(bags, plan, outputs, task)
     rows = []
-    part = {row: name for name in ("train", "internal", "external") for row in getattr(trial, name)}
-    for i, (bag, score) in enumerate(zip(bags.rows, scores.tolist(), strict=True)):
-        if i not in part:
-            continue
-        place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "part": part[i], "label": bag.label}
-        flags = {f"flagged_{at.required:g}": int(score >= at.value) for at in thresholds}
-        rows.append({**place, "score": score, **flags})
+    for t, trial in enumerate(plan.trials):
+        for part in ("train", "internal", "external"):
+            for i in getattr(trial, part):
+                bag, given = bags.rows[i], outputs[t, i].tolist()
+                place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "trial": trial.name, "part": part}
+                match task:
+                    case BinaryTask():
+                        flags = {f"flagged_{at.required:g}": int(given[0] >= at.value) for at in thresholds[t]}
+                        rest: dict[str, Any] = {"label": bag.label, "score": given[0], **flags}
+                    case ClassesTask():
+                        names = list(task.classes)
+                        scores = {f"score_{name}": score for name, score in zip(names, given, strict=True)}
+                        rest = {"label": names[bag.label], "named": names[int(np.argmax(given))], **scores}
+                    case RegressionTask():
+                        rest = {"label": bag.target, "score": given[0]}
+                    case SurvivalTask():
+                        rest = {"label": bag.target, "event": int(bag.event), "score": given[0]}
+                rows.append({**place, **rest})
     return rows
 
 
 @dataclass(frozen=True)
-class _Units:
-    labels: np.ndarray
-    scores: np.ndarray
-    groups: list[str]
+class _Reads:
+    """Everything that a part is made of but its places."""
+
+    bags: Bags
+    plan: Plan
+    outputs: np.ndarray
+    floors: Mapping[str, np.ndarray]
+    task: Task
+    interval: IntervalConfig
+    config: StudyConfig
+    thresholds: list[list[Threshold]]
+
+    def part(self, name: str, role: str, where: Sequence[Place]) -> Part:
+        task, found = self.task, units(self.bags, where, self.outputs, self.task)
+        if np.isnan(found.outputs).any():
+            row = next(i for t, i in where if np.isnan(self.outputs[t, i]).any())
+            raise ValueError(f"the model says nothing about {self.bags.rows[row].slide_id}, which {name} holds: read it first")
+        draws = Resampling.of(found.groups, self.interval)
+        of = metrics(found, task, self.config.bins)
+        others = {floor: units(self.bags, where, values, task) for floor, values in self.floors.items()}
+        others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
+        held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != "auroc" or not _binary(task)}
+        main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
+        if main is not None:
+            held = {headline(task): main, **held}
+        known = {metric: value for metric, value in held.items() if not math.isnan(value.value)}
+        binary, labels = _binary(task), found.labels if not isinstance(task, RegressionTask | SurvivalTask) else None
+        both = binary and labels is not None and 0 < labels.sum() < len(labels)
+        return Part(
+            name=name,
+            role=role,
+            slides=found.slides,
+            patients=len(set(found.groups)),
+            units=len(found.groups),
+            counts=_counts(found, task),
+            headline=main,
+            metrics=known,
+            floors=floors,
+            minus=minus,
+            operating=self._operating(found, draws) if isinstance(task, BinaryTask) else [],
+            recalls=_recalls(found, task) if isinstance(task, ClassesTask) else {},
+            roc=roc_points(found.labels, found.outputs[:, 0]) if both and not found.pooled else None,
+            bins=reliability(found.outputs[:, 0], found.labels == 1, self.config.bins) if binary else None,
+            confusion=_confusion(found, task) if isinstance(task, ClassesTask) else None,
+            recalibration=self._local(found) if binary and role == "external" and self._one_site(where) else [],
+        )
+
+    def _one_site(self, where: Sequence[Place]) -> bool:
+        return len({self.bags.rows[row].site for _, row in where}) == 1
+
+    def _local(self, found: Units) -> list[Recalibrated]:
+        config = self.config
+        return local_recalibration(found.outputs[:, 0], found.labels, found.groups, config.recalibration, config.bins)
+
+    def gap(self, inside: Sequence[Place], outside: Sequence[Place], internal: Part, external: Part) -> dict[str, Interval]:
+        """Internal minus external. Of two sets of patients from their two intervals; of shared patients, who are read by a model
+        that knew their site and by one that did not, in shared draws."""
+        first, second = (units(self.bags, where, self.outputs, self.task) for where in (inside, outside))
+        a, b = self._all(first), self._all(second)
+        if set(first.groups) & set(second.groups):
+            return _paired_gap(first, second, a, b, self.interval)
+        own = [_intervals(part) for part in (internal, external)]
+        return {name: independent_difference(own[0][name], own[1][name]) for name in a if name in own[0] and name in own[1]}
+
+    def _all(self, found: Units) -> dict[str, Metric]:
+        """Metrics, and the rates of the operating points."""
+        of = metrics(found, self.task, self.config.bins)
+        for k, at in enumerate(self.thresholds[self.plan.deployed]):
+            right = (self._flagged(found, k)) == (found.labels == 1)
+            for name, side in (("sensitivity", 1), ("specificity", 0)):
+                of[f"{name}@{at.required:g}"] = _share(right, found.labels == side)
+        return of
+
+    def _flagged(self, found: Units, which: int) -> np.ndarray:
+        """bool [U], each unit by the threshold of its trial."""
+        limits = np.array([self.thresholds[t][which].value for t in found.trial], np.float64)
+        return found.outputs[:, 0] >= limits
+
+    def _operating(self, found: Units, draws: Resampling) -> list[Operating]:
+        assert isinstance(self.task, BinaryTask)
+        operating = []
+        for k, required in enumerate(self.task.sensitivities):
+            if found.pooled:
+                flagged = self._flagged(found, k)
+                done = operation(found.labels == 1, flagged, required, self.task.prevalence, math.nan)
+            else:
+                at = self.thresholds[found.trial[0]][k]
+                done = operate(found.labels, found.outputs[:, 0], at, self.task.prevalence)
+            clustered = self._clustered(found, k) if len(set(found.groups)) < len(found.groups) else {}
+            operating.append(Operating(required, done, clustered))
+        return operating
+
+    def _clustered(self, found: Units, which: int) -> dict[str, Interval]:
+        """Over the patients who have a unit of that class; the thresholds stay where they are."""
+        right = self._flagged(found, which) == (found.labels == 1)
+        clustered = {}
+        for name, side in (("sensitivity", 1), ("specificity", 0)):
+            rows = np.flatnonzero(found.labels == side)
+            if len(rows):
+                draws = Resampling.of([found.groups[i] for i in rows], self.interval)
+                clustered[name] = draws.weighted(_share(right[rows], np.ones(len(rows), bool)))
+        return clustered
 
 
-def _units(bags: Bags, rows: Sequence[int], scores: np.ndarray, task: BinaryTask) -> _Units:
-    labels, values = bags.labels(rows), np.asarray(scores, np.float64)[list(rows)]
-    groups = [bags.rows[i].group for i in rows]
-    if task.decision == "patient":
-        names, labels, values = decide(groups, labels, values)
-        return _Units(labels, values, names)
-    return _Units(labels, values, groups)
-
-
-def _part(
-    name: str,
-    rows: Sequence[int],
-    bags: Bags,
-    scores: np.ndarray,
-    floors: Mapping[str, np.ndarray],
-    thresholds: Sequence[Threshold],
-    task: BinaryTask,
-    config: IntervalConfig,
-) -> Part:
-    main = _units(bags, rows, scores, task)
-    patients, units = len(set(main.groups)), len(main.labels)
-    auc, beside, minus = None, {}, {}
-    if 0 < main.labels.sum() < units:
-        others = {floor: _units(bags, rows, values, task).scores for floor, values in floors.items()}
-        found = areas(main.labels, np.stack([main.scores, *others.values()]), main.groups)
-        auc = report_area(found, 0, patients, units, config.level)
-        for i, floor in enumerate(others, 1):
-            beside[floor] = report_area(found, i, patients, units, config.level)
-            minus[floor] = report_difference(found, 0, i, patients, units, config.level)
-    operating = []
-    for at in thresholds:
-        clustered = _clustered(main, at, config) if patients < units else {}
-        operating.append(Operating(at, operate(main.labels, main.scores, at, task.prevalence), clustered))
-    return Part(name, len(rows), patients, units, int(main.labels.sum()), auc, beside, minus, operating)
-
-
-def _clustered(unit: _Units, at: Threshold, config: IntervalConfig) -> dict[str, Interval]:
-    """Sensitivity and specificity over the patients who have a unit of that class; the threshold stays where it is."""
-    found = {}
-    right = (unit.scores >= at.value) == (unit.labels == 1)
-    for name, value in (("sensitivity", 1), ("specificity", 0)):
-        rows = np.flatnonzero(unit.labels == value)
-        if len(rows):
-            patients = [unit.groups[i] for i in rows]
-            found[name] = patient_bootstrap(_mean_of(right[rows]), patients, config)
+def _thresholds(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[list[Threshold]]:
+    """Of every trial, one a required sensitivity, from its own out-of-fold scores; none without a binary task."""
+    if not isinstance(task, BinaryTask):
+        return [[] for _ in plan.trials]
+    found = []
+    for t, trial in enumerate(plan.trials):
+        known = units(bags, [(t, i) for i in trial.train], outputs, task)
+        found.append([threshold(known.labels, known.outputs[:, 0], required, task.rule) for required in task.sensitivities])
     return found
 
 
-def _mean_of(values: np.ndarray) -> Any:
-    return lambda drawn: float(values[drawn].mean())
+def _beside(
+    found: Units, metric: Metric, others: Mapping[str, Units], task: Task, draws: Resampling
+) -> tuple[Interval | None, dict[str, Interval], dict[str, Interval]]:
+    """The headline, the floors' and the differences. One model of two classes: DeLong, by patients Obuchowski; else bootstrap."""
+    if isinstance(task, BinaryTask) and not found.pooled:
+        if not 0 < found.labels.sum() < len(found.labels):
+            return None, {}, {}
+        scores = np.stack([found.outputs[:, 0], *[other.outputs[:, 0] for other in others.values()]])
+        area, patients, level = areas(found.labels, scores, found.groups), len(set(found.groups)), draws.config.level
+        n = len(found.labels)
+        beside = {floor: report_area(area, i, patients, n, level) for i, floor in enumerate(others, 1)}
+        minus = {floor: report_difference(area, 0, i, patients, n, level) for i, floor in enumerate(others, 1)}
+        return report_area(area, 0, patients, n, level), beside, minus
+    main = draws.weighted(metric)
+    if math.isnan(main.value):
+        return None, {}, {}
+    ranked = {floor: ranks_alone(other, task) for floor, other in others.items()}
+    beside = {floor: draws.weighted(statistic) for floor, statistic in ranked.items()}
+    minus = {floor: draws.weighted(_less(metric, statistic)) for floor, statistic in ranked.items()}
+    return main, beside, minus
 
 
-def _rate(rate: Rate) -> dict[str, Any]:
+def _paired_gap(
+    first: Units, second: Units, a: Mapping[str, Metric], b: Mapping[str, Metric], config: IntervalConfig
+) -> dict[str, Interval]:
+    draws, n = Resampling.of([*first.groups, *second.groups], config), len(first.groups)
+
+    def less(one: Metric, other: Metric) -> Metric:
+        return lambda weights: one(weights[:, :n]) - other(weights[:, n:])
+
+    found = {name: draws.weighted(less(a[name], b[name])) for name in a if name in b}
+    return {name: interval for name, interval in found.items() if not math.isnan(interval.value)}
+
+
+def _intervals(part: Part) -> dict[str, Interval]:
+    """Metrics and rates of a part. A rate has Wilson's interval, or that over patients where they have several units."""
+    found = dict(part.metrics)
+    for each in part.operating:
+        for name in ("sensitivity", "specificity"):
+            own: Rate = getattr(each.found, name)
+            if name in each.clustered:
+                found[f"{name}@{each.required:g}"] = each.clustered[name]
+            elif own.n:
+                found[f"{name}@{each.required:g}"] = Interval(own.value, *own.wilson, own.n, own.n, "")
+    return found
+
+
+def _less(first: Metric, second: Metric) -> Metric:
+    return lambda weights: first(weights) - second(weights)
+
+
+def _share(right: np.ndarray, among: np.ndarray) -> Metric:
+    def metric(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return weights @ (right & among).astype(np.float64) / (weights @ among.astype(np.float64))
+
+    return metric
+
+
+def _by_site(bags: Bags, where: Sequence[Place]) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for t, row in where:
+        found.setdefault(bags.rows[row].site or "unknown", []).append((t, row))
+    return found
+
+
+def _counts(found: Units, task: Task) -> dict[str, int]:
+    match task:
+        case BinaryTask():
+            return {name: int((found.labels == side).sum()) for name, side in (("positive", 1), ("negative", 0))}
+        case ClassesTask():
+            return {name: int((found.labels == c).sum()) for c, name in enumerate(task.classes)}
+        case SurvivalTask():
+            return {"event": int(found.event.sum()), "censored": int((~found.event).sum())}
+    return {}
+
+
+def _recalls(found: Units, task: ClassesTask) -> dict[str, Rate]:
+    named = found.outputs.argmax(1)
+    return {
+        name: rate(int(((found.labels == c) & (named == c)).sum()), int((found.labels == c).sum()))
+        for c, name in enumerate(task.classes)
+    }
+
+
+def _confusion(found: Units, task: ClassesTask) -> np.ndarray:
+    k = task.outputs
+    return np.bincount(found.labels * k + found.outputs.argmax(1), minlength=k * k).reshape(k, k)
+
+
+def _binary(task: Task) -> bool:
+    return isinstance(task, BinaryTask)
+
+
+def rate_dict(rate: Rate) -> dict[str, Any]:
     ends = {"wilson": rate.wilson, "clopper_pearson": rate.exact}
     return {"value": rate.value, "hits": rate.hits, "n": rate.n, **{k: {"low": a, "high": b} for k, (a, b) in ends.items()}}

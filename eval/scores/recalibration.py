@@ -15,18 +15,17 @@ METHODS = {"intercept": (True, False), "temperature": (False, True), "platt": (T
 
 @dataclass(frozen=True)
 class RecalibrationConfig:
-    """cases: numbers of local cases to learn from, patients whole. methods: of METHODS. draws: of local samples. bins: of ece."""
+    """cases: numbers of local cases to learn from, patients whole. methods: of METHODS. draws: of local samples."""
 
     cases: list[int]
     methods: list[str]
     draws: int
-    bins: int
     seed: int
 
     def __post_init__(self) -> None:
         strange = [name for name in self.methods if name not in METHODS]
-        if strange or min([self.draws, self.bins, *self.cases]) < 1:
-            given = f"recalibration has methods {self.methods}, cases {self.cases}, draws {self.draws}, bins {self.bins}"
+        if strange or min([self.draws, *self.cases]) < 1:
+            given = f"recalibration has methods {self.methods}, cases {self.cases}, draws {self.draws}"
             raise ValueError(f"{given}: expected some of {', '.join(METHODS)} and numbers from 1 on")
 
 
@@ -52,57 +51,59 @@ class Recalibrated:
     better: float
 
 
-def fit_recalibration(probabilities: np.ndarray, positive: np.ndarray, method: str) -> tuple[float, float]:
+def fit_recalibration(probabilities: np.ndarray, positive: np.ndarray, method: str, weights: np.ndarray) -> np.ndarray:
     """(a, b) of p' = sigmoid(a + b logit p): `intercept` moves a, `temperature` b = 1 / T, `platt` both.
 
+    probabilities, positive: [n]; weights: [s, n], of s samples, how often each unit counts -> float64 [2, s].
     The targets are Platt's, (N₊ + 1) / (N₊ + 2) and 1 / (N₋ + 2) (1999), so that a few separable cases give no infinite slope.
     A slope is not let below 0, where it would turn the order of the scores round. Raises ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"the method of recalibration is {method!r}: expected {', '.join(METHODS)}")
-    logits, y = log_odds(probabilities), np.asarray(positive) == 1
-    hits = int(y.sum())
-    targets = np.where(y, (hits + 1) / (hits + 2), 1 / (len(y) - hits + 2))
-    once = np.ones((1, len(y)))
-    a, b = fit_line(logits, targets, once, METHODS[method])[:, 0]
-    if b < 0:
-        a, b = fit_line(np.zeros_like(logits), targets, once, (METHODS[method][0], False))[0, 0], 0.0
-    return float(a), float(b)
+    y = np.asarray(positive) == 1
+    hits, misses = weights @ y, weights @ ~y
+    targets = np.where(y, ((hits + 1) / (hits + 2))[:, None], (1 / (misses + 2))[:, None])
+    line = fit_line(log_odds(probabilities), targets, weights, METHODS[method])
+    turned = line[1] < 0
+    if turned.any():
+        flat = fit_line(np.zeros(len(y)), targets[turned], weights[turned], (METHODS[method][0], False))
+        line[:, turned] = flat[0], np.zeros(turned.sum())
+    return line
 
 
-def recalibrate(probabilities: np.ndarray, line: tuple[float, float]) -> np.ndarray:
+def recalibrate(probabilities: np.ndarray, line: np.ndarray) -> np.ndarray:
     """sigmoid(a + b logit p): float64 [n]. Scores keep their order, so a threshold carried along flags the same units."""
     return expit(line[0] + line[1] * log_odds(probabilities))
 
 
 def local_recalibration(
-    probabilities: np.ndarray, positive: np.ndarray, groups: Sequence[str], config: RecalibrationConfig
+    probabilities: np.ndarray, positive: np.ndarray, groups: Sequence[str], config: RecalibrationConfig, bins: int
 ) -> list[Recalibrated]:
-    """Learn from `cases` units of a site, read its others; patients are never divided. probabilities, positive: [n].
+    """Learn from `cases` units of a site, read its others; patients are never divided.
 
-    Numbers of cases that leave under half of the units to read are left out.
+    probabilities, positive: [n]. bins: of ece. Numbers of cases that leave under half of the units to read are left out.
     """
     positive = np.asarray(positive) == 1
     found = []
     for cases in (n for n in config.cases if 2 * n <= len(positive)):
-        samples = []
+        chosen = np.zeros((config.draws, len(positive)), bool)
         for draw in range(config.draws):
-            chosen = np.zeros(len(positive), bool)
-            chosen[nested_subset(groups, cases, key(config.seed, "recalibration", draw))] = True
-            if len(set(positive[~chosen].tolist())) == 2:
-                samples.append(chosen)
-        if not samples:
+            chosen[draw, nested_subset(groups, cases, key(config.seed, "recalibration", draw))] = True
+        left = np.array([len(np.unique(positive[~own])) == 2 for own in chosen])  # with both classes to read
+        if not left.any():
             continue
+        before = np.array([_losses(probabilities[~own], positive[~own], bins) for own in chosen[left]])
         for method in config.methods:
-            rows = []
-            for chosen in samples:
-                line = fit_recalibration(probabilities[chosen], positive[chosen], method)
-                rest, y = probabilities[~chosen], positive[~chosen]
-                rows.append([_losses(rest, y, config.bins), _losses(recalibrate(rest, line), y, config.bins)])
-            table = np.array(rows)  # [draws, before and after, losses]
-            before, after = ({name: _spread(table[:, side, i]) for i, name in enumerate(LOSSES)} for side in (0, 1))
-            better = float((table[:, 1, 1] < table[:, 0, 1]).mean())
-            found.append(Recalibrated(method, cases, len(samples), before, after, better))
+            lines = fit_recalibration(probabilities, positive, method, chosen[left].astype(np.float64)).T
+            after = np.array(
+                [
+                    _losses(recalibrate(probabilities[~own], line), positive[~own], bins)
+                    for own, line in zip(chosen[left], lines, strict=True)
+                ]
+            )
+            sides = [{name: _spread(table[:, i]) for i, name in enumerate(LOSSES)} for table in (before, after)]
+            better = float((after[:, 1] < before[:, 1]).mean())
+            found.append(Recalibrated(method, cases, int(left.sum()), *sides, better))
     return found
 
 

@@ -1,0 +1,162 @@
+"""The numbers of a part by kind of task, each as a function of how often every unit counts, so that all share one bootstrap."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
+from histoscale.eval.mil.units import Units
+from histoscale.eval.scores.calibration import intercept_in_the_large, log_odds, slope_and_intercept
+from histoscale.eval.scores.classification import (
+    accuracy_of,
+    balanced_accuracy_of,
+    calibration_bins,
+    calibration_error_of,
+    macro_f1_of,
+    quadratic_kappa_of,
+)
+from histoscale.eval.scores.concordance import Concordance
+from histoscale.eval.scores.ranking import Ranking
+
+Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
+
+NAMES = {
+    "auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "accuracy": "accuracy",
+    "quadratic_kappa": "quadratic kappa", "brier": "Brier score", "brier_skill": "Brier skill", "ece": "calibration error (ECE)",
+    "slope": "calibration slope", "intercept": "calibration intercept", "intercept_in_the_large": "intercept at slope 1",
+    "r2": "R²", "pearson": "Pearson r", "mae": "mean absolute error", "rmse": "root mean square error", "c_index": "C-index",
+}  # fmt: skip
+
+
+def headline(task: Task) -> str:
+    """The metric that floors are compared in: higher is better, and it needs no threshold."""
+    match task:
+        case BinaryTask():
+            return "auroc"
+        case ClassesTask():
+            return "quadratic_kappa" if task.ordered else "balanced_accuracy"
+        case RegressionTask():
+            return "r2"
+    return "c_index"
+
+
+def chance(task: Task) -> float:
+    """What the headline is without any use of the slides."""
+    if isinstance(task, ClassesTask):
+        return 0.0 if task.ordered else 1 / task.outputs
+    return 0.0 if isinstance(task, RegressionTask) else 0.5
+
+
+def metrics(found: Units, task: Task, bins: int) -> dict[str, Metric]:
+    """Every metric of the task by name. bins: of the expected calibration error.
+
+    Ranks are compared inside a trial only; probabilities, values and classes have one scale by their meaning. Of two classes:
+    decisions at probability .5 beside what needs none; the operating points stand apart. Calibration slope under 1: too sure;
+    intercept in the large over 0: more positives than predicted.
+    """
+    match task:
+        case BinaryTask():
+            return _binary(found, bins)
+        case ClassesTask():
+            return _classes(found, task, bins)
+        case RegressionTask():
+            return _regression(found)
+    return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
+
+
+def ranks_alone(found: Units, task: Task) -> Metric:
+    """The headline of outputs that are no probabilities, such as a floor's."""
+    if isinstance(task, BinaryTask):
+        return Ranking.of(found.labels, found.outputs[:, 0], found.trial).auroc
+    return metrics(found, task, 1)[headline(task)]
+
+
+def _binary(found: Units, bins: int) -> dict[str, Metric]:
+    p, y = found.outputs[:, 0], found.labels
+    ranking, logits = Ranking.of(y, p, found.trial), log_odds(p)
+    squares = np.stack([(p - y) ** 2, y, np.ones_like(p)], 1)
+    return {
+        "auroc": ranking.auroc,
+        "auprc": ranking.average_precision,
+        "balanced_accuracy": _of_sums(_counts(y, (p > 0.5).astype(np.int64), 2), lambda s: balanced_accuracy_of(_square(s))),
+        "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 2]),
+        "brier_skill": _of_sums(squares, _skill),
+        "ece": _of_sums(calibration_bins(p, y == 1, bins), calibration_error_of),
+        "slope": lambda weights: slope_and_intercept(logits, y, weights)[0],
+        "intercept": lambda weights: slope_and_intercept(logits, y, weights)[1],
+        "intercept_in_the_large": lambda weights: intercept_in_the_large(logits, y, weights),
+    }
+
+
+def _classes(found: Units, task: ClassesTask, bins: int) -> dict[str, Metric]:
+    p, y, k = found.outputs, found.labels, task.outputs
+    named = p.argmax(1)
+    counts = _counts(y, named, k)
+    truth = np.eye(k)[y]
+    rankings = [Ranking.of(truth[:, c].astype(np.int64), p[:, c], found.trial) for c in range(k)]
+    squares = np.stack([((p - truth) ** 2).sum(1), np.ones(len(p))], 1)
+    of_counts = {"balanced_accuracy": balanced_accuracy_of, "macro_f1": macro_f1_of, "accuracy": accuracy_of}
+    if task.ordered:
+        of_counts["quadratic_kappa"] = quadratic_kappa_of
+    return {
+        **{name: _of_sums(counts, lambda s, of=of: of(_square(s))) for name, of in of_counts.items()},
+        "auroc": lambda weights: _mean_present(np.stack([one.auroc(weights) for one in rankings])),
+        "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 1]),
+        "ece": _of_sums(calibration_bins(p.max(1), named == y, bins), calibration_error_of),  # of the class that is named
+    }
+
+
+def _regression(found: Units) -> dict[str, Metric]:
+    centre = found.target.mean()  # sums of squares keep their digits
+    y, p = found.target - centre, found.outputs[:, 0] - centre
+    sums = np.stack([np.ones_like(y), y, p, y * y, p * p, y * p, np.abs(y - p), (y - p) ** 2], 1)
+    return {
+        "r2": _of_sums(sums, lambda s: 1 - s[:, 7] / _varying(s[:, 3] - s[:, 1] ** 2 / s[:, 0], s[:, 3])),
+        "pearson": _of_sums(sums, _pearson),
+        "mae": _of_sums(sums, lambda s: s[:, 6] / s[:, 0]),
+        "rmse": _of_sums(sums, lambda s: np.sqrt(s[:, 7] / s[:, 0])),
+    }
+
+
+def _of_sums(rows: np.ndarray, statistic: Metric) -> Metric:
+    """rows: [U, C]; statistic: of their weighted sums [b, C]."""
+    rows = np.asarray(rows, np.float64)
+
+    def metric(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return statistic(weights @ rows)
+
+    return metric
+
+
+def _counts(y: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
+    """[U, K * K], one where the unit stands in the confusion matrix."""
+    return np.eye(classes * classes)[y * classes + named]
+
+
+def _square(sums: np.ndarray) -> np.ndarray:
+    side = round(sums.shape[-1] ** 0.5)
+    return sums.reshape(*sums.shape[:-1], side, side)
+
+
+def _skill(sums: np.ndarray) -> np.ndarray:
+    rate = sums[:, 1] / sums[:, 2]
+    return 1 - sums[:, 0] / sums[:, 2] / _varying(rate * (1 - rate), np.ones_like(rate))
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    n, y, p, yy, pp, yp = sums[:, :6].T
+    spread = _varying(yy - y * y / n, yy) * _varying(pp - p * p / n, pp)
+    return np.clip((yp - y * p / n) / np.sqrt(spread), -1, 1)
+
+
+def _varying(spread: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """NaN where nothing varies beyond rounding."""
+    return np.where(spread > 1e-12 * size, spread, np.nan)
+
+
+def _mean_present(values: np.ndarray) -> np.ndarray:
+    """Over the classes [K, b] that have units and leave some."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(0) / known.sum(0)
