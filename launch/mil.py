@@ -27,18 +27,31 @@ from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.heatmap import HeatmapConfig, Tiles, choose, draw, read_thumbnail, write_tiles
 from histoscale.eval.mil.aggregators.pooling import MeanConfig
 from histoscale.eval.mil.bags import BagError, Bags, read_bags
+from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
 from histoscale.eval.mil.ensemble import Reading
 from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig, Fitted, fit
 from histoscale.eval.mil.floors import plain_floors
 from histoscale.eval.mil.pointing import coverage, pointing, read_foci
-from histoscale.eval.mil.split import FixedSplit, Trial, make_plan
-from histoscale.eval.mil.study import Study, score_rows, study
+from histoscale.eval.mil.split import FixedSplit, Plan, Trial, make_plan
+from histoscale.eval.mil.study import Study, StudyConfig, score_rows, study
 from histoscale.eval.mil.task import BinaryTask
 from histoscale.eval.mil.words import cannot_say, show
 from histoscale.eval.scores.interval import IntervalConfig
 
-RESULT = ("embeddings", "floor_embeddings", "manifest", "truth", "task", "split", "mil", "interval", "heatmap")
+RESULT = (
+    "embeddings",
+    "floor_embeddings",
+    "manifest",
+    "truth",
+    "task",
+    "split",
+    "mil",
+    "interval",
+    "study",
+    "decodability",
+    "heatmap",
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class Config:
     split: FixedSplit
     mil: FitConfig
     interval: IntervalConfig
+    study: StudyConfig
+    decodability: DecodabilityConfig
     heatmap: HeatmapConfig
     cache_bytes: int
     threads: int
@@ -69,7 +84,7 @@ class Config:
 def identity(config: Config) -> dict[str, Any]:
     """What stands behind the names: labels, parts, encoder and tiles of every slide."""
     bags = _bags(config, config.embeddings)
-    parts = [(part, *rows) for part, rows in asdict(_trial(config, bags)).items()]
+    parts = [(part, *rows) for part, rows in asdict(_plan(config, bags).trials[0]).items()]
     seen = [parts, *((b.slide_id, b.group, b.site, b.label, b.tiles) for b in bags.rows)]
     return {"encoder_hash": bags.encoder, "slides": hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}
 
@@ -85,7 +100,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
     bags = _bags(config, config.embeddings)
-    trial = _trial(config, bags)
+    plan = _plan(config, bags)
+    trial = plan.trials[0]
     catalog = open_catalog(config.catalog, Store(config.storage)) if config.catalog else None
     fits = _fits(config, bags)
     epochs = config.mil.folds * config.mil.repeats * config.mil.epochs * len(fits)
@@ -95,22 +111,25 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
             held = Features([[bag.path] for bag in source.rows], source.width, config.cache_bytes, config.threads)
             fitted[name] = fit(source, trial.train, held, config.task, chosen, progress), held
     readings = {name: [each.read(row, held) for row in range(len(bags.rows))] for name, (each, held) in fitted.items()}
-    scores = {name: np.array([reading.output[0] for reading in each]) for name, each in readings.items()}
-    floors = {name: values for name, values in scores.items() if name != "model"}
-    floors |= plain_floors(bags.rows, trial.train, _tissue(catalog, bags))
-    found = study(bags, trial, scores["model"], floors, config.task, config.interval)
+    outputs = {name: np.array([reading.output for reading in each])[None] for name, each in readings.items()}
+    floors = {name: values for name, values in outputs.items() if name != "model"}
+    floors |= plain_floors(bags, plan, config.task, _tissue(catalog, bags))
+    found = study(bags, plan, outputs["model"], floors, config.task, config.interval, config.study)
 
     model, features = fitted["model"]
     facts = {"encoder_hash": bags.encoder, "mpp": bags.mpp, "task": asdict(config.task)}
     thresholds = {f"{at.required:g}": at.value if math.isfinite(at.value) else None for at in found.thresholds}
     model.ensemble.save(journal.path("model/config.json").parent, {**facts, "thresholds": thresholds})
-    _write_scores(journal.path("scores.csv"), score_rows(bags, trial, scores["model"], found.thresholds))
+    _write_scores(journal.path("scores.csv"), score_rows(bags, plan, outputs["model"], config.task))
     pointed = _pointing(config, bags, trial, readings["model"], features)
     drawn = _heatmaps(config, bags, trial, readings["model"], features, found, catalog, journal)
-    journal.say(show(found))
+    means = np.stack([features.moments(row)[0] for row in range(len(bags.rows))])
+    decoded = decodability(bags, means, config.task, config.interval, config.decodability)
+    journal.say(show(found, plan.checks, decoded))
     if pointed:
         journal.say("\n".join(_pointing_words(part, values) for part, values in pointed.items()))
-    summary = {**found.as_dict(), "encoder_hash": bags.encoder, "cannot_say": cannot_say(found)}
+    summary = {**found.as_dict(), "encoder_hash": bags.encoder, "cannot_say": cannot_say(found, plan.checks, decoded)}
+    summary["decodability"] = decoded.as_dict()
     return {"mil": {**summary, "pointing": pointed, "heatmaps": drawn}}
 
 
@@ -119,8 +138,8 @@ def _bags(config: Config, folder: str) -> Bags:
     return read_bags(Path(folder), slides, config.task, config.split.unit)
 
 
-def _trial(config: Config, bags: Bags) -> Trial:
-    return make_plan(bags, config.split).trials[0]
+def _plan(config: Config, bags: Bags) -> Plan:
+    return make_plan(bags, config.split)
 
 
 def _fits(config: Config, bags: Bags) -> dict[str, tuple[Bags, FitConfig]]:

@@ -6,6 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    brier_score_loss,
+    cohen_kappa_score,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+)
 from study_fixtures import (
     BINARY,
     CONFIG,
@@ -21,15 +30,6 @@ from study_fixtures import (
     made_bags,
     made_outputs,
     made_plan,
-)
-from sklearn.metrics import (
-    average_precision_score,
-    balanced_accuracy_score,
-    brier_score_loss,
-    cohen_kappa_score,
-    mean_absolute_error,
-    r2_score,
-    roc_auc_score,
 )
 
 from histoscale.eval.mil.bags import BagError
@@ -65,6 +65,7 @@ def test_every_task_under_every_split(task: Task, split: FixedSplit | FoldSplit 
     assert set(found.sites) == {"near", "by", "far"}
     assert headline(task) in found.gap
     assert set(found.sites_inside) == ({"near", "by", "far"} if split.kind == "sites" else set())
+    assert found.external.headline is not None
     gain = found.external.minus["number_of_tiles"]
     assert gain.value == pytest.approx(found.external.headline.value - found.external.floors["number_of_tiles"].value)
 

@@ -68,7 +68,9 @@ def test_probabilities_that_are_too_sure_are_said() -> None:
     z = np.log(outputs / (1 - outputs))
     sure = study(bags, plan, 1 / (1 + np.exp(-4 * z - 2)), {}, BINARY, INTERVAL, CONFIG)
     said = " ".join(cannot_say(sure, [], None))
-    assert "probabilities are not to be read as such (calibration slope 0." in said and "intercept at slope 1" in said
+    assert "probabilities are not to be read as such (calibration slope 0." in said
+    shifted = study(bags, plan, 1 / (1 + np.exp(-0.5 * z - 2)), {}, BINARY, INTERVAL, CONFIG)
+    assert "intercept at slope 1 -" in " ".join(cannot_say(shifted, [], None))
 
 
 def test_a_readable_hospital_is_said() -> None:

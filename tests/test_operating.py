@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histoscale.eval.scores.operating import Threshold, decide, operate, threshold
+from histoscale.eval.scores.operating import Threshold, operate, threshold
 
 Y = np.array([1] * 5 + [0] * 7)
 P = np.array([0.9, 0.8, 0.8, 0.55, 0.3, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
@@ -79,11 +79,6 @@ def test_one_class_leaves_the_other_rate_empty() -> None:
     found = operate(np.zeros(3), np.array([0.1, 0.5, 0.9]), Threshold(0.4, 0.95, "empirical", 5, ""), prevalence=0.1)
     assert math.isnan(found.sensitivity.value) and found.sensitivity.n == 0 and math.isnan(found.needed)
     assert found.specificity.value == pytest.approx(1 / 3) and math.isnan(found.at_prevalence[0])
-
-
-def test_a_patient_is_flagged_by_the_highest_slide() -> None:
-    names, labels, scores = decide(["b", "a", "b", "c"], np.array([0, 0, 1, 0]), np.array([0.9, 0.2, 0.4, 0.1]))
-    assert names == ["b", "a", "c"] and labels.tolist() == [1, 0, 0] and scores.tolist() == [0.9, 0.2, 0.1]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def plain_floors(bags: Bags, plan: Plan, task: Task, tissue_um2: Mapping[str, fl
     return found
 
 
-def site_prior(sites: np.ndarray, target: np.ndarray, event: np.ndarray, train: Sequence[int], task: Task) -> np.ndarray:
+def site_prior(
+    sites: np.ndarray, target: np.ndarray, event: np.ndarray, train: Sequence[int] | np.ndarray, task: Task
+) -> np.ndarray:
     """What is known of a slide from its site: float64 [n, K], learned on the rows `train`."""
     rows = np.asarray(train)
     overall = _summary(target[rows], event[rows], None, task)

@@ -78,7 +78,7 @@ def _binary(found: Units, bins: int) -> dict[str, Metric]:
     return {
         "auroc": ranking.auroc,
         "auprc": ranking.average_precision,
-        "balanced_accuracy": _of_sums(_counts(y, (p > 0.5).astype(np.int64), 2), lambda s: balanced_accuracy_of(_square(s))),
+        "balanced_accuracy": _of_confusion(_counts(y, (p > 0.5).astype(np.int64), 2), balanced_accuracy_of),
         "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 2]),
         "brier_skill": _of_sums(squares, _skill),
         "ece": _of_sums(calibration_bins(p, y == 1, bins), calibration_error_of),
@@ -99,7 +99,7 @@ def _classes(found: Units, task: ClassesTask, bins: int) -> dict[str, Metric]:
     if task.ordered:
         of_counts["quadratic_kappa"] = quadratic_kappa_of
     return {
-        **{name: _of_sums(counts, lambda s, of=of: of(_square(s))) for name, of in of_counts.items()},
+        **{name: _of_confusion(counts, of) for name, of in of_counts.items()},
         "auroc": lambda weights: _mean_present(np.stack([one.auroc(weights) for one in rankings])),
         "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 1]),
         "ece": _of_sums(calibration_bins(p.max(1), named == y, bins), calibration_error_of),  # of the class that is named
@@ -129,14 +129,15 @@ def _of_sums(rows: np.ndarray, statistic: Metric) -> Metric:
     return metric
 
 
+def _of_confusion(rows: np.ndarray, statistic: Metric) -> Metric:
+    """rows: of `_counts`; statistic: of matrices of counts [b, K, K]."""
+    side = round(rows.shape[1] ** 0.5)
+    return _of_sums(rows, lambda sums: statistic(sums.reshape(-1, side, side)))
+
+
 def _counts(y: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:
     """[U, K * K], one where the unit stands in the confusion matrix."""
     return np.eye(classes * classes)[y * classes + named]
-
-
-def _square(sums: np.ndarray) -> np.ndarray:
-    side = round(sums.shape[-1] ** 0.5)
-    return sums.reshape(*sums.shape[:-1], side, side)
 
 
 def _skill(sums: np.ndarray) -> np.ndarray:

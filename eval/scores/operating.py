@@ -1,7 +1,6 @@
 """The operating point: a threshold fixed on training patients for a required sensitivity, and what it does elsewhere."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,17 +118,6 @@ def rate(hits: int, n: int) -> Rate:
     if n == 0:
         return Rate(0, 0, math.nan, (math.nan, math.nan), (math.nan, math.nan))
     return Rate(hits, n, hits / n, wilson(hits, n), clopper_pearson(hits, n))
-
-
-def decide(units: Sequence[str], labels: np.ndarray, scores: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Slides joined to one decision a unit (a patient): positive when any slide is, scored by the highest score.
-
-    Returns the units in order of first appearance, their labels [U] and scores [U].
-    """
-    names = list(dict.fromkeys(units))
-    rows = {name: [i for i, unit in enumerate(units) if unit == name] for name in names}
-    joined = [(max(labels[i] for i in rows[name]), max(scores[i] for i in rows[name])) for name in names]
-    return names, np.array([pair[0] for pair in joined], np.int64), np.array([pair[1] for pair in joined], np.float64)
 
 
 def _predictive(sensitivity: float, specificity: float, prevalence: float) -> tuple[float, float]:

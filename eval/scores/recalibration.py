@@ -101,9 +101,8 @@ def local_recalibration(
                     for own, line in zip(chosen[left], lines, strict=True)
                 ]
             )
-            sides = [{name: _spread(table[:, i]) for i, name in enumerate(LOSSES)} for table in (before, after)]
             better = float((after[:, 1] < before[:, 1]).mean())
-            found.append(Recalibrated(method, cases, int(left.sum()), *sides, better))
+            found.append(Recalibrated(method, cases, int(left.sum()), _spreads(before), _spreads(after), better))
     return found
 
 
@@ -116,6 +115,7 @@ def _losses(probabilities: np.ndarray, positive: np.ndarray, bins: int) -> list[
     return [reliability(probabilities, positive, bins).expected_calibration_error, brier(probabilities, positive), log_loss]
 
 
-def _spread(values: np.ndarray) -> Spread:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Spread(float(values.mean()), float(low), float(high))
+def _spreads(table: np.ndarray) -> dict[str, Spread]:
+    """[draws, losses] -> of each loss."""
+    low, high = np.quantile(table, [0.025, 0.975], axis=0).tolist()
+    return {name: Spread(*ends) for name, *ends in zip(LOSSES, table.mean(0).tolist(), low, high, strict=True)}
