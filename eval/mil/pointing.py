@@ -41,6 +41,19 @@ def coverage(coords: np.ndarray, size_px: int, rings: Sequence[np.ndarray]) -> n
     return inside.reshape(len(coords), -1).mean(1)
 
 
+def area_auroc(values: np.ndarray, covered: np.ndarray) -> float:
+    """P(a random point inside the outlines lies in a tile of higher value than a random point outside) + P(equal) / 2.
+
+    values: [n] a tile; covered: [n], the share of each tile inside. NaN when no tile has a part inside, or none outside.
+    """
+    _, place = np.unique(values, return_inverse=True)
+    inside, outside = np.bincount(place, covered), np.bincount(place, 1 - covered)
+    if inside.sum() == 0 or outside.sum() == 0:
+        return float("nan")
+    below = outside.cumsum() - outside / 2
+    return float((inside * below).sum() / (inside.sum() * outside.sum()))
+
+
 @dataclass(frozen=True)
 class Pointing:
     """hits: share of the slides whose most attended tile meets a focus. chance: mean share of tiles that do.
