@@ -228,6 +228,11 @@ def _told_test(text: str) -> str:
     return re.sub(r"^camelyon16_(test_\d{3})$", r"\1", text, flags=re.IGNORECASE)
 
 
+def same_collection(one: str, other: str) -> bool:
+    """Whether two names mean one collection: Camelyon16 and CAMELYON, TCGA and TCGA-LUAD."""
+    return _family(one) == _family(other)
+
+
 def _family(corpus: str) -> str:
     """Camelyon16, Camelyon17 and CAMELYON hold slides of one collection; so do TCGA and its projects."""
     return re.split(r"[-_ \d]", corpus.strip().lower())[0]

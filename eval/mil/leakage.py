@@ -1,0 +1,208 @@
+"""The leakage page of a study: what was compared between the slides that train and those that are read, and with what an encoder
+saw in pretraining."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from histoscale.data.catalog import Catalog
+from histoscale.data.manifest import Slide
+from histoscale.data.splits import SplitError
+from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection
+from histoscale.eval.mil.bags import Bag, Bags
+from histoscale.eval.mil.lookalikes import Pair, alike, equal_files, equal_tiles
+from histoscale.eval.mil.split import PARTS, Check, Plan
+from histoscale.eval.page import Cell, Chapter, Grid, Part, Prose
+
+_SHOWN = 4
+_ROLE_OF = {"train": "train", "internal": "report", "external": "external"}
+LIMITS = (
+    "Not looked for: sections of one block under different ids, one patient under different ids at two hospitals, a second scan "
+    "in another frame, and what a published encoder saw beyond the collections that its authors name."
+)
+
+
+def leakage_checks(
+    bags: Bags,
+    plan: Plan,
+    slides: Sequence[Slide],
+    catalog: Catalog | None,
+    encoder: str,
+    pretraining: Catalog | None,
+    corpora: Sequence[str] | None,
+) -> tuple[Check, ...]:
+    """Every line of the page: the plan's own, then equal features, files and looks between two sides, then pretraining.
+
+    catalog: of the slides, for files and thumbnails. encoder: its name in words. pretraining: the catalog that it was trained on.
+    corpora: public collections that it saw; None where that is not known.
+    Raises SplitError when two slides of two sides have the same tiles and features. Raises StoreError.
+    """
+    checks = [*plan.checks, _tiles(bags, plan)]
+    if catalog is not None:
+        checks += [_files(bags, plan, catalog), _looks(bags, plan, catalog)]
+    if pretraining is not None:
+        checks += [_seen(bags, plan, pretraining), *_seen_sites(bags, plan, pretraining)]
+    checks.append(_collections(bags, slides, encoder, corpora, pretraining is not None))
+    return tuple(checks)
+
+
+def leakage_chapter(checks: Sequence[Check]) -> Chapter:
+    """The checks as a table for the study's page: first what does not hold."""
+    order = sorted(checks, key=lambda check: check.holds)
+    failed = sum(not check.holds for check in checks)
+    lead = (
+        f"{failed} of {len(checks)} checks found something that a reader of the numbers must know."
+        if failed
+        else f"Nothing was found by {len(checks)} checks."
+    )
+    rows = [
+        [
+            Cell(check.name, look="strong"),
+            check.compared,
+            Cell(check.found, look="" if check.holds else "strong"),
+            _verdict(check),
+        ]
+        for check in order
+    ]
+    parts: list[Part] = [Prose(lead), Grid(("check", "compared", "found", ""), rows, 4, ""), Prose(LIMITS)]
+    return Chapter("Leakage", parts)
+
+
+def leakage_words(checks: Sequence[Check]) -> str:
+    """A line for each check."""
+    return "\n".join(f"{_verdict(check)}: {check.name}, {check.compared}: {check.found}" for check in checks)
+
+
+def _verdict(check: Check) -> str:
+    return "holds" if check.holds else "look"
+
+
+# Between two sides.
+
+
+def _across(plan: Plan, pairs: Iterable[Pair]) -> list[Pair]:
+    """Pairs that some trial has on two sides."""
+    sides = [{i: part for part in PARTS for i in getattr(trial, part)} for trial in plan.trials]
+    return [
+        pair
+        for pair in pairs
+        if any(pair.first in side and pair.second in side and side[pair.first] != side[pair.second] for side in sides)
+    ]
+
+
+def _tiles(bags: Bags, plan: Plan) -> Check:
+    pairs = equal_tiles(bags.rows)
+    torn = _across(plan, pairs)
+    if torn:
+        raise SplitError(
+            f"{len(torn)} pairs of slides on two sides have the same tiles and features ({_named(bags.rows, torn)}): "
+            "they are one slide under two names; leave one out, or give both one patient"
+        )
+    inside = f"; {len(pairs)} pairs on one side are equal ({_named(bags.rows, pairs)})" if pairs else ""
+    return Check("features", "tiles and features of all stores, between two sides", f"no two are equal{inside}", not pairs)
+
+
+def _files(bags: Bags, plan: Plan, catalog: Catalog) -> Check:
+    torn = _across(plan, equal_files(bags.rows, catalog))
+    compared = "size and etag (or time of change) of the slides' files, between two sides"
+    if not torn:
+        return Check("files", compared, "no two agree", True)
+    return Check("files", compared, f"{len(torn)} pairs agree and may be one file ({_named(bags.rows, torn)})", False)
+
+
+def _looks(bags: Bags, plan: Plan, catalog: Catalog) -> Check:
+    pairs, shown = alike(bags.rows, catalog)
+    torn = _across(plan, pairs)
+    compared = f"thumbnails of {shown} of {len(bags.rows)} slides, turned and mirrored, between two sides"
+    if not torn:
+        return Check("look-alikes", compared, "no two look alike", True)
+    return Check("look-alikes", compared, f"{len(torn)} pairs look alike: look at {_named(bags.rows, torn)}", False)
+
+
+# With pretraining.
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The study as a labelled set: a slide's role is the strictest in which some trial reads it."""
+
+    bags: Bags
+    roles: np.ndarray
+
+    @staticmethod
+    def of(bags: Bags, plan: Plan) -> "_Read":
+        roles = np.full(len(bags.rows), "", dtype="<U8")
+        for part in PARTS:  # the last one wins
+            for trial in plan.trials:
+                roles[list(getattr(trial, part))] = _ROLE_OF[part]
+        return _Read(bags, roles)
+
+    @property
+    def groups(self) -> str:
+        return self.bags.groups
+
+    @property
+    def patients(self) -> np.ndarray:
+        return np.array([bag.group for bag in self.bags.rows])
+
+    @property
+    def slide_ids(self) -> np.ndarray:
+        return np.array([bag.slide_id for bag in self.bags.rows])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
+
+    def rows(self, role: str) -> np.ndarray:
+        return np.flatnonzero(self.roles == role)
+
+
+def _seen(bags: Bags, plan: Plan, pretraining: Catalog) -> Check:
+    corpus = corpus_of_catalog(pretraining, None)
+    part_of = {role: part for part, role in _ROLE_OF.items()}
+    said = []
+    for leak in find_leaks(_Read.of(bags, plan), corpus):
+        ids = leak.slides or leak.patients
+        kind = "slides" if leak.slides else "patients"
+        said.append(f"{part_of[leak.role]}: {leak.images} of {leak.total} slides, by {kind} ({_some(ids)})")
+    compared = f"slide and patient ids against the {len(pretraining)} slides of {corpus.name}"
+    return Check("pretraining", compared, "; ".join(said) or "none was seen in pretraining", not said)
+
+
+def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog) -> list[Check]:
+    """A site may be external to the slide model and not to its encoder."""
+    outside = {bags.rows[i].site for trial in plan.trials for i in trial.external}
+    if not outside:
+        return []
+    known = [site for site in pretraining.texts("site") if site in outside]
+    compared = f"external sites ({_some(sorted(outside))}) against the sites of the pretraining catalog"
+    if not known:
+        return [Check("pretraining sites", compared, "the encoder saw no slide of them", True)]
+    counts = ", ".join(f"{known.count(site)} of {site}" for site in sorted(set(known))[:_SHOWN])
+    return [Check("pretraining sites", compared, f"the encoder saw slides of them: {counts}", False)]
+
+
+def _collections(bags: Bags, slides: Sequence[Slide], encoder: str, corpora: Sequence[str] | None, catalog: bool) -> Check:
+    """By the manifest's column cohort and by TCGA barcodes: ids need not be known."""
+    used = {bag.slide_id for bag in bags.rows}
+    cohorts = sorted({slide.cohort for slide in slides if slide.slide_id in used and slide.cohort})
+    barcodes = sum(bag.slide_id.upper().startswith("TCGA-") for bag in bags.rows)
+    own = [*cohorts, *(["TCGA"] if barcodes and not any(same_collection(one, "TCGA") for one in cohorts) else [])]
+    compared = f"collections of the slides ({_some(own) or 'none is named'}) against those that {encoder} saw"
+    if corpora is None and catalog:
+        return Check("collections", compared, "by the pretraining catalog alone, see above", True)
+    if corpora is None:
+        return Check("collections", compared, "not known: its authors name none, and no pretraining catalog was given", False)
+    shared = sorted({name for name in corpora for one in own if same_collection(name, one)})
+    if shared:
+        return Check("collections", compared, f"pretraining saw {', '.join(shared)}: no slide of it is new to the encoder", False)
+    return Check("collections", compared, f"none shared (it saw {_some(list(corpora)) or 'none of the public ones'})", True)
+
+
+def _named(rows: Sequence[Bag], pairs: Sequence[Pair]) -> str:
+    return _some([f"{rows[pair.first].slide_id} and {rows[pair.second].slide_id}" for pair in pairs])
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
