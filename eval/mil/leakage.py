@@ -56,7 +56,7 @@ def leakage_chapter(checks: Sequence[Check]) -> Chapter:
         if failed
         else f"Nothing was found by {len(checks)} checks."
     )
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             Cell(check.name, look="strong"),
             check.compared,
