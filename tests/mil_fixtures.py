@@ -9,11 +9,14 @@ import numpy as np
 from histoscale.data.journal import Progress
 from histoscale.data.manifest import Slide
 from histoscale.eval.mil.aggregators.abmil import AbmilConfig
+from histoscale.eval.mil.aggregators.clam import ClamConfig
 from histoscale.eval.mil.aggregators.pooling import MaxConfig, MeanConfig
+from histoscale.eval.mil.aggregators.transmil import TransmilConfig
 from histoscale.eval.mil.bags import Bags
 from histoscale.eval.mil.ensemble import Aggregators
 from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig
+from histoscale.eval.mil.optimizer import OptimizerConfig, ScheduleConfig
 from histoscale.eval.mil.split import FixedSplit, Trial, make_plan
 from histoscale.eval.mil.task import BinaryTask
 
@@ -40,15 +43,17 @@ AGGREGATORS: dict[str, Aggregators] = {
     "abmil": ABMIL,
     "plain_abmil": AbmilConfig("abmil", [], "none", 8, False, [], 0.0, 0.0, "xavier"),
     "mlp_abmil": AbmilConfig("abmil", [16, 12], "none", 8, True, [10, 6], 0.0, 0.25, "torch"),
+    "clam": ClamConfig("clam", 16, 8, 0.25, 0.25, 4, False, 0.3),
     "mean": MeanConfig("mean"),
     "max": MaxConfig("max"),
 }
+TRANSMIL = TransmilConfig("transmil", hidden=16, heads=2, landmarks=4, iterations=6, kernel=3, dropout=0.1)
 
 
-def fit_config(aggregator: Aggregators, **changed: Any) -> FitConfig:
+def fit_config(aggregator: Aggregators, lr: float = 1e-2, **changed: Any) -> FitConfig:
     values: dict[str, Any] = {
-        "folds": 3, "repeats": 2, "epochs": 15, "batch": 8, "tiles": 60, "imbalance": "balanced", "lr": 1e-2,
-        "weight_decay": 1e-2, "seed": 0,
+        "folds": 3, "repeats": 2, "epochs": 15, "batch": 8, "tiles": 60, "imbalance": "balanced", "seed": 0,
+        "optimizer": OptimizerConfig("adamw", lr, 1e-2, 1e-2, None), "schedule": ScheduleConfig(0, 0.0, False, "cosine", 0.0),
     }  # fmt: skip
     return FitConfig(aggregator=aggregator, **{**values, **changed})
 

@@ -142,7 +142,7 @@ def test_run_again_it_has_nothing_to_do_and_another_result_is_refused(
 ) -> None:
     again = [*arguments(cohort, studied[0]), *extras(cohort)]
     assert execute("mil", again) == 0 and "nothing to do" in capsys.readouterr().err
-    assert execute("mil", [*again, "mil.lr=0.1"]) == 2 and "mil.lr" in capsys.readouterr().err
+    assert execute("mil", [*again, "mil.optimizer.lr=0.1"]) == 2 and "mil.optimizer.lr" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_run_again_it_has_nothing_to_do_and_another_result_is_refused(
         (("task.label=grade",), "no label column 'grade'; it has role, tumour"),
         (("split=patients", "split.external_sites=[moon]"), "moon, which no labelled slide comes from"),
         (("task.decision=nurse",), "expected slide or patient"),
-        (("mil.aggregator.kind=attention",), "'abmil', 'mean', 'max'"),
+        (("mil.aggregator.kind=attention",), "'abmil', 'clam', 'transmil', 'mean', 'max'"),
         (("heatmap.display=hot",), "expected relative or rank"),
         (("embeddings=/nowhere",), "holds no store"),
     ],

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from histoscale.eval.mil.aggregators.abmil import Abmil, AbmilConfig
+from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
 from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Whole
 from histoscale.eval.mil.aggregators.pooling import MaxConfig, MaxPool, MeanConfig, MeanPool
+from histoscale.eval.mil.aggregators.transmil import Transmil, TransmilConfig
 
-Aggregators = AbmilConfig | MeanConfig | MaxConfig
+Aggregators = AbmilConfig | ClamConfig | TransmilConfig | MeanConfig | MaxConfig
 AggregatorConfig = Annotated[Aggregators, Field(discriminator="kind")]
 _CHUNK = 8192  # tiles that are read at once
 
@@ -26,6 +28,10 @@ def build_aggregator(config: Aggregators, width: int, outputs: int) -> Aggregato
     match config:
         case AbmilConfig():
             return Abmil(width, outputs, config)
+        case ClamConfig():
+            return Clam(width, outputs, config)
+        case TransmilConfig():
+            return Transmil(width, outputs, config)
         case MeanConfig():
             return MeanPool(width, outputs)
         case MaxConfig():
@@ -66,7 +72,9 @@ class SlideModel(nn.Module):
         """One slide, [n, D] in any float type; a chunk of its tiles at a time where the aggregator allows it."""
         found = self.aggregator.whole(self._chunks(features))
         attention = found.attention.double()
-        contribution = found.contribution.double() * self.unit + attention[:, None] * self.origin
+        contribution = found.contribution.double() * self.unit
+        if self.aggregator.splits:
+            contribution = contribution + attention[:, None] * self.origin
         without = None if found.without is None else self.in_unit(found.without)
         return Whole(self.in_unit(found.logits.double()), attention, contribution, without)
 

@@ -1,6 +1,5 @@
 """Training of slide models: repeated patient-grouped folds, out-of-fold readings, and the ensemble of all fold models."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +11,12 @@ from torch.nn import functional as F
 from histoscale.data.journal import Progress
 from histoscale.data.keys import key, keys
 from histoscale.data.splits import SplitError
+from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
 from histoscale.eval.mil.bags import Bag, BagError, Bags
 from histoscale.eval.mil.ensemble import AggregatorConfig, Ensemble, Reading, SlideModel, to_output
 from histoscale.eval.mil.features import Draw, Features
 from histoscale.eval.mil.losses import binary_loss, class_loss, cox_loss
+from histoscale.eval.mil.optimizer import Optimizer, OptimizerConfig, ScheduleConfig
 from histoscale.eval.mil.split import grouped_folds
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 
@@ -29,7 +30,7 @@ class FitConfig:
     epochs: a fixed number. tiles: at most so many of a slide in one training step, drawn anew each epoch; null: all of them.
     batch: slides a step. folds, repeats: the ensemble holds folds * repeats models, and each training slide is scored by the
     `repeats` models that never saw its patient. imbalance: `balanced` (every class weighs the same) or `none`, for tasks with
-    classes. lr falls from its value to 0 by a cosine.
+    classes.
     """
 
     aggregator: AggregatorConfig
@@ -39,8 +40,8 @@ class FitConfig:
     batch: int
     tiles: int | None
     imbalance: str
-    lr: float
-    weight_decay: float
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
     seed: int
 
     def __post_init__(self) -> None:
@@ -73,6 +74,8 @@ def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config:
     Of a slide with stain-jittered copies one store is drawn each epoch. Deterministic: equal inputs and thread count give equal
     bits. Raises BagError when a fold would lack a class, StoreError when a store fails.
     """
+    if isinstance(config.aggregator, ClamConfig) and not isinstance(task, BinaryTask | ClassesTask):
+        raise ValueError(f"mil.aggregator.kind=clam labels tiles by their slide's class; the task is {task.kind}: take mil=abmil")
     rows = list(rows)
     models: list[SlideModel] = []
     held_out: dict[int, list[int]] = {row: [] for row in rows}
@@ -136,9 +139,8 @@ def _train(
         if isinstance(task, RegressionTask):
             model.origin.copy_(targets.mean())
             model.unit.copy_(targets.std(correction=0) if targets.std(correction=0) > 0 else torch.ones(()))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         orders = [_order(rows, config, number, epoch) for epoch in range(config.epochs)]
-        steps, step = sum(map(len, orders)), 0
+        optimizer = Optimizer(model, sum(map(len, orders)), len(orders[0]), config.optimizer, config.schedule)
         batches = features.batches((draws for each in orders for draws in _draws(rows, each, features)), most)
         for order in orders:
             total = 0.0
@@ -146,12 +148,10 @@ def _train(
                 x, mask = pad([torch.from_numpy(tiles).float() for tiles in next(batches)])
                 found = model(x, mask)
                 loss = _loss(found.logits, targets[chosen], events[chosen], weights, model, task)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * (1 + math.cos(math.pi * step / steps)) / 2
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step, total = step + 1, total + loss.item() * len(chosen)
+                if isinstance(model.aggregator, Clam):
+                    loss = model.aggregator.mix(loss, found, mask, targets[chosen])
+                optimizer.step(loss)
+                total += loss.item() * len(chosen)
             progress.advance(loss=total / len(rows))
     model.eval()
     if isinstance(task, SurvivalTask):  # a log-risk has no zero of its own; models of other folds are compared and averaged

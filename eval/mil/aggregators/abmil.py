@@ -55,7 +55,7 @@ class Abmil(Weighing):
 
     def __init__(self, width: int, outputs: int, config: AbmilConfig) -> None:
         super().__init__()
-        self.linear = not config.classify
+        self.splits = not config.classify
         embed: list[nn.Module] = []
         for before, after in zip([width, *config.embed], config.embed, strict=False):
             embed += [nn.Linear(before, after), *([nn.ReLU()] if config.activation == "relu" else []), nn.Dropout(config.dropout)]

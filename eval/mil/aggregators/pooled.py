@@ -31,6 +31,8 @@ class Whole(NamedTuple):
 class Aggregator(nn.Module):
     """forward(x [B, N, D], mask bool [B, N], true for real tiles) -> Pooled; what stands in the padding changes nothing."""
 
+    splits: bool  # whether the logits are a weighted mean of logits of tiles
+
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
         raise NotImplementedError
 
@@ -50,8 +52,6 @@ class Weighing(Aggregator):
     tile, or H numbers under a head that is not linear.
     """
 
-    linear: bool  # whether the head is: then its logits of single tiles average to the bag's
-
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., D] -> raw score [...] and hidden [..., H]."""
         raise NotImplementedError
@@ -63,7 +63,7 @@ class Weighing(Aggregator):
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
         raw, hidden = self.parts(x)
         attention = raw.masked_fill(~mask, float("-inf")).softmax(1)
-        if self.linear:
+        if self.splits:
             tiles = self.head(hidden)
             return Pooled((attention[..., None] * tiles).sum(1), attention, tiles, hidden)
         return Pooled(self.head((attention[:, None] @ hidden)[:, 0]), attention, None, hidden)
@@ -72,7 +72,7 @@ class Weighing(Aggregator):
     def logits(self, chunks: Iterable[Tensor]) -> Tensor:
         raw, values = self._values(chunks)
         pooled = raw.softmax(0) @ values
-        return pooled if self.linear else self._head(pooled)
+        return pooled if self.splits else self._head(pooled)
 
     @torch.no_grad()
     def whole(self, chunks: Iterable[Tensor]) -> Whole:
@@ -80,7 +80,7 @@ class Weighing(Aggregator):
         attention = raw.softmax(0)
         pooled = attention @ values
         others = leave_one_out(attention, raw, values)
-        if self.linear:
+        if self.splits:
             return Whole(pooled, attention, attention[:, None] * values, others)
         with torch.enable_grad():
             z = pooled.clone().requires_grad_()
@@ -96,7 +96,7 @@ class Weighing(Aggregator):
         for chunk in chunks:
             raw, hidden = self.parts(chunk)
             raws.append(raw.double())
-            values.append((self.head(hidden) if self.linear else hidden).double())
+            values.append((self.head(hidden) if self.splits else hidden).double())
         return torch.cat(raws), torch.cat(values)
 
     def _head(self, z: Tensor) -> Tensor:

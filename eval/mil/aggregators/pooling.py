@@ -24,7 +24,7 @@ class MaxConfig:
 class MeanPool(Weighing):
     """A linear classifier on the mean of the tiles."""
 
-    linear = True
+    splits = True
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -40,6 +40,8 @@ class MeanPool(Weighing):
 class MaxPool(Aggregator):
     """A linear classifier of every tile; the bag's logits are those of its strongest tile, the one with the largest logit of any
     class (max-instance as in CLAM's `mil`, not element-wise maximum)."""
+
+    splits = True
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
