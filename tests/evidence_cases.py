@@ -54,6 +54,6 @@ def softmax_case(reader: Reader | None, coords: np.ndarray, size_px: int, slide_
     finding = Finding(0.93, "probability of tumour 0.930", "flagged from 0.41 on", True, 1.0)
     case = Case(
         slide_id, "p1", {"patient": "p1", "site": "north"}, {"label": "yes"}, finding, "tumour", coords, size_px, attention,
-        contribution, (whole - contribution) / (1 - attention) - whole, lambda: features, logit, reader, MPP, None,
+        contribution, whole - (whole - contribution) / (1 - attention), lambda: features, logit, reader, MPP, None,
     )  # fmt: skip
     return replace(case, **changes)

@@ -66,7 +66,7 @@ class Case:
 
     facts: what the page says openly (patient, site, part); hidden: what the manifest says of the label, folded away so that the
     second reader can be asked first. coords: int64 [n, 2] level-0 corners; size_px: level-0 side. attention, contribution:
-    float64 [n]; occlusion: how the logit changes when the tile is left out, or None where it was not computed. explained: the
+    float64 [n]; occlusion: how far the logit drops when the tile is left out, or None where it was not computed. explained: the
     output that contribution and logit belong to. features: reads [n, D]; logit: features of some tiles -> that output's logit.
     reader, mpp: of level 0; None without slides: then only the raw files are written. annotations: None where nobody drew any.
     """
@@ -90,10 +90,9 @@ class Case:
 
     @property
     def values(self) -> dict[str, np.ndarray]:
-        """Every number a tile has, by name; above 0 all but attention support the output. `occlusion` is the drop of the
-        logit."""
+        """Every number a tile has, by name; all but attention are above 0 where they support the output."""
         found = {"attention": self.attention, "contribution": self.contribution}
-        return found if self.occlusion is None else {**found, "occlusion": -self.occlusion}
+        return found if self.occlusion is None else {**found, "occlusion": self.occlusion}
 
     def top(self, share: float) -> np.ndarray:
         """Rows of the most attended tiles: that share of them, at least one, by falling attention."""
