@@ -66,7 +66,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_a_clean_study_says_what_was_compared(studied: Study) -> None:
     checks = studied.checks()
-    assert list(checks) == ["slides", "patients", "sites", "features", "collections"]
+    assert list(checks) == ["slides", "patients", "sites", "internal sites", "features", "collections"]
     assert all(check.holds for check in checks.values())
 
 

@@ -74,7 +74,8 @@ def test_a_column_fixes_the_parts() -> None:
     assert {bags.rows[i].columns["role"] for i in trial.internal} == {"test"}
     assert {bags.rows[i].site for i in trial.external} == {"far"}
     assert plan.left_out == {"s2-1": "its role 'discarded' is in no part of the split"}
-    assert [check.name for check in plan.checks] == ["slides", "patients", "sites"] and all(c.holds for c in plan.checks)
+    assert [check.name for check in plan.checks] == ["slides", "patients", "sites", "internal sites"]
+    assert all(check.holds for check in plan.checks)
 
 
 def test_named_sites_are_external_and_a_share_of_patients_internal() -> None:
@@ -182,6 +183,13 @@ def test_another_seed_deals_other_folds() -> None:
     assert grouped_folds(rows, 5, 0) != grouped_folds(rows, 5, 1)
 
 
+def test_internal_slides_of_a_site_that_does_not_train_are_told() -> None:
+    bags = cohort()
+    rows = tuple(replace(row, site="new") if row.group in ("p2", "p6") else row for row in bags.rows)
+    check = make_plan(some(rows), FIXED).checks[-1]
+    assert not check.holds and check.found == "4 of 30 internal slides are of sites that do not train (new)"
+
+
 # --- what is refused ---
 
 
@@ -209,7 +217,8 @@ def test_a_slide_under_two_names_is_one_though_patients_are_unknown() -> None:
     with pytest.raises(SplitError, match="tears 1 patients apart"):  # the barcode says whose they are
         make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide"))
     rows[4] = replace(rows[4], slide_id="TCGA-55-8508-01Z-00-DX2")
-    assert make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide")).checks[1].found == "none of 2 on two sides"
+    check = make_plan(some(tuple(rows), "slide"), replace(FIXED, unit="slide")).checks[1]
+    assert not check.holds and check.found.startswith("unknown of 118 of 120 slides")
 
 
 def test_a_site_inside_and_outside_is_refused() -> None:

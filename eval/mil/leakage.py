@@ -12,7 +12,7 @@ from histoscale.data.splits import SplitError
 from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection
 from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.lookalikes import Pair, alike, equal_files, equal_tiles
-from histoscale.eval.mil.split import PARTS, Check, Plan
+from histoscale.eval.mil.trials import PARTS, Check, Plan, some
 from histoscale.eval.page import Cell, Chapter, Grid, Part, Prose
 
 _SHOWN = 4
@@ -165,7 +165,7 @@ def _seen(bags: Bags, plan: Plan, pretraining: Catalog) -> Check:
     for leak in find_leaks(_Read.of(bags, plan), corpus):
         ids = leak.slides or leak.patients
         kind = "slides" if leak.slides else "patients"
-        said.append(f"{part_of[leak.role]}: {leak.images} of {leak.total} slides, by {kind} ({_some(ids)})")
+        said.append(f"{part_of[leak.role]}: {leak.images} of {leak.total} slides, by {kind} ({some(ids)})")
     compared = f"slide and patient ids against the {len(pretraining)} slides of {corpus.name}"
     return Check("pretraining", compared, "; ".join(said) or "none was seen in pretraining", not said)
 
@@ -176,7 +176,7 @@ def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog) -> list[Check]:
     if not outside:
         return []
     known = [site for site in pretraining.texts("site") if site in outside]
-    compared = f"external sites ({_some(sorted(outside))}) against the sites of the pretraining catalog"
+    compared = f"external sites ({some(sorted(outside))}) against the sites of the pretraining catalog"
     if not known:
         return [Check("pretraining sites", compared, "the encoder saw no slide of them", True)]
     counts = ", ".join(f"{known.count(site)} of {site}" for site in sorted(set(known))[:_SHOWN])
@@ -189,7 +189,7 @@ def _collections(bags: Bags, slides: Sequence[Slide], encoder: str, corpora: Seq
     cohorts = sorted({slide.cohort for slide in slides if slide.slide_id in used and slide.cohort})
     barcodes = sum(bag.slide_id.upper().startswith("TCGA-") for bag in bags.rows)
     own = [*cohorts, *(["TCGA"] if barcodes and not any(same_collection(one, "TCGA") for one in cohorts) else [])]
-    compared = f"collections of the slides ({_some(own) or 'none is named'}) against those that {encoder} saw"
+    compared = f"collections of the slides ({some(own) or 'none is named'}) against those that {encoder} saw"
     if corpora is None and catalog:
         return Check("collections", compared, "by the pretraining catalog alone, see above", True)
     if corpora is None:
@@ -197,12 +197,8 @@ def _collections(bags: Bags, slides: Sequence[Slide], encoder: str, corpora: Seq
     shared = sorted({name for name in corpora for one in own if same_collection(name, one)})
     if shared:
         return Check("collections", compared, f"pretraining saw {', '.join(shared)}: no slide of it is new to the encoder", False)
-    return Check("collections", compared, f"none shared (it saw {_some(list(corpora)) or 'none of the public ones'})", True)
+    return Check("collections", compared, f"none shared (it saw {some(list(corpora)) or 'none of the public ones'})", True)
 
 
 def _named(rows: Sequence[Bag], pairs: Sequence[Pair]) -> str:
-    return _some([f"{rows[pair.first].slide_id} and {rows[pair.second].slide_id}" for pair in pairs])
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return some([f"{rows[pair.first].slide_id} and {rows[pair.second].slide_id}" for pair in pairs])

@@ -1,6 +1,6 @@
 """Which slides train and which are read, in one or several trials: fixed parts, folds, one site at a time; never overlapping."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -9,13 +9,12 @@ from pydantic import Field
 
 from histoscale.data.keys import key
 from histoscale.data.splits import UNITS, SplitError, ordered
-from histoscale.eval.leakage import patient_key, slide_key
 from histoscale.eval.mil.bags import Bag, Bags
+from histoscale.eval.mil.trials import PARTS, Plan, Trial, check_trials, some
+from histoscale.eval.mil.trials import Check as Check
 
-PARTS = ("train", "internal", "external")
 _CLASSES = 10  # more distinct targets than these are numbers, and are levelled by rank
 _RANKS = 5
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -91,37 +90,6 @@ class SiteSplit:
 SplitConfig = Annotated[FixedSplit | FoldSplit | SiteSplit, Field(discriminator="kind")]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training: rows that train, rows of sites that it knows, rows of sites that it does not."""
-
-    name: str
-    train: tuple[int, ...]
-    internal: tuple[int, ...]
-    external: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Check:
-    """A line of the leakage page. compared: what against what; found: in words; holds: nothing is shared."""
-
-    name: str
-    compared: str
-    found: str
-    holds: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """kind: fixed, folds or sites. deployed: the trial whose model is kept. left_out: slide_id -> why it is in no trial."""
-
-    kind: str
-    trials: tuple[Trial, ...]
-    deployed: int
-    checks: tuple[Check, ...]
-    left_out: dict[str, str]
-
-
 def make_plan(bags: Bags, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
     """The trials of a study.
 
@@ -146,7 +114,7 @@ def make_plan(bags: Bags, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
             raise SplitError(
                 f"the trial {trial.name} has no slide to train on: look at split.{_deciding(config)} and the manifest"
             )
-    return Plan(config.kind, tuple(trials), len(trials) - 1, _checks(bags.rows, trials, config.unit), left_out)
+    return Plan(config.kind, tuple(trials), len(trials) - 1, check_trials(bags.rows, trials, config.unit), left_out)
 
 
 def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
@@ -232,14 +200,12 @@ def _sites(rows: Sequence[Bag], config: SiteSplit) -> list[Trial]:
     nameless = [row.slide_id for row in rows if not row.site]
     if nameless:
         raise SplitError(
-            f"{len(nameless)} slides have no site ({_some(nameless)}): fill the manifest's site column, or take folds"
+            f"{len(nameless)} slides have no site ({some(nameless)}): fill the manifest's site column, or take folds"
         )
     sites = sorted({row.site for row in rows})
     least = config.blocks or 2
     if len(sites) < least:
-        raise SplitError(
-            f"the slides come from {len(sites)} sites ({_some(sites)}): expected {least} or more to hold out in turn"
-        )
+        raise SplitError(f"the slides come from {len(sites)} sites ({some(sites)}): expected {least} or more to hold out in turn")
     everything = list(range(len(rows)))
     prefix, held = "site", [row.site for row in rows]
     if config.blocks is not None:
@@ -266,80 +232,6 @@ def _numbered(places: Sequence[int]) -> list[str]:
     return [f"{place + 1:0{width}d}" for place in places]
 
 
-# What must not be shared.
-
-
-def _checks(rows: Sequence[Bag], trials: Sequence[Trial], unit: str) -> tuple[Check, ...]:
-    """Raises SplitError for the first that does not hold."""
-    ways: list[tuple[str, str, Callable[[Bag], str]]] = [
-        (
-            "slides",
-            "slide ids, without suffixes and with TCGA barcodes without the file's UUID",
-            lambda row: slide_key(row.slide_id),
-        )
-    ]
-    if unit == "patient":
-        ways.append(("patients", "patient ids, of TCGA barcodes the first three fields", lambda row: patient_key(row.group)))
-    else:
-        ways.append(("patients", "the patients in TCGA barcodes of slide ids, where there are any", _barcode))
-    sides = f"train, internal and external of {len(trials)} trial{'s' * (len(trials) > 1)}"
-    checks = []
-    for name, what, named in ways:
-        names = [named(row) for row in rows]
-        for trial in trials:
-            _refuse_shared(trial, names, name, rows)
-        used = {names[i] for trial in trials for i in (*trial.train, *trial.internal, *trial.external)} - {""}
-        checks.append(Check(name, f"{sides}: {what}", f"none of {len(used)} on two sides", True))
-    outside = [trial for trial in trials if trial.external]
-    for trial in outside:
-        _refuse_site(trial, rows)
-    if outside:
-        held = sorted({rows[i].site for trial in outside for i in trial.external})
-        checks.append(Check("sites", "external sites against train and internal", f"none shared ({_some(held)})", True))
-    return tuple(checks)
-
-
-def _refuse_shared(trial: Trial, names: Sequence[str], what: str, rows: Sequence[Bag]) -> None:
-    owner: dict[str, tuple[str, int]] = {}
-    shared = []
-    for part in PARTS:
-        for i in getattr(trial, part):
-            first, before = owner.setdefault(names[i], (part, i))
-            if names[i] and first != part:
-                shared.append(f"{rows[before].slide_id} in {first} and {rows[i].slide_id} in {part}")
-    if shared:
-        one = {"slides": "one slide", "patients": "one patient"}[what]
-        raise SplitError(
-            f"the trial {trial.name} tears {len(shared)} {what} apart ({_some(shared)} are {one}): {one} belongs to one part; "
-            "correct the split's column, or the ids"
-        )
-
-
-def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
-    outside = {rows[i].site for i in trial.external}
-    if "" in outside:
-        nameless = [rows[i].slide_id for i in trial.external if not rows[i].site]
-        raise SplitError(
-            f"{len(nameless)} external slides have no site ({_some(nameless)}), so no external claim can be made: "
-            "fill the manifest's site column"
-        )
-    both = sorted(outside & {rows[i].site for i in (*trial.train, *trial.internal)})
-    if both:
-        raise SplitError(
-            f"the trial {trial.name} has the sites {_some(both)} inside and outside: an external site is never trained on; name "
-            "whole sites external"
-        )
-
-
-def _barcode(row: Bag) -> str:
-    """The patient that a TCGA barcode names, or ""."""
-    found = patient_key(row.slide_id)
-    return found if found.startswith("TCGA-") else ""
-
-
-# Parts of the above.
-
-
 def _check_unit(unit: str) -> None:
     if unit not in UNITS:
         raise SplitError(f"split.unit is {unit!r}: expected {' or '.join(UNITS)}")
@@ -360,7 +252,7 @@ def _outside(rows: Sequence[Bag], external_sites: Sequence[str]) -> set[str]:
     if absent:
         known = sorted({row.site for row in rows} - {""})
         raise SplitError(
-            f"split.external_sites names {', '.join(absent)}, which no labelled slide comes from: expected some of {_some(known)}"
+            f"split.external_sites names {', '.join(absent)}, which no labelled slide comes from: expected some of {some(known)}"
         )
     return set(external_sites)
 
@@ -372,7 +264,7 @@ def _whole(rows: Sequence[Bag], inside: Sequence[int], names: Sequence[str], col
     torn = [f"{group} in {' and '.join(sorted(own))}" for group, own in sorted(folds.items()) if len(own) > 1]
     if torn:
         raise SplitError(
-            f"split.column={column} tears {len(torn)} patients apart ({_some(torn)}): give all slides of a patient one fold"
+            f"split.column={column} tears {len(torn)} patients apart ({some(torn)}): give all slides of a patient one fold"
         )
 
 
@@ -394,7 +286,3 @@ def _deciding(config: FixedSplit | FoldSplit | SiteSplit) -> str:
     if isinstance(config, FixedSplit):
         return "train" if config.role is not None else "external_sites"
     return "external_sites" if isinstance(config, FoldSplit) else "blocks"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
