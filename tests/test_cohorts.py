@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from public_layouts import write_study
 from pydantic import TypeAdapter
 from slide_layouts import (
     RUMC_MPP,
@@ -229,7 +230,7 @@ def test_tcga_site_is_the_hospital_and_never_the_code(tmp_path: Path, store: Sto
     names = {DX.format(code, f"A{i:03d}"): f"uuid-{i}" for i, (code, _, _) in enumerate(GDC)}
     names |= {TS.format("21", "A000"): "frozen", "notes.svs": "other"}
     root = write_tcga(tmp_path / "tcga", names, GDC)
-    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
+    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
     check_sites(cohort)
     slides = read_back(cohort, tmp_path, store)
     site = {slide.slide_id.split("-")[1]: slide.site for slide in slides}
@@ -238,15 +239,15 @@ def test_tcga_site_is_the_hospital_and_never_the_code(tmp_path: Path, store: Sto
     assert {slide.cohort for slide in slides} == {"TCGA-LUSC", "TCGA-LUAD", "TCGA-KIRC", "TCGA-ESCA"}
     assert slides[0].patient_id == "-".join(slides[0].slide_id.split("-")[:3]) and slides[0].preparation == "FFPE"
     assert Counter(cohort.left_out.values()) == {"no diagnostic slide": 1, "its name is no barcode of a TCGA slide": 1}
-    everything = read_tcga(root, TcgaConfig("tcga", "all", "tissueSourceSite.tsv"))
+    everything = read_tcga(root, TcgaConfig("tcga", "all", "tissueSourceSite.tsv", None))
     assert Counter(row["preparation"] for row in everything.rows) == {"FFPE": 8, "frozen": 1}
 
 
 def test_tcga_refuses_codes_as_sites(tmp_path: Path) -> None:
     root = write_tcga(tmp_path, {DX.format("21", "A000"): "a", DX.format("64", "A001"): "b"}, GDC[:1])
     with pytest.raises(CohortError, match="lacks the source-site code '64'"):
-        read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
-    bare = read_tcga(root, TcgaConfig("tcga", "diagnostic", None))
+        read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
+    bare = read_tcga(root, TcgaConfig("tcga", "diagnostic", None, None))
     with pytest.raises(CohortError, match="no slide has a site"):
         check_sites(bare)
     write_rows(tmp_path / "codes.csv", [{"patient": f"TCGA-{c}-A00{i}", "tss": c} for i, c in enumerate(("21", "64"))])
@@ -261,12 +262,23 @@ def test_the_gdc_table_may_name_codes_of_no_barcode(tmp_path: Path) -> None:
     assert plain_hospital("St. Joseph's Medical Center-(MD)") == plain_hospital("St Joseph's Medical Center (MD)")
 
 
+def test_tcga_tp53_by_the_patients_variants(tmp_path: Path) -> None:
+    root = write_tcga(tmp_path, {DX.format("64", f"A00{i}"): f"u{i}" for i in range(4)}, GDC)
+    sequenced = [f"TCGA-64-A00{i}-01" for i in (0, 1, 2)]
+    mutants = {"TCGA-64-A000-01": "Missense_Mutation", "TCGA-64-A001-01": "Silent"}
+    write_study(root / "studies", "luad", mutants, sequenced)
+    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", "studies"))
+    assert [row["tp53"] for row in cohort.rows] == ["1", "0", "0", ""] and cohort.counts["TP53 wild type"] == 2
+    with pytest.raises(CohortError, match="holds no study"):
+        read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", "elsewhere"))
+
+
 # --- labels of another table ---
 
 
 def test_labels_join_by_slide_or_patient_and_may_relabel(tmp_path: Path) -> None:
     root = write_tcga(tmp_path, {DX.format("21", f"A00{i}"): f"u{i}" for i in range(3)}, GDC)
-    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
+    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
     write_rows(tmp_path / "t.csv", [{"patient": f"TCGA-21-A00{i}", "subtype": "ab"[i % 2], "bad": i} for i in (0, 1, 7)] * 2)
     table = LabelTable(str(tmp_path / "t.csv"), columns={"subtype": "label"}, **LABELS)
     found = with_labels(cohort, table)
@@ -279,7 +291,7 @@ def test_labels_join_by_slide_or_patient_and_may_relabel(tmp_path: Path) -> None
 
 def test_a_label_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     root = write_tcga(tmp_path, {DX.format("21", "A000"): "u"}, GDC)
-    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
+    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
     path = tmp_path / "t.csv"
     write_rows(path, [{"patient": "TCGA-21-A000", "label": 0}, {"patient": "tcga-21-a000", "label": 1}])
     with pytest.raises(CohortError, match="says two things of tcga-21-a000"):
@@ -294,7 +306,7 @@ def test_a_label_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_one_slide_in_two_files_is_refused(tmp_path: Path) -> None:
     names = {DX.format("21", "A000"): "u", "TCGA-21-A000-01Z-00-DX1.svs": "v"}
-    cohort = read_tcga(write_tcga(tmp_path, names, GDC), TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv"))
+    cohort = read_tcga(write_tcga(tmp_path, names, GDC), TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
     with pytest.raises(CohortError, match="TCGA-21-A000-01Z-00-DX1 is there more than once"):
         check_rows(cohort)
 
@@ -309,7 +321,7 @@ def test_real_tcga_tables_split_without_overlap(shared_data: Path, tmp_path: Pat
         pytest.skip(f"{table} is not here")
     real = list(csv.DictReader(table.open()))
     root = write_tcga(tmp_path / "tcga", {f"{row['slide']}.svs": "" for row in real}, GDC)
-    bare = read_tcga(root, TcgaConfig("tcga", "diagnostic", None))
+    bare = read_tcga(root, TcgaConfig("tcga", "diagnostic", None, None))
     cohort = with_labels(bare, LabelTable(str(table), "patient", "patient_id", {"subtype": "subtype", "site": "site"}))
     check_sites(cohort)
     slides = read_back(cohort, tmp_path, store)
@@ -368,7 +380,7 @@ def test_the_five_gene_table_joins_by_slide(shared_data: Path, tmp_path: Path, s
     real = list(csv.DictReader(table.open()))
     lung = [(code, f"hospital {code}", "Lung adenocarcinoma") for code in sorted({row["slide_id"].split("-")[1] for row in real})]
     root = write_tcga(tmp_path / "tcga", {row["file_name"]: row["id"] for row in real}, lung)
-    cohort = read_tcga(root, TcgaConfig("tcga", "all", "tissueSourceSite.tsv"))
+    cohort = read_tcga(root, TcgaConfig("tcga", "all", "tissueSourceSite.tsv", None))
     labels = LabelTable(str(table), "slide_id", "slide_id", {"TP53": "tp53", "EGFR": "egfr"})
     found = with_labels(cohort, labels)
     assert found.counts["named by the label table"] == len(real) == 1345 and {row["tp53"] for row in found.rows} == {

@@ -13,7 +13,14 @@ from typing import Literal
 
 from histoscale.eval.cohorts.cohort import Cohort, CohortError, find
 from histoscale.eval.datasets.patches import DatasetError
-from histoscale.eval.datasets.tcga import hospital_of, is_diagnostic, patient_of, read_hospitals, read_projects
+from histoscale.eval.datasets.tcga import (
+    hospital_of,
+    is_diagnostic,
+    patient_of,
+    read_cases,
+    read_hospitals,
+    read_projects,
+)
 
 SLIDES = ("diagnostic", "all")
 NOTES = ("TCGA is in the pretraining of most published encoders: see the leakage page",)
@@ -24,11 +31,13 @@ _SLIDE = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}-\d{2}(?P<vial>[A-Z])-\d{2}-(?
 @dataclass(frozen=True)
 class TcgaConfig:
     """slides: `diagnostic` (-DX, of formalin-fixed tissue) or `all` (frozen ones too). hospitals: the GDC's tissueSourceSite.tsv,
-    a path in root; null where labels.columns gives `site`."""
+    a path in root; null where labels.columns gives `site`. studies: the folder in root with cBioPortal's PanCancer Atlas studies,
+    for the column tp53; null: without it."""
 
     kind: Literal["tcga"]
     slides: str
     hospitals: str | None
+    studies: str | None
 
     def __post_init__(self) -> None:
         if self.slides not in SLIDES:
@@ -39,7 +48,9 @@ def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
     """cohort: the project (TCGA-LUAD). preparation: FFPE, frozen, or "" where the barcode does not tell. site and cohort are ""
     without the GDC's table.
 
-    Raises CohortError: the table has another form or lacks a code.
+    tp53: 1 with a non-silent variant, 0 sequenced without one.
+
+    Raises CohortError: a table has another form or lacks a code.
     """
     hospitals, projects = {}, {}
     if config.hospitals is not None:
@@ -48,7 +59,7 @@ def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
         except DatasetError as error:
             raise CohortError(f"{error}; or set collection.hospitals=null and take the site from the label table") from error
     left_out: dict[str, str] = {}
-    rows = []
+    rows: list[dict[str, str]] = []
     for path in find(root, _SUFFIXES):
         match = _SLIDE.match(path.stem)
         if match is None:
@@ -75,7 +86,19 @@ def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
             }
         )
     rows.sort(key=lambda row: row["slide_id"])
+    if config.studies is not None:
+        try:
+            cases = read_cases(root / config.studies)
+        except DatasetError as error:
+            raise CohortError(str(error)) from error
+        for row in rows:
+            case = cases.get(row["patient_id"])
+            row["tp53"] = "" if case is None else str(case.label)
     found = {"slides": len(rows), "patients": len({row["patient_id"] for row in rows})}
+    if config.studies is not None:
+        found |= {
+            f"TP53 {name}": sum(row["tp53"] == value for row in rows) for value, name in (("1", "mutant"), ("0", "wild type"))
+        }
     found |= dict(sorted(Counter(row["cohort"] for row in rows).items()))
     return Cohort("TCGA", tuple(rows), (), found, left_out, NOTES)
 
