@@ -12,7 +12,6 @@ from histoscale.eval.mil.ensemble import SlideModel, build_aggregator
 from histoscale.eval.mil.fit import FitConfig, fit
 from histoscale.launch.config import choices, load
 
-
 SLOW = pytest.mark.slow
 
 
