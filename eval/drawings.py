@@ -17,7 +17,8 @@ _LETTERS = 27  # of a label; longer ones are cut at the front
 
 @dataclass(frozen=True)
 class Mark:
-    """One row of an interval plot. look: `ours`, `floor` or `published`. low, high: None without an interval. value: its text."""
+    """One row of an interval plot. look: `ours`, `outside`, `floor` or `published`. low, high: None without an interval.
+    value: its text."""
 
     label: str
     point: float
@@ -68,6 +69,85 @@ def reliability_plot(bins: Bins, positive: str) -> Markup:
     parts.append(_text(left + side / 2, top + side + 36, f"predicted probability of {positive}", "middle", "quiet"))
     parts.append(_turned(14, top + side / 2, f"observed rate of {positive}"))
     return _svg(left + side + 16, top + side + 46, parts, f"Reliability of the predicted probability of {positive}")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of steps or points: [k, 2]; marks: [m, 2], discs on it. look: `ours`, `outside` or `floor`."""
+
+    label: str
+    points: np.ndarray
+    marks: np.ndarray
+    look: str
+
+
+def roc_plot(lines: Sequence[Line]) -> Markup:
+    """True-positive over false-positive rate; discs: what the carried thresholds do. Each line is named in the legend below."""
+    x, y, parts = _square((0.0, 1.0), (0.0, 1.0), "1 − specificity", "sensitivity")
+    parts.append(_segment(x(0), y(0), x(1), y(1), "chance"))
+    return _lines(parts, lines, x, y, f"ROC curves of {', '.join(line.label for line in lines)}")
+
+
+def survival_plot(lines: Sequence[Line], time: str) -> Markup:
+    """Share without the event over time; discs: censored."""
+    last = max(float(line.points[:, 0].max()) for line in lines)
+    x, y, parts = _square((0.0, last), (0.0, 1.0), time, "share without the event")
+    return _lines(parts, lines, x, y, f"Survival curves of {', '.join(line.label for line in lines)}")
+
+
+def scatter_plot(points: np.ndarray, value: str) -> Markup:
+    """points: [n, 2], observed and predicted, a disc each; the line where they are equal."""
+    low, high, _ = _scale([float(points.min()), float(points.max())])
+    x, y, parts = _square((low, high), (low, high), f"observed {value}", f"predicted {value}")
+    parts.append(_segment(x(low), y(low), x(high), y(high), "chance"))
+    disc = Markup('<circle class="point ours" cx="{:.1f}" cy="{:.1f}" r="3"/>')
+    parts += [disc.format(x(a), y(b)) for a, b in points.tolist()]
+    return _svg(_SIDE + 88, _SIDE + 58, parts, f"Predicted over observed {value}")
+
+
+def kaplan_meier(times: np.ndarray, events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(steps [k, 2], censored [m, 2]): time and share without the event (Kaplan and Meier 1958, doi 10.2307/2281868)."""
+    steps, censored, share = [(0.0, 1.0)], [], 1.0
+    for time in np.unique(times).tolist():
+        here, at_risk = times == time, int((times >= time).sum())
+        died = int((here & events).sum())
+        if died:
+            steps.append((time, share))
+            share *= 1 - died / at_risk
+            steps.append((time, share))
+        if (here & ~events).any():
+            censored.append((time, share))
+    steps.append((float(times.max()), share))
+    return np.array(steps), np.array(censored).reshape(-1, 2)
+
+
+_SIDE = 300
+
+
+def _square(
+    across: tuple[float, float], upward: tuple[float, float], x_name: str, y_name: str
+) -> tuple["_line", "_line", list[Markup]]:
+    left, top = 60, 12
+    (x_low, x_high, x_ticks), (y_low, y_high, y_ticks) = _scale(across), _scale(upward)
+    x, y = _line(x_low, x_high, left, left + _SIDE), _line(y_low, y_high, top + _SIDE, top)
+    parts = [_grid_line(x(t), top, top + _SIDE) + _text(x(t), top + _SIDE + 16, f"{t:g}", "middle", "quiet") for t in x_ticks]
+    parts += [
+        _segment(left, y(t), left + _SIDE, y(t), "gridline") + _text(left - 8, y(t) + 4, f"{t:g}", "end", "quiet")
+        for t in y_ticks
+    ]
+    parts += [_text(left + _SIDE / 2, top + _SIDE + 36, x_name, "middle", "quiet"), _turned(14, top + _SIDE / 2, y_name)]
+    return x, y, parts
+
+
+def _lines(parts: list[Markup], lines: Sequence[Line], x: "_line", y: "_line", words: str) -> Markup:
+    legend = _SIDE + 66
+    for row, line in enumerate(lines):
+        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points.tolist())
+        parts.append(Markup('<polyline class="curve {}" points="{}"/>').format(line.look, path))
+        parts += [_point(x(a), y(b), line.look) for a, b in line.marks.tolist()]
+        at = legend + 20 * row
+        parts += [_segment(60, at, 84, at, f"whisker {line.look}"), _text(92, at + 4, line.label, "start", line.look)]
+    return _svg(_SIDE + 160, legend + 20 * len(lines), parts, words)
 
 
 @dataclass(frozen=True)
@@ -201,7 +281,7 @@ def _point(x: float, y: float, look: str) -> Markup:
     if look == "published":
         corners = f"{x:.1f},{y - 5.5:.1f} {x + 5.5:.1f},{y:.1f} {x:.1f},{y + 5.5:.1f} {x - 5.5:.1f},{y:.1f}"
         return Markup('<polygon class="point published" points="{}"/>').format(corners)
-    return Markup('<circle class="point ours" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(x, y)
+    return Markup('<circle class="point {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(look, x, y)
 
 
 def _svg(width: float, height: float, parts: Sequence[Markup], words: str) -> Markup:

@@ -18,12 +18,18 @@ from histoscale.data.journal import scrub
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a table with the numbers of its notes; look: "" or some of `strong`, `indent`, `quiet`; share: a bar of 0 to 1."""
+    """Text of a table with the numbers of its notes; look: "" or some of `strong`, `indent`, `quiet`; share: a bar of 0 to 1.
+    link: a relative address, escaped as such by the caller."""
 
     text: str
     notes: Sequence[int] = ()
     look: str = ""
     share: float | None = None
+    link: str = ""
+
+    def __post_init__(self) -> None:
+        if ":" in self.link or self.link.startswith("/"):
+            raise ValueError(f"a page links to {self.link!r}: expected a relative address, whose names are percent-encoded")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Matrix:
     classes: Sequence[str]
     counts: np.ndarray
     caption: str
+    counted: str = "images"
     kind: str = "matrix"
 
     @property

@@ -33,8 +33,9 @@ from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig, Fitted, fit
 from histoscale.eval.mil.floors import plain_floors
 from histoscale.eval.mil.pointing import coverage, pointing, read_foci
+from histoscale.eval.mil.score_table import score_rows
 from histoscale.eval.mil.split import FixedSplit, Plan, Trial, make_plan
-from histoscale.eval.mil.study import Study, StudyConfig, score_rows, study
+from histoscale.eval.mil.study import Study, StudyConfig, study
 from histoscale.eval.mil.task import BinaryTask
 from histoscale.eval.mil.words import cannot_say, show
 from histoscale.eval.scores.interval import IntervalConfig

@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from histoscale.eval.scores.calibration import (
     brier_parts,
     equal_mass,
+    errors_if_calibrated,
     fit_line,
     intercept_in_the_large,
     log_odds,
@@ -45,6 +46,16 @@ def test_slope_and_intercept_are_an_unpenalised_regression() -> None:
         assert (slope[i], intercept[i]) == pytest.approx((fitted.coef_[0, 0], fitted.intercept_[0]), abs=1e-4)
         large = intercept_in_the_large(log_odds(p), y, w[None])[0]
         assert (w * (expit(logit(p) + large) - y)).sum() == pytest.approx(0, abs=1e-6)  # expected events as many as observed
+
+
+def test_a_calibrated_model_shows_what_was_drawn_for_it() -> None:
+    rng = np.random.default_rng(6)
+    p = rng.random(80)
+    drawn = errors_if_calibrated(p, 15, rng.random((500, 80)))
+    plain = [reliability(p, rng.random(80) < p, 15).expected_calibration_error for _ in range(500)]
+    assert drawn.mean() == pytest.approx(np.mean(plain), abs=0.01) and drawn.mean() > 0.05
+    one = rng.random((1, 80))
+    assert errors_if_calibrated(p, 15, one)[0] == pytest.approx(reliability(p, one[0] < p, 15).expected_calibration_error)
 
 
 def test_slope_finds_the_distortion() -> None:

@@ -35,10 +35,12 @@ from study_fixtures import (
 from histoscale.eval.mil.bags import BagError
 from histoscale.eval.mil.floors import plain_floors, site_prior
 from histoscale.eval.mil.metrics import headline
+from histoscale.eval.mil.score_table import score_rows
 from histoscale.eval.mil.split import FixedSplit, FoldSplit, SiteSplit
-from histoscale.eval.mil.study import Study, score_rows, study
+from histoscale.eval.mil.study import Study, study
 from histoscale.eval.mil.task import Task
 from histoscale.eval.mil.units import places, units
+from histoscale.eval.scores.classification import calibration_bins, calibration_error_of
 from histoscale.eval.scores.operating import threshold
 
 
@@ -83,6 +85,9 @@ def test_numbers_are_those_of_scikit_learn() -> None:
     assert values["auprc"] == pytest.approx(average_precision_score(y, p))
     assert values["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(y, p > 0.5))
     assert values["brier"] == pytest.approx(brier_score_loss(y, p))
+    assert values["ece"] == pytest.approx(calibration_error_of(calibration_bins(p, y == 1, 15).sum(0)))
+    calibrated = found.external.metrics["ece_if_calibrated"]
+    assert found.external.metrics["ece"].low is None and calibrated.low is not None and 0 < calibrated.low < calibrated.value
     grades, number = done(GRADES, FIXED), done(NUMBER, FIXED)
     for task, got in ((GRADES, grades), (NUMBER, number)):
         bags = made_bags(task)

@@ -3,19 +3,26 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
+from histoscale.data.keys import keys, uniform
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
 from histoscale.eval.mil.units import Units
-from histoscale.eval.scores.calibration import intercept_in_the_large, log_odds, slope_and_intercept
+from histoscale.eval.scores.calibration import (
+    errors_if_calibrated,
+    intercept_in_the_large,
+    log_odds,
+    reliability,
+    slope_and_intercept,
+)
 from histoscale.eval.scores.classification import (
     accuracy_of,
     balanced_accuracy_of,
-    calibration_bins,
-    calibration_error_of,
     macro_f1_of,
     quadratic_kappa_of,
 )
 from histoscale.eval.scores.concordance import Concordance
+from histoscale.eval.scores.interval import Interval, IntervalConfig
 from histoscale.eval.scores.ranking import Ranking
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
@@ -23,6 +30,7 @@ Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], Na
 NAMES = {
     "auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "accuracy": "accuracy",
     "quadratic_kappa": "quadratic kappa", "brier": "Brier score", "brier_skill": "Brier skill", "ece": "calibration error (ECE)",
+    "ece_if_calibrated": "ECE of a calibrated model",
     "slope": "calibration slope", "intercept": "calibration intercept", "intercept_in_the_large": "intercept at slope 1",
     "r2": "R²", "pearson": "Pearson r", "mae": "mean absolute error", "rmse": "root mean square error", "c_index": "C-index",
 }  # fmt: skip
@@ -47,8 +55,8 @@ def chance(task: Task) -> float:
     return 0.0 if isinstance(task, RegressionTask) else 0.5
 
 
-def metrics(found: Units, task: Task, bins: int) -> dict[str, Metric]:
-    """Every metric of the task by name. bins: of the expected calibration error.
+def metrics(found: Units, task: Task) -> dict[str, Metric]:
+    """Every metric of the task by name, but the calibration errors of `ece_intervals`.
 
     Ranks are compared inside a trial only; probabilities, values and classes have one scale by their meaning. Of two classes:
     decisions at probability .5 beside what needs none; the operating points stand apart. Calibration slope under 1: too sure;
@@ -56,22 +64,40 @@ def metrics(found: Units, task: Task, bins: int) -> dict[str, Metric]:
     """
     match task:
         case BinaryTask():
-            return _binary(found, bins)
+            return _binary(found)
         case ClassesTask():
-            return _classes(found, task, bins)
+            return _classes(found, task)
         case RegressionTask():
             return _regression(found)
     return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
+
+
+def ece_intervals(found: Units, task: Task, bins: int, config: IntervalConfig) -> dict[str, Interval]:
+    """The expected calibration error, without interval because resampling would add to it, beside what a perfectly calibrated
+    model of the same probabilities would show: mean and range over drawn outcomes. Of several classes: of the one named."""
+    binary = isinstance(task, BinaryTask)
+    p = found.outputs[:, 0] if binary else found.outputs.max(1)
+    hit = found.labels == (1 if binary else found.outputs.argmax(1))
+    patients, n = len(set(found.groups)), len(p)
+    own = reliability(p, hit, bins).expected_calibration_error
+    parents = keys(config.seed, "mil/calibrated", 0, torch.arange(config.draws))
+    drawn = errors_if_calibrated(p, bins, uniform(parents, n).double().numpy())
+    low, high = np.quantile(drawn, [(1 - config.level) / 2, (1 + config.level) / 2]).tolist()
+    held = Interval(own, None, None, patients, n, "interval withheld: resampling would add to an error in bins")
+    calibrated = Interval(
+        float(drawn.mean()), low, high, patients, n, "range over drawn outcomes, as if the probabilities were right"
+    )
+    return {"ece": held, "ece_if_calibrated": calibrated}
 
 
 def ranks_alone(found: Units, task: Task) -> Metric:
     """The headline of outputs that are no probabilities, such as a floor's."""
     if isinstance(task, BinaryTask):
         return Ranking.of(found.labels, found.outputs[:, 0], found.trial).auroc
-    return metrics(found, task, 1)[headline(task)]
+    return metrics(found, task)[headline(task)]
 
 
-def _binary(found: Units, bins: int) -> dict[str, Metric]:
+def _binary(found: Units) -> dict[str, Metric]:
     p, y = found.outputs[:, 0], found.labels
     ranking, logits = Ranking.of(y, p, found.trial), log_odds(p)
     squares = np.stack([(p - y) ** 2, y, np.ones_like(p)], 1)
@@ -81,14 +107,13 @@ def _binary(found: Units, bins: int) -> dict[str, Metric]:
         "balanced_accuracy": _of_confusion(_counts(y, (p > 0.5).astype(np.int64), 2), balanced_accuracy_of),
         "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 2]),
         "brier_skill": _of_sums(squares, _skill),
-        "ece": _of_sums(calibration_bins(p, y == 1, bins), calibration_error_of),
         "slope": lambda weights: slope_and_intercept(logits, y, weights)[0],
         "intercept": lambda weights: slope_and_intercept(logits, y, weights)[1],
         "intercept_in_the_large": lambda weights: intercept_in_the_large(logits, y, weights),
     }
 
 
-def _classes(found: Units, task: ClassesTask, bins: int) -> dict[str, Metric]:
+def _classes(found: Units, task: ClassesTask) -> dict[str, Metric]:
     p, y, k = found.outputs, found.labels, task.outputs
     named = p.argmax(1)
     counts = _counts(y, named, k)
@@ -102,7 +127,6 @@ def _classes(found: Units, task: ClassesTask, bins: int) -> dict[str, Metric]:
         **{name: _of_confusion(counts, of) for name, of in of_counts.items()},
         "auroc": lambda weights: _mean_present(np.stack([one.auroc(weights) for one in rankings])),
         "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 1]),
-        "ece": _of_sums(calibration_bins(p.max(1), named == y, bins), calibration_error_of),  # of the class that is named
     }
 
 

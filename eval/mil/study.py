@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 
 from histoscale.eval.mil.bags import Bags
-from histoscale.eval.mil.metrics import Metric, chance, headline, metrics, ranks_alone
+from histoscale.eval.mil.metrics import Metric, chance, ece_intervals, headline, metrics, ranks_alone
+from histoscale.eval.mil.part import Operating, Part, confusion, counts, recalls
 from histoscale.eval.mil.split import Plan
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 from histoscale.eval.mil.units import Place, Units, places, units
 from histoscale.eval.scores.auroc import areas, report_area, report_difference
-from histoscale.eval.scores.calibration import Bins, reliability
+from histoscale.eval.scores.calibration import reliability
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
-from histoscale.eval.scores.operating import Operation, Rate, Threshold, operate, operation, rate, threshold
+from histoscale.eval.scores.operating import Threshold, operate, operation, threshold
 from histoscale.eval.scores.ranking import roc_points
 from histoscale.eval.scores.recalibration import Recalibrated, RecalibrationConfig, local_recalibration
-
-RATES = ("sensitivity", "specificity", "fnr", "flagged", "ppv", "npv")
 
 
 @dataclass(frozen=True)
@@ -28,78 +27,6 @@ class StudyConfig:
 
     bins: int
     recalibration: RecalibrationConfig
-
-
-@dataclass(frozen=True)
-class Operating:
-    """Thresholds at work, each unit under the one of its own trial. clustered: sensitivity and specificity with patients
-    resampled, present where a patient has several units and the binomial intervals are therefore too narrow."""
-
-    required: float
-    found: Operation
-    clustered: dict[str, Interval]
-
-    def as_dict(self) -> dict[str, Any]:
-        ppv, npv = self.found.at_prevalence
-        return {
-            **{name: rate_dict(getattr(self.found, name)) for name in RATES},
-            "at_prevalence": {"prevalence": self.found.prevalence, "ppv": ppv, "npv": npv},
-            "drift": self.found.drift,
-            "needed_threshold": self.found.needed,
-            "clustered": {name: interval.as_dict() for name, interval in self.clustered.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Part:
-    """One set of slides. units: decisions (slides or patients). counts: units by class, or with and without the event.
-
-    headline: the metric in which floors stand beside (`floors`) and are subtracted (`minus`); None where it is undefined.
-    metrics: the others too. operating: of a binary task, one a required sensitivity. recalls: of a task of classes.
-    roc: [k, 2], of a single model; bins: of the probability of the positive class; confusion: [K, K].
-    """
-
-    name: str
-    role: str
-    slides: int
-    patients: int
-    units: int
-    counts: dict[str, int]
-    headline: Interval | None
-    metrics: dict[str, Interval]
-    floors: dict[str, Interval]
-    minus: dict[str, Interval]
-    operating: list[Operating]
-    recalls: dict[str, Rate]
-    roc: np.ndarray | None
-    bins: Bins | None
-    confusion: np.ndarray | None
-    recalibration: list[Recalibrated]
-
-    @property
-    def positives(self) -> int:
-        """Units of the positive class, or with the event; 0 for tasks without either."""
-        return self.counts.get("positive", self.counts.get("event", 0))
-
-    @property
-    def auc(self) -> Interval | None:
-        return self.metrics.get("auroc")
-
-    def as_dict(self) -> dict[str, Any]:
-        bins = self.bins
-        return {
-            **{name: getattr(self, name) for name in ("role", "slides", "patients", "units", "positives", "counts")},
-            "auc": self.auc.as_dict() if self.auc else None,
-            "headline": self.headline.as_dict() if self.headline else None,
-            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
-            "floors": {name: interval.as_dict() for name, interval in self.floors.items()},
-            "minus": {name: interval.as_dict() for name, interval in self.minus.items()},
-            "operating": {f"{each.required:g}": each.as_dict() for each in self.operating},
-            "recalls": {name: rate_dict(each) for name, each in self.recalls.items()},
-            "reliability": {name: getattr(bins, name).tolist() for name in ("count", "predicted", "observed")} if bins else None,
-            "confusion": self.confusion.tolist() if self.confusion is not None else None,
-            "recalibration": [asdict(each) for each in self.recalibration],
-        }
 
 
 @dataclass(frozen=True)
@@ -172,7 +99,7 @@ def study(
     Thresholds are fixed on each trial's training rows; the other rows are only read. Raises ValueError for outputs that are
     missing where the plan reads, BagError as `units`.
     """
-    reads = _Reads(bags, plan, outputs, floors, task, interval, config, _thresholds(bags, plan, outputs, task))
+    reads = _Reads(bags, plan, outputs, floors, task, interval, config, trial_thresholds(bags, plan, outputs, task))
     where = {part: places(plan, part) for part in ("train", "internal", "external")}
     internal, external = (reads.part(name, role, where[role]) if where[role] else None for name, role in
                           (("internal test", "internal"), ("external", "external")))  # fmt: skip
@@ -198,34 +125,6 @@ def study(
     )
 
 
-def score_rows(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[dict[str, Any]]:
-    """Rows of `scores.csv`: one a slide and place where a trial read it; flagged_<sensitivity>: the slide's own decision.
-
-    score: the probability of the positive class, the value or the log-risk; of several classes score_<class> each.
-    """
-    thresholds = _thresholds(bags, plan, outputs, task)
-    rows = []
-    for t, trial in enumerate(plan.trials):
-        for part in ("train", "internal", "external"):
-            for i in getattr(trial, part):
-                bag, given = bags.rows[i], outputs[t, i].tolist()
-                place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "trial": trial.name, "part": part}
-                match task:
-                    case BinaryTask():
-                        flags = {f"flagged_{at.required:g}": int(given[0] >= at.value) for at in thresholds[t]}
-                        rest: dict[str, Any] = {"label": bag.label, "score": given[0], **flags}
-                    case ClassesTask():
-                        names = list(task.classes)
-                        scores = {f"score_{name}": score for name, score in zip(names, given, strict=True)}
-                        rest = {"label": names[bag.label], "named": names[int(np.argmax(given))], **scores}
-                    case RegressionTask():
-                        rest = {"label": bag.target, "score": given[0]}
-                    case SurvivalTask():
-                        rest = {"label": bag.target, "event": int(bag.event), "score": given[0]}
-                rows.append({**place, **rest})
-    return rows
-
-
 @dataclass(frozen=True)
 class _Reads:
     """Everything that a part is made of but its places."""
@@ -245,11 +144,13 @@ class _Reads:
             row = next(i for t, i in where if np.isnan(self.outputs[t, i]).any())
             raise ValueError(f"the model says nothing about {self.bags.rows[row].slide_id}, which {name} holds: read it first")
         draws = Resampling.of(found.groups, self.interval)
-        of = metrics(found, task, self.config.bins)
+        of = metrics(found, task)
         others = {floor: units(self.bags, where, values, task) for floor, values in self.floors.items()}
         others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
         held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != "auroc" or not _binary(task)}
         main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
+        if isinstance(task, BinaryTask | ClassesTask):
+            held |= ece_intervals(found, task, self.config.bins, self.interval)
         if main is not None:
             held = {headline(task): main, **held}
         known = {metric: value for metric, value in held.items() if not math.isnan(value.value)}
@@ -261,18 +162,28 @@ class _Reads:
             slides=found.slides,
             patients=len(set(found.groups)),
             units=len(found.groups),
-            counts=_counts(found, task),
+            counts=counts(found, task),
             headline=main,
             metrics=known,
             floors=floors,
             minus=minus,
             operating=self._operating(found, draws) if isinstance(task, BinaryTask) else [],
-            recalls=_recalls(found, task) if isinstance(task, ClassesTask) else {},
+            recalls=recalls(found, task) if isinstance(task, ClassesTask) else {},
             roc=roc_points(found.labels, found.outputs[:, 0]) if both and not found.pooled else None,
             bins=reliability(found.outputs[:, 0], found.labels == 1, self.config.bins) if binary else None,
-            confusion=_confusion(found, task) if isinstance(task, ClassesTask) else None,
+            confusion=confusion(found, task) if isinstance(task, ClassesTask) else None,
+            points=self._points(found),
             recalibration=self._local(found) if binary and role == "external" and self._one_site(where) else [],
         )
+
+    def _points(self, found: Units) -> np.ndarray | None:
+        if isinstance(self.task, RegressionTask):
+            return np.stack([found.target, found.outputs[:, 0]], 1)
+        if not isinstance(self.task, SurvivalTask):
+            return None
+        middle = {t: np.median(self.outputs[t, list(self.plan.trials[t].train), 0]) for t in np.unique(found.trial).tolist()}
+        above = found.outputs[:, 0] > np.array([middle[t] for t in found.trial.tolist()])
+        return np.stack([found.target, found.event, above], 1).astype(np.float64)
 
     def _one_site(self, where: Sequence[Place]) -> bool:
         return len({self.bags.rows[row].site for _, row in where}) == 1
@@ -288,12 +199,12 @@ class _Reads:
         a, b = self._all(first), self._all(second)
         if set(first.groups) & set(second.groups):
             return _paired_gap(first, second, a, b, self.interval)
-        own = [_intervals(part) for part in (internal, external)]
+        own = [part.intervals() for part in (internal, external)]
         return {name: independent_difference(own[0][name], own[1][name]) for name in a if name in own[0] and name in own[1]}
 
     def _all(self, found: Units) -> dict[str, Metric]:
         """Metrics, and the rates of the operating points."""
-        of = metrics(found, self.task, self.config.bins)
+        of = metrics(found, self.task)
         for k, at in enumerate(self.thresholds[self.plan.deployed]):
             right = (self._flagged(found, k)) == (found.labels == 1)
             for name, side in (("sensitivity", 1), ("specificity", 0)):
@@ -331,7 +242,7 @@ class _Reads:
         return clustered
 
 
-def _thresholds(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[list[Threshold]]:
+def trial_thresholds(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[list[Threshold]]:
     """Of every trial, one a required sensitivity, from its own out-of-fold scores; none without a binary task."""
     if not isinstance(task, BinaryTask):
         return [[] for _ in plan.trials]
@@ -376,19 +287,6 @@ def _paired_gap(
     return {name: interval for name, interval in found.items() if not math.isnan(interval.value)}
 
 
-def _intervals(part: Part) -> dict[str, Interval]:
-    """Metrics and rates of a part. A rate has Wilson's interval, or that over patients where they have several units."""
-    found = dict(part.metrics)
-    for each in part.operating:
-        for name in ("sensitivity", "specificity"):
-            own: Rate = getattr(each.found, name)
-            if name in each.clustered:
-                found[f"{name}@{each.required:g}"] = each.clustered[name]
-            elif own.n:
-                found[f"{name}@{each.required:g}"] = Interval(own.value, *own.wilson, own.n, own.n, "")
-    return found
-
-
 def _less(first: Metric, second: Metric) -> Metric:
     return lambda weights: first(weights) - second(weights)
 
@@ -408,34 +306,5 @@ def _by_site(bags: Bags, where: Sequence[Place]) -> dict[str, list[Place]]:
     return found
 
 
-def _counts(found: Units, task: Task) -> dict[str, int]:
-    match task:
-        case BinaryTask():
-            return {name: int((found.labels == side).sum()) for name, side in (("positive", 1), ("negative", 0))}
-        case ClassesTask():
-            return {name: int((found.labels == c).sum()) for c, name in enumerate(task.classes)}
-        case SurvivalTask():
-            return {"event": int(found.event.sum()), "censored": int((~found.event).sum())}
-    return {}
-
-
-def _recalls(found: Units, task: ClassesTask) -> dict[str, Rate]:
-    named = found.outputs.argmax(1)
-    return {
-        name: rate(int(((found.labels == c) & (named == c)).sum()), int((found.labels == c).sum()))
-        for c, name in enumerate(task.classes)
-    }
-
-
-def _confusion(found: Units, task: ClassesTask) -> np.ndarray:
-    k = task.outputs
-    return np.bincount(found.labels * k + found.outputs.argmax(1), minlength=k * k).reshape(k, k)
-
-
 def _binary(task: Task) -> bool:
     return isinstance(task, BinaryTask)
-
-
-def rate_dict(rate: Rate) -> dict[str, Any]:
-    ends = {"wilson": rate.wilson, "clopper_pearson": rate.exact}
-    return {"value": rate.value, "hits": rate.hits, "n": rate.n, **{k: {"low": a, "high": b} for k, (a, b) in ends.items()}}

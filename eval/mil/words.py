@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from histoscale.eval.mil.decodability import Decodability
 from histoscale.eval.mil.metrics import NAMES, headline
+from histoscale.eval.mil.part import Operating, Part
 from histoscale.eval.mil.split import Check
-from histoscale.eval.mil.study import Operating, Part, Study
+from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, SurvivalTask
 from histoscale.eval.scores.binomial import needed_without_miss
 from histoscale.eval.scores.interval import Interval

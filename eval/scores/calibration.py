@@ -50,6 +50,18 @@ def brier(probabilities: np.ndarray, positive: np.ndarray) -> float:
     return float(np.mean((probabilities - positive) ** 2))
 
 
+def errors_if_calibrated(probabilities: np.ndarray, bins: int, chances: np.ndarray) -> np.ndarray:
+    """Expected calibration errors of outcomes that happen as often as the probabilities say: float64 [draws].
+
+    probabilities: [n]; chances: [draws, n], uniform in [0, 1). An error in bins is never 0 on few units, even then; resampling
+    units adds to it and gives no interval (Broecker and Smith 2007, doi 10.1175/WAF993.1, draw outcomes instead).
+    """
+    _check(probabilities)
+    place = np.clip(np.ceil(probabilities * bins).astype(np.int64) - 1, 0, bins - 1)
+    rest = (chances < probabilities) - probabilities
+    return np.abs(rest @ np.eye(bins)[place]).sum(1) / len(probabilities)
+
+
 @dataclass(frozen=True)
 class BrierParts:
     """Brier = reliability − resolution + uncertainty, over the distinct forecasts (Murphy 1973). skill: 1 − Brier / uncertainty,
