@@ -194,6 +194,49 @@ def shots_plot(curves: Sequence[Curve], axis: str, chance: float | None) -> Mark
     return _svg(left + wide + 260, top + tall + 46, parts, words)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """One line over levels that are put at equal steps. points: None where it says nothing there. look: `ours` or `floor`."""
+
+    label: str
+    points: Sequence[float | None]
+    ends: Sequence[tuple[float, float] | None]
+    look: str
+
+
+def levels_plot(names: Sequence[str], lines: Sequence[Levels], axis: str, below: str, chance: float | None) -> Markup:
+    """A number over named levels, left to right; below: what the levels are. Each line is named at its end."""
+    left, top, wide, tall = 60, 12, 420, 200
+    values = [p for line in lines for p in line.points if p is not None]
+    ends = [end for line in lines for pair in line.ends if pair for end in pair]
+    low, high, ticks = _scale([*values, *ends, *([chance] if chance is not None else [])])
+    x, y = _line(0, max(len(names) - 1, 1), left + 24, left + wide - 24), _line(low, high, top + tall, top)
+    parts = [
+        _segment(left, y(t), left + wide, y(t), "gridline") + _text(left - 8, y(t) + 4, f"{t:g}", "end", "quiet") for t in ticks
+    ]
+    parts += [_text(x(place), top + tall + 16, name, "middle", "quiet") for place, name in enumerate(names)]
+    if chance is not None:
+        parts.append(_segment(left, y(chance), left + wide, y(chance), "chance"))
+        parts.append(_text(left + 4, y(chance) - 5, "chance", "start", "quiet"))
+    last = [next(p for p in reversed(line.points) if p is not None) for line in lines]
+    places = _apart([y(point) for point in last], 15)
+    for number, (line, at) in enumerate(zip(lines, places, strict=True)):
+        aside = 3 * (number - (len(lines) - 1) / 2)
+        spots = [
+            (x(i) + aside, y(p), pair) for i, (p, pair) in enumerate(zip(line.points, line.ends, strict=True)) if p is not None
+        ]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in spots)
+        parts.append(Markup('<polyline class="curve {}" points="{}"/>').format(line.look, path))
+        for a, b, pair in spots:
+            if pair:
+                parts.append(_segment(a, y(pair[0]), a, y(pair[1]), f"whisker thin {line.look}"))
+            parts.append(_point(a, b, line.look))
+        parts.append(_text(left + wide + 10, at + 4, _cut(line.label), "start", line.look, line.label))
+    parts.append(_text(left + wide / 2, top + tall + 36, below, "middle", "quiet"))
+    parts.append(_turned(14, top + tall / 2, axis))
+    return _svg(left + wide + 260, top + tall + 46, parts, f"{axis} over {below}: {', '.join(line.label for line in lines)}")
+
+
 def genes_plot(genes: Sequence[str], ours: np.ndarray, floor: np.ndarray | None, columns: int = 2) -> Markup:
     """Pearson r a gene, best first, in columns; hollow squares: the floor. NaN is written in words."""
     order = sorted(range(len(genes)), key=lambda i: -np.nan_to_num(ours[i], nan=-2.0))

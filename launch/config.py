@@ -19,7 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from histoscale.data.journal import hide_options
 
 COMMANDS = (
-    "demo", "cohort", "manifest", "index", "pretrain", "release", "fetch", "probe", "compare", "embed", "mil", "bench", "doctor",
+    "demo", "cohort", "manifest", "index", "pretrain", "release", "fetch", "probe", "compare", "embed", "mil", "robustness",
+    "bench", "doctor",
 )  # fmt: skip
 
 

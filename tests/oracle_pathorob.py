@@ -1,6 +1,7 @@
 """PathoROB's own code beside ours on the same features: index, paired index, clustering score, performance drop; CRoMa's margin.
 
-    git clone https://github.com/bifold-pathomics/PathoROB && pip install --target OTHER --no-deps pandas python-dateutil seaborn croma
+    git clone https://github.com/bifold-pathomics/PathoROB
+    pip install --target OTHER --no-deps pandas python-dateutil seaborn croma
     PATHOROB=PathoROB PYTHONPATH=.ns:OTHER python tests/oracle_pathorob.py OUT
 
 OUT takes the features as PathoROB reads them. Prints both numbers and their difference, and fails above 1e-9.
@@ -17,17 +18,17 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, os.environ["PATHOROB"])
-import pandas as pd  # noqa: E402
-from pathorob.apd.train_model import train_logistic_regression  # noqa: E402
-from pathorob.apd.utils import compute_apd, get_patches_map_to_split  # noqa: E402
-from pathorob.clustering_score.clustering_score import compute as their_clusters  # noqa: E402
-from pathorob.features.data_manager import FeatureDataManager  # noqa: E402
-from pathorob.robustness_index.robustness_index import compute as their_index  # noqa: E402
+import pandas as pd
+from pathorob.apd.train_model import train_logistic_regression
+from pathorob.apd.utils import compute_apd, get_patches_map_to_split
+from pathorob.clustering_score.clustering_score import compute as their_clusters
+from pathorob.features.data_manager import FeatureDataManager
+from pathorob.robustness_index.robustness_index import compute as their_index
 
-from histoscale.eval.robustness.clusters import ClustersConfig, cluster  # noqa: E402
-from histoscale.eval.robustness.confounding import drop, fit, shares  # noqa: E402
-from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, margins, tail_mean  # noqa: E402
-from histoscale.eval.scores.interval import IntervalConfig  # noqa: E402
+from histoscale.eval.robustness.clusters import ClustersConfig, cluster
+from histoscale.eval.robustness.confounding import drop, fit, shares
+from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, margins, tail_mean
+from histoscale.eval.scores.interval import IntervalConfig
 
 INTERVAL = IntervalConfig(20, 0.95, 0)
 SETS = {  # name: metadata, sites, classes, slides of a cell, patches of a slide

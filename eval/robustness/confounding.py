@@ -93,7 +93,7 @@ def _goes(site: int, c: int, sites: int, classes: int, turn: Sequence[int]) -> b
 
 def design(where: Where, config: ConfoundingConfig) -> Design:
     """Which slides train, choose and are tested, by patients. Raises RobustnessError where a site has too few slides."""
-    _check(config)
+    check_confounding(config)
     cells, patches = _cells(where, config)
     classes, known = np.unique(where.biology).tolist(), np.unique(where.sites).tolist()
     sites = [s for s in known if all((s, c) in cells for c in classes)]
@@ -136,7 +136,8 @@ def _rows(pools: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *(rows for pool in pools for rows in pool)])
 
 
-def _check(config: ConfoundingConfig) -> None:
+def check_confounding(config: ConfoundingConfig) -> None:
+    """Raises RobustnessError for a value that means nothing."""
     for name, good, expected in (
         ("splits", config.splits >= 2, "at least 2"),
         ("resamplings", config.resamplings >= 1, "at least 1"),
@@ -234,9 +235,9 @@ def performance_drop(
 
 
 def drop(accuracy: np.ndarray) -> np.ndarray:
-    """APD of accuracies [..., splits, resamplings], the balanced set first."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (accuracy[..., 1:, :] / accuracy[..., :1, :]).mean((-2, -1)) - 1
+    """APD of accuracies [..., splits, resamplings], the balanced set first; NaN where a balanced set has none right."""
+    base = np.where(accuracy[..., :1, :] > 0, accuracy[..., :1, :], np.nan)
+    return (accuracy[..., 1:, :] / base).mean((-2, -1)) - 1
 
 
 def _drop_of(shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
