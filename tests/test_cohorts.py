@@ -284,8 +284,8 @@ def test_labels_join_by_slide_or_patient_and_may_relabel(tmp_path: Path) -> None
     found = with_labels(cohort, table)
     assert [row["label"] for row in found.rows] == ["a", "b", ""]
     assert found.counts["named by the label table"] == 2 and found.counts["of the label table without a slide"] == 1
-    write_rows(tmp_path / "over.csv", [{"file": "TCGA-21-A000-01Z-00-DX1.svs", "new": "b"}])
-    overlaid = with_labels(found, LabelTable(str(tmp_path / "over.csv"), "file", "slide_id", {"new": "label"}))
+    (tmp_path / "over.tsv").write_text("file\tnew\nTCGA-21-A000-01Z-00-DX1.svs\tb\n")
+    overlaid = with_labels(found, LabelTable(str(tmp_path / "over.tsv"), "file", "slide_id", {"new": "label"}))
     assert [row["label"] for row in overlaid.rows] == ["b", "b", ""] and overlaid.counts["relabelled"] == 1
 
 

@@ -143,6 +143,25 @@ def test_look_alikes_on_two_sides_are_named(studied: Study, pictured: Callable[.
     assert not check.holds and all(name in check.found for name in names)
 
 
+def strip(seed: int) -> np.ndarray:
+    """A thin biopsy from corner to corner with a texture of its own."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:280, 0:320]
+    inside = np.abs(rows - columns * 0.8) < rng.uniform(22, 30)
+    coarse = Image.fromarray(rng.normal(0, 25, (28, 32)).astype(np.float32)).resize((320, 280), Image.Resampling.BICUBIC)
+    grey = np.asarray(coarse)[..., None] + np.array([190, 120, 170])
+    return np.clip(np.where(inside[..., None], grey, 240) + rng.normal(0, 2, (280, 320, 1)), 0, 255).astype(np.uint8)
+
+
+def test_biopsies_of_one_outline_are_not_alike(studied: Study, pictured: Callable[..., Catalog]) -> None:
+    names = [one.slide_id for one in studied.slides]
+    strips = {name: strip(i) for i, name in enumerate(names)}
+    assert alike(studied.bags.rows, pictured(strips))[0] == []
+    first, second = studied.row("train"), studied.row("internal")
+    strips[studied.bags.rows[second].slide_id] = recoded(strips[studied.bags.rows[first].slide_id])
+    assert alike(studied.bags.rows, pictured(strips))[0] == [Pair(*sorted((first, second)))]
+
+
 def test_equal_files_on_two_sides_are_named(studied: Study, pictured: Callable[..., Catalog]) -> None:
     clean = studied.checks(pictured({}))
     assert clean["files"].holds and clean["look-alikes"].holds

@@ -33,8 +33,9 @@ class Cohort:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Labels of another table (CSV). path: null for none. key: its column that names slides or patients, `by` says which.
-    columns: of the table -> of the manifest; a column of that name is replaced where the table has a value."""
+    """Labels of another table (CSV, or tab-separated by its suffix .tsv). path: null for none. key: its column that names slides
+    or patients, `by` says which. columns: of the table -> of the manifest; a column of that name is replaced where the table has
+    a value."""
 
     path: str | None
     key: str
@@ -122,7 +123,8 @@ def with_labels(cohort: Cohort, table: LabelTable) -> Cohort:
         return cohort
     named = slide_key if table.by == "slide_id" else patient_key
     found: dict[str, dict[str, str]] = {}
-    for row in read_table(Path(table.path).expanduser(), [table.key, *table.columns]):
+    path = Path(table.path).expanduser()
+    for row in read_table(path, [table.key, *table.columns], "\t" if path.suffix == ".tsv" else ","):
         if not row[table.key]:
             continue
         values = {column: row[source] for source, column in table.columns.items()}
