@@ -26,6 +26,7 @@ from slide_layouts import (
 )
 
 from histoscale.data.manifest import Slide, read_manifest
+from histoscale.data.splits import SplitError, groups
 from histoscale.data.storage import Store
 from histoscale.eval.cohorts.camelyon16 import Camelyon16Config, read_camelyon16
 from histoscale.eval.cohorts.camelyon17 import Camelyon17Config, read_camelyon17
@@ -34,7 +35,7 @@ from histoscale.eval.cohorts.panda import PandaConfig, eva_split, read_panda
 from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
 from histoscale.eval.datasets.tcga import plain_hospital, read_hospitals, read_projects
 from histoscale.eval.mil.bags import Bag, Bags
-from histoscale.eval.mil.split import SiteSplit, make_plan
+from histoscale.eval.mil.split import FixedSplit, FoldSplit, SiteSplit, SplitConfig, make_plan
 from histoscale.eval.mil.task import Task, TaskConfig, read_targets
 from histoscale.eval.scores.auroc import auroc
 
@@ -327,23 +328,9 @@ def test_real_tcga_tables_split_without_overlap(shared_data: Path, tmp_path: Pat
     slides = read_back(cohort, tmp_path, store)
     assert len(slides) == 941 and {slide.site for slide in slides} == {row["site"] for row in real}
     task = committed_task("tcga_lung")
-    rows = [
-        Bag(
-            s.slide_id,
-            s.patient_id or "",
-            s.site or "",
-            float(s.labels["subtype"] == "squamous"),
-            True,
-            Path(),
-            1,
-            1,
-            1.0,
-            s.labels,
-        )
-        for s in slides
-    ]
-    assert set(read_targets(slides, task)[0]) == {row.slide_id for row in rows}
-    bags = Bags(tuple(rows), 1, "none", 0.5, "patient", {})
+    bags = bags_of(slides, task, "patient")
+    rows = bags.rows
+    assert {row.slide_id for row in rows} == {slide.slide_id for slide in slides}
     plan = make_plan(bags, SiteSplit(kind="sites", unit="patient", blocks=5, folds=5, seed=0))
     labels = np.array([row.target for row in rows])
     held: Counter[int] = Counter()
@@ -409,6 +396,50 @@ def test_every_task_finds_its_labels(name: str, cohort: str, tmp_path: Path, sto
     targets, left_out = read_targets(read_back(read, tmp_path, store), committed_task(name))
     assert len(targets) == len(read.rows) and not left_out
     assert len({target.value for target in targets.values()}) == {"panda": 6, "camelyon17_stage": 4}.get(name, 2)
+
+
+def bags_of(slides: list[Slide], task: Task, unit: str) -> Bags:
+    """The study of a manifest, without features."""
+    targets = read_targets(slides, task)[0]
+    rows = [
+        Bag(
+            slide.slide_id, slide.slide_id if unit == "slide" else slide.patient_id or "", slide.site or "",
+            targets[slide.slide_id].value, True, Path(), 1, 1, 1.0, slide.labels,
+        )
+        for slide in slides
+        if slide.slide_id in targets
+    ]  # fmt: skip
+    return Bags(tuple(rows), 1, "none", 0.5, unit, {})
+
+
+def committed_split(name: str, **changed: object) -> FixedSplit | FoldSplit | SiteSplit:
+    path = Path(__file__).resolve().parents[1] / f"configs/split/{name}.yaml"
+    adapter: TypeAdapter[FixedSplit | FoldSplit | SiteSplit] = TypeAdapter(SplitConfig)
+    return adapter.validate_python({**yaml.safe_load(path.read_text()), **changed})
+
+
+def test_published_parts_and_sites_become_plans(camelyon16: Path, tmp_path: Path, store: Store) -> None:
+    bags = bags_of(read_back(read_camelyon16(camelyon16, C16, store), tmp_path, store), committed_task("camelyon16"), "patient")
+    for role in ("split", "eva"):
+        (trial,) = make_plan(bags, committed_split("official", role=role)).trials
+        assert (len(trial.train), len(trial.internal), len(trial.external)) == (270, 129, 0)
+    (trial,) = make_plan(bags, committed_split("patients", external_sites=["UMCU"])).trials
+    assert {bags.rows[i].site for i in trial.external} == {"UMCU"} and {bags.rows[i].site for i in trial.train} == {"RUMC"}
+
+    nodes = read_back(read_camelyon17(write_camelyon17(tmp_path / "c17"), C17), tmp_path, store)
+    plan = make_plan(bags_of(nodes, committed_task("camelyon17_stage"), "patient"), committed_split("sites"))
+    assert [trial.name for trial in plan.trials[:5]] == [f"site center_{i}" for i in range(5)]
+    assert all(len(trial.external) == 100 and len(trial.train) == 400 for trial in plan.trials[:5])
+
+    noisy = PandaConfig("panda", "any", "train_with_noisy_labels.csv")
+    panda = read_back(read_panda(write_panda(tmp_path / "panda", 120, noisy=True), noisy), tmp_path, store)
+    with pytest.raises(SplitError, match="have no patient_id"):
+        groups(panda, "patient")
+    bags = bags_of(panda, committed_task("panda"), "slide")
+    plan = make_plan(bags, committed_split("patients", unit="slide", external_sites=["radboud"]))
+    assert len(plan.trials[0].external) == 60 and not plan.checks[1].holds  # patients are unknown, and the page says so
+    plan = make_plan(bags, committed_split("official", unit="slide", role="eva"))
+    assert set(plan.left_out.values()) == {"it has no eva and is in no part of the split"}
 
 
 # --- the command ---
