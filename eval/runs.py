@@ -47,15 +47,19 @@ class Decisions:
 
 def open_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in the given folders. Raises RunsError for fewer than two or one named twice, PredictionsError for a bad file."""
+    return [Run(name, load_predictions(path / FILE)) for name, path in check_folders(folders).items()]
+
+
+def check_folders(folders: Sequence[str]) -> dict[str, Path]:
+    """Folders by a name, as short as tells them apart. Raises RunsError for fewer than two or one named twice."""
     paths = [Path(folder).expanduser() for folder in folders]
     if len(paths) < 2:
-        raise RunsError(f"runs= names {len(paths)} run: a comparison needs at least two folders of `histoscale probe`")
+        raise RunsError(f"runs= names {len(paths)} run: a comparison needs at least two folders of finished runs")
     resolved = [path.resolve() for path in paths]
     twice = next((str(path) for place, path in enumerate(paths) if resolved[place] in resolved[:place]), None)
     if twice is not None:
         raise RunsError(f"runs= names {twice} twice: expected different runs")
-    names = _short_names(resolved)
-    return [Run(name, load_predictions(path / FILE)) for name, path in zip(names, paths, strict=True)]
+    return dict(zip(_short_names(resolved), paths, strict=True))
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -1,26 +1,31 @@
-"""Which encoder is better, and on what? Several runs of `histoscale probe` in one table, with paired differences.
+"""Which is better, and on what? Several runs of `histoscale probe`, or of `histoscale mil`, side by side, with differences.
 
     histoscale compare runs=[runs/phikon_crc,runs/ours_crc] out=runs/compare
+    histoscale compare runs=[runs/mil_plain,runs/mil_jitter,runs/mil_macenko] out=runs/compare
     histoscale compare 'runs=[runs/phikon_crc,runs/ours_crc,runs/phikon_bach,runs/ours_bach]' paired=[balanced_accuracy,auroc]
 
 Reads the predictions.npz that each run left; embeds and fits nothing. Encoders stand against sets; two encoders on one set are
 also subtracted on the same draws of patients. A mean is taken only over sets that all encoders have. Runs that scored one set
-on different files are refused. Leaves table.txt, table.md, report.html and summary.json.
+on different files are refused. Slide models of one task stand against the first: inside, outside and the gap between, with
+DeLong's test and McNemar's. Leaves table.txt, table.md, report.html and summary.json.
 """
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from histoscale.data.journal import Journal, JournalConfig, write_atomic
 from histoscale.eval.matrix import Overview, overviews
+from histoscale.eval.mil.compare import SCORES, compare_mil, is_mil_run, open_mil_runs
+from histoscale.eval.mil.compare_page import markdown, show, write_comparison
 from histoscale.eval.page import Cell, Chapter, Grid, Heading, Part, Prose, write_page
 from histoscale.eval.patch_report import ReportConfig, few_shot_chapter, score_chapter
 from histoscale.eval.results import Score
-from histoscale.eval.runs import gathered, mcnemar_tests, open_runs, paired_scores
-from histoscale.eval.scores.interval import IntervalConfig
+from histoscale.eval.runs import RunsError, gathered, mcnemar_tests, open_runs, paired_scores
+from histoscale.eval.scores.interval import Interval, IntervalConfig
 from histoscale.eval.table import Footnotes, blocks, cell, general_notes, is_few_shot, number, summary
 from histoscale.eval.table_text import markdown_overview, markdown_table, terminal_overview, terminal_table
 
@@ -29,9 +34,10 @@ RESULT = ("runs", "metrics", "paired", "mcnemar", "interval", "report")
 
 @dataclass(frozen=True)
 class Config:
-    """runs: folders that `histoscale probe` left. metrics: in order of preference; a set is shown by the first that it has.
+    """runs: folders that `histoscale probe` left, or `histoscale mil`. metrics: in order of preference; a set is shown by the
+    first that it has. paired: metrics of the differences between two encoders; the task of slide models has its own.
 
-    paired: metrics of the differences between two encoders. mcnemar: whether single decisions are tested too.
+    mcnemar: whether single decisions are tested too.
     """
 
     runs: list[str]
@@ -46,12 +52,17 @@ class Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """What each run had found, not only where it stands."""
+    if _of_mil(config):
+        found = [Path(folder).expanduser() for folder in config.runs]
+        return {"scores": [hashlib.sha256((folder / SCORES).read_bytes()).hexdigest() for folder in found]}
     held = [run.predictions for run in open_runs(config.runs)]
     return {"predictions": [[p.dataset, p.data_hash, p.encoders, [asdict(score) for score in p.scores]] for p in held]}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Raises RunsError, PredictionsError."""
+    if _of_mil(config):
+        return _run_mil(config, journal)
     runs = open_runs(config.runs)
     scores, decisions = gathered(runs)
     pairs = paired_scores(decisions, config.paired, config.interval, scores)
@@ -73,6 +84,39 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
             "mcnemar": tests,
         }
     }  # fmt: skip
+
+
+def _of_mil(config: Config) -> bool:
+    """Raises RunsError where runs of both kinds are named."""
+    kinds = [is_mil_run(folder) for folder in config.runs]
+    if any(kinds) and not all(kinds):
+        odd = config.runs[kinds.index(False)]
+        raise RunsError(f"{odd} is no run of `histoscale mil`, and {config.runs[kinds.index(True)]} is one: compare one kind")
+    return bool(kinds) and all(kinds)
+
+
+def _run_mil(config: Config, journal: Journal) -> dict[str, Any]:
+    found = compare_mil(open_mil_runs(config.runs), config.interval, config.mcnemar)
+    words = show(found)
+    journal.say(words)
+    write_atomic(journal.path("table.txt"), words + "\n")
+    write_atomic(journal.path("table.md"), markdown(found))
+    write_comparison(journal.path("report.html"), found)
+    return {
+        "compare": {
+            "task": found.runs[0].task.name,
+            "runs": {run.name: {"encoder_hash": run.encoder, "split": run.split} for run in found.runs},
+            "scores": {run.name: {part: _plain(values) for part, values in run.own.items()} for run in found.runs},
+            "differences": [one.as_dict() for one in found.differences],
+            "gaps": [one.as_dict() for one in found.gaps],
+            "mcnemar": [asdict(one) for one in found.tests],
+            "left_out": found.left_out,
+        }
+    }
+
+
+def _plain(values: Mapping[str, Interval]) -> dict[str, Any]:
+    return {metric: one.as_dict() for metric, one in values.items()}
 
 
 def _overview_summary(found: Overview) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class Study:
         return {
             "task": self.task.name,
             "kind": self.task.kind,
+            "definition": asdict(self.task),
             "split": self.kind,
             "decision": self.task.decision,
             "groups": self.groups,

@@ -59,10 +59,11 @@ def units(bags: Bags, where: Sequence[Place], outputs: np.ndarray, task: Task) -
         trial=trial,
         slides=len(rows),
     )
-    return found if task.decision == "slide" else _joined(found, task)
+    return found if task.decision == "slide" else joined(found, task)
 
 
-def _joined(found: Units, task: Task) -> Units:
+def joined(found: Units, task: Task) -> Units:
+    """Slides to decisions of patients, as `units` says."""
     members: dict[tuple[int, str], list[int]] = {}
     for i, pair in enumerate(zip(found.trial.tolist(), found.groups, strict=True)):
         members.setdefault(pair, []).append(i)
