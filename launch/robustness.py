@@ -28,18 +28,17 @@ from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import MASKS, SPOTS, AnyDataset, open_dataset
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.encoder import Encoder, open_encoder, random_floor_spec
-from histoscale.eval.features import embed_patches
+from histoscale.eval.features import Vectors, embed_patches
 from histoscale.eval.pool import check_pool
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.resolution import ResolutionConfig
-from histoscale.eval.robustness.clusters import ClustersConfig, cluster
-from histoscale.eval.robustness.confounding import ConfoundingConfig, check_confounding, design, performance_drop
+from histoscale.eval.robustness.confounding import check_confounding
 from histoscale.eval.robustness.curves import CurvesConfig, asked_rows, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import Finding, RobustnessError, summary, text_table
-from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, index_interval, margin_intervals, margins
-from histoscale.eval.robustness.perturb import METHODS, MethodsConfig, PerturbationsConfig, normalised, perturbed
+from histoscale.eval.robustness.perturb import METHODS, MethodsConfig, PerturbationsConfig, UnitNormaliser, normalised, perturbed
 from histoscale.eval.robustness.registered import RegisteredConfig, RegisteredTiles, compare, open_registered
 from histoscale.eval.robustness.report import write_robustness_report
+from histoscale.eval.robustness.suite import STRUCTURE, SuiteConfig, known_of, structure
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.probe import label_of
 
@@ -47,14 +46,7 @@ RESULT = (
     "encoder", "precision", "dataset", "data_root", "catalog", "cut", "registered", "registration", "measures", "normalisations",
     "methods", "resolution", "robustness", "perturbations", "curves", "probe", "initialisations", "interval",
 )  # fmt: skip
-MEASURES = ("index", "clusters", "confounding", "curves")
-
-
-@dataclass(frozen=True)
-class SuiteConfig:
-    neighbours: NeighboursConfig
-    clusters: ClustersConfig
-    confounding: ConfoundingConfig
+MEASURES = (*STRUCTURE, "curves")
 
 
 @dataclass(frozen=True)
@@ -191,201 +183,109 @@ def _open_registered(config: Config) -> RegisteredTiles:
 
 def _embed(
     encoders: Sequence[Encoder], patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks
-) -> list[np.ndarray]:
-    """Features [n, D] of each, pooled as probe.pool says."""
+) -> list[Vectors]:
     folder = journal.path("features")
-    found = embed_patches(encoders, patches, config.resolution, config.batch, config.threads, folder, journal, ranks)
-    return [vectors.pooled(config.probe.pool) for vectors in found]
+    return embed_patches(encoders, patches, config.resolution, config.batch, config.threads, folder, journal, ranks)
 
 
-# A labelled set with sites.
+# A labelled set with sites. All ranks embed first; then one of them measures.
 
 
 @dataclass(frozen=True)
-class Known:
-    """units: [n], slides (or patients where slides are unknown). owners: [n], what intervals draw, which `groups` names."""
+class Seen:
+    """Of one normalisation: features of every row, by encoder (of a floor: each initialisation), and of the rows that are tested,
+    by perturbation and encoder. normaliser: what fitted the slides; None without."""
 
-    units: np.ndarray
-    owners: np.ndarray
-    groups: str
-
-
-def known_of(patches: LabelledPatches) -> Known:
-    """Raises RobustnessError where sites are unknown, or neither slides nor patients are."""
-    used = patches.roles != ""
-    if (patches.sites[used] == "").any():
-        raise RobustnessError(
-            f"{patches.name}: {int((patches.sites[used] == '').sum())} patches have no site: fill in the column site"
-        )
-    slides = bool((patches.slide_ids[used] != "").all())
-    if not slides and patches.groups == "none":
-        raise RobustnessError(
-            f"{patches.name}: neither slides nor patients are known, and patches of one slide are near each other anyway: "
-            "fill in slide_id or patient_id"
-        )
-    units = patches.slide_ids if slides else patches.patients
-    return Known(units, *((patches.slide_ids, "slide") if patches.groups == "none" else (patches.patients, patches.groups)))
+    clean: dict[str, list[Vectors]]
+    changed: dict[str, dict[str, Vectors]]
+    normaliser: UnitNormaliser | None
 
 
 def _labelled(
     cast: Cast, patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks, remarks: list[str]
 ) -> list[Finding]:
     known = known_of(patches)
-    sites = np.unique(patches.sites, return_inverse=True)[1]
-    everything = Where(patches.labels, sites, known.units, known.owners)
-    inside = np.flatnonzero((patches.roles != "") & (patches.roles != "external"))
-    encoders = [cast.encoder, *cast.untrained, cast.colour]
-    found: list[Finding] = []
-    for method in config.normalisations:
-        clean, normaliser = normalised(patches, known.units, method, config.methods)
-        features = _embed(encoders, clean, config, journal, ranks)
-        if ranks.main:
-            refused = normaliser.refused() if normaliser is not None else {}
-            if refused:
-                first, why = next(iter(refused.items()))
-                remarks.append(f"{method} cannot be fitted on {len(refused)} slides, which pass as they are ({first}: {why})")
-            held = {cast.name: features[:1], "random": features[1:-1], "colour": features[-1:]}
-            found += _structure(cast, held, everything, inside, patches, known, method, config, journal, remarks)
-        if "curves" in config.measures:
-            chosen = dict(zip(cast.single, [features[0], *features[1:2][: len(cast.untrained)], features[-1]], strict=True))
-            found += _curves(cast, chosen, patches, known, method, config, journal, ranks)
-    return found
-
-
-def _structure(
-    cast: Cast,
-    features: dict[str, list[np.ndarray]],
-    where: Where,
-    inside: np.ndarray,
-    patches: LabelledPatches,
-    known: Known,
-    method: str,
-    config: Config,
-    journal: Journal,
-    remarks: list[str],
-) -> list[Finding]:
-    """Index, clusters and performance drop; the last two of floors only without normalisation. What has no meaning is said."""
-    suite, here = config.robustness, where.only(inside)
-    external = patches.rows("external")
-    found: list[Finding] = []
-    for name, each in features.items():
-        floor = name != cast.name
-        base: dict[str, Any] = {"encoder": name, "normalise": method, "condition": "", "groups": known.groups, "floor": floor}
-        if not each:
-            continue
-        try:
-            if "index" in config.measures:
-                found += _index([x[inside] for x in each], here, base, config)
-            if "clusters" in config.measures and (method == "none" or not floor):
-                with journal.progress(0, f"clusters of {name}, {method}", "pairs") as progress:
-                    made = cluster(each[0][inside], here, suite.clusters, config.interval, progress.advance)
-                about = {"combinations": len(made.names), "clusters": list(made.clusters),
-                         "ari_biology": float(made.biology.mean()), "ari_site": float(made.site.mean())}  # fmt: skip
-                found.append(Finding("clustering_score", interval=made.interval, spread=made.spread, about=about, **base))
-            if "confounding" in config.measures and (method == "none" or not floor):
-                found += _drops(each[0], here, inside, where, external, patches, base, config, journal)
-        except RobustnessError as error:
-            remarks.append(f"left out for {name}, {method}: {error}")
-    return found
-
-
-def _index(features: list[np.ndarray], here: Where, base: dict[str, Any], config: Config) -> list[Finding]:
-    suite, device = config.robustness.neighbours, open_ranks(config.device).device
-    counted = [count(x, here, suite, device) for x in features]
-    about = {"k": [one.k for one in counted], "by_k": counted[0].by_k, "subsets": counted[0].subsets,
-             "support": float(np.mean([(one.same[:, [1, 2]].sum(1) > 0).mean() for one in counted]))}  # fmt: skip
-    spread = float(np.std([one.index for one in counted], ddof=1)) if len(counted) > 1 else None
-    found = [Finding("robustness_index", interval=index_interval(counted, config.interval), spread=spread, about=about, **base)]
-    values = margins(features[0], here, suite.margin, device)
-    middle, tail = margin_intervals(values, here.owners, suite.tail, config.interval)
-    undefined = int(np.isnan(values).sum())
-    note = f"{undefined} patches have too few neighbours of a kind" if undefined else ""
-    note = "; ".join(filter(None, (note, "of the first initialisation" if len(features) > 1 else "")))
-    return [
-        *found,
-        Finding("margin_median", interval=middle, note=note, **base),
-        Finding("margin_tail", interval=tail, note=note, **base),
-    ]
-
-
-def _drops(
-    x: np.ndarray,
-    here: Where,
-    inside: np.ndarray,
-    where: Where,
-    external: np.ndarray,
-    patches: LabelledPatches,
-    base: dict[str, Any],
-    config: Config,
-    journal: Journal,
-) -> list[Finding]:
-    suite = config.robustness.confounding
-    made = design(here, suite)
-    outside = (x[external], where.only(external)) if len(external) else None
-    with journal.progress(suite.resamplings * len(made.tables), f"training sets of {base['encoder']}", "fits") as progress:
-        dropped = performance_drop(x[inside], here, made, outside, suite, config.interval, progress.advance)
-    names = np.unique(patches.sites)
-    about = {"sites": [str(names[s]) for s in made.sites], "left_out": [str(names[s]) for s in made.left_out],
-             "slides_a_cell": made.slides, "patches_a_slide": made.patches, "tables": made.tables.tolist()}  # fmt: skip
-    found = []
-    for part, accuracy, drop in (
-        ("inside", dropped.inside, dropped.drop_inside),
-        ("external", dropped.external, dropped.drop_external),
-    ):
-        if accuracy is None or drop is None:
-            continue
-        ratio = (accuracy[1:] / accuracy[:1]).mean(0)
-        spread = float(ratio.std(ddof=1)) if len(ratio) > 1 else None
-        facts = {**about, "balanced_accuracy_by_split": accuracy.mean(1).tolist()}
-        found.append(Finding(f"drop_{part}", interval=drop, spread=spread, about=facts, **base))
-    return found
-
-
-def _curves(
-    cast: Cast,
-    features: dict[str, np.ndarray],
-    patches: LabelledPatches,
-    known: Known,
-    method: str,
-    config: Config,
-    journal: Journal,
-    ranks: Ranks,
-) -> list[Finding]:
-    """Probes of clean patches on perturbed ones; both normalised alike, each slide by its own colours after the perturbation."""
-    questions = questions_of(patches, config.curves.folds, config.probe.seed)
+    questions = questions_of(patches, config.curves.folds, config.probe.seed) if "curves" in config.measures else []
     asked = asked_rows(patches, questions, known.owners, known.groups, config.curves.rows, config.interval)
-    rows = np.unique(np.concatenate([one.rows for one in asked]))
-    part, units = patches.only(rows), known.units[rows]
-    changed: dict[str, dict[str, np.ndarray]] = {name: {} for name in features}
-    for perturbation in config.perturbations.each():
-        seen, _ = normalised(perturbed(part, perturbation), units, method, config.methods)
-        for name, x in zip(features, _embed(list(cast.single.values()), seen, config, journal, ranks), strict=True):
-            changed[name][str(perturbation)] = x
+    rows = np.unique(np.concatenate([np.empty(0, np.int64), *(one.rows for one in asked)]))
+    seen = {method: _look(cast, patches, known.units, method, rows, config, journal, ranks) for method in config.normalisations}
     if not ranks.main:
         return []
     found: list[Finding] = []
-    for name, x in features.items():
-        probed = fit_probes(x, questions, config.probe, str(ranks.device))
-        for one in asked:
-            place = np.searchsorted(rows, one.rows)
-            here = {condition: moved[place] for condition, moved in changed[name].items()}
-            found += curve(name, name != cast.name, method, probed, one, x[one.rows], here, len(patches.classes))
+    measures = [measure for measure in config.measures if measure in STRUCTURE]
+    for method, looked in seen.items():
+        remarks += _refused(method, looked.normaliser)
+        for name, each in looked.clean.items():
+            floor = name != cast.name
+            features = [vectors.pooled(config.probe.pool) for vectors in each]
+            # clusters and training sets take long: those of floors stand beside the encoder's without normalisation
+            wanted = [m for m in measures if m == "index" or method == "none" or not floor]
+            more, left_out = structure(
+                name, floor, method, features, known, wanted, config.robustness, config.interval, ranks.device, journal
+            )
+            found += more
+            remarks += left_out
+            if not asked:
+                continue
+            probed = fit_probes(features[0], questions, config.probe, str(ranks.device))
+            changed = {condition: by[name].pooled(config.probe.pool) for condition, by in looked.changed.items()}
+            for one in asked:
+                place = np.searchsorted(rows, one.rows)
+                moved = {condition: x[place] for condition, x in changed.items()}
+                found += curve(name, floor, method, probed, one, features[0][one.rows], moved, len(patches.classes))
     return found
+
+
+def _look(
+    cast: Cast,
+    patches: LabelledPatches,
+    units: np.ndarray,
+    method: str,
+    rows: np.ndarray,
+    config: Config,
+    journal: Journal,
+    ranks: Ranks,
+) -> Seen:
+    """rows: those that are perturbed; each slide is then normalised by its own colours after the perturbation."""
+    clean, normaliser = normalised(patches, units, method, config.methods)
+    own, *untrained, colour = _embed([cast.encoder, *cast.untrained, cast.colour], clean, config, journal, ranks)
+    held = {cast.name: [own], **({"random": untrained} if untrained else {}), "colour": [colour]}
+    changed: dict[str, dict[str, Vectors]] = {}
+    part = patches.only(rows)
+    for perturbation in config.perturbations.each() if len(rows) else ():
+        pictures, _ = normalised(perturbed(part, perturbation), units[rows], method, config.methods)
+        made = _embed(list(cast.single.values()), pictures, config, journal, ranks)
+        changed[str(perturbation)] = dict(zip(cast.single, made, strict=True))
+    return Seen(held, changed, normaliser)
+
+
+def _refused(method: str, normaliser: UnitNormaliser | None) -> list[str]:
+    refused = normaliser.refused() if normaliser is not None else {}
+    if not refused:
+        return []
+    first, why = next(iter(refused.items()))
+    return [f"{method} cannot be fitted on {len(refused)} slides, which pass as they are ({first}: {why})"]
 
 
 # Registered tiles.
 
 
 def _registered(cast: Cast, held: RegisteredTiles, config: Config, journal: Journal, ranks: Ranks) -> list[Finding]:
-    found: list[Finding] = []
+    seen: dict[str, list[Vectors]] = {}
     for method in config.normalisations:
-        seen, _ = normalised(held.patches, held.patches.slide_ids, method, config.methods)
-        features = _embed(list(cast.single.values()), seen, config, journal, ranks)
-        for name, x in zip(cast.single, features, strict=True):
-            if ranks.main:
-                floor = name != cast.name
-                found += compare(name, floor, method, x, held, config.registration, config.interval, str(ranks.device))
-    return found
+        pictures, _ = normalised(held.patches, held.patches.slide_ids, method, config.methods)
+        seen[method] = _embed(list(cast.single.values()), pictures, config, journal, ranks)
+    if not ranks.main:
+        return []
+    return [
+        one
+        for method, made in seen.items()
+        for name, vectors in zip(cast.single, made, strict=True)
+        for one in compare(
+            name, name != cast.name, method, vectors.pooled(config.probe.pool), held, config.registration, config.interval,
+            str(ranks.device),
+        )
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

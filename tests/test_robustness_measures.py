@@ -13,6 +13,7 @@ from histoscale.eval.robustness.findings import RobustnessError
 from histoscale.eval.robustness.neighbours import (
     NeighboursConfig,
     Where,
+    chance,
     count,
     index_interval,
     margin_intervals,
@@ -83,6 +84,13 @@ def test_the_index_counts_pairs(biology: float, site: float) -> None:
     assert found.low is not None and found.high is not None and found.low <= found.value <= found.high
     assert found.patients == 20 and (found.value > 0.9) == (biology == 2.0) and (found.value < 0.2) == (site == 2.0)
     assert index_interval([counted, counted], INTERVAL).value == pytest.approx(found.value)
+
+
+def test_chance_is_what_blind_neighbours_give() -> None:
+    x, where = made(1.0, 1.0, sites=3, classes=4, slides=4)
+    blind = count(np.random.default_rng(0).normal(size=x.shape), where, NeighboursConfig(30, 50, False, 3, 0.1))
+    assert chance(where, False) == pytest.approx(2 / (2 + 3)) and abs(blind.index - 0.4) < 0.03
+    assert chance(where, True) == 0.5
 
 
 def test_pairs_pool_the_counts_of_every_two_by_two() -> None:

@@ -107,7 +107,8 @@ def curve(
     def add(measure: str, condition: str, sums: np.ndarray, of: Callable[[np.ndarray], np.ndarray], minus: str = "") -> None:
         words = ", ".join((asked.role, condition))
         interval = asked.draws.interval(sums, of)
-        found.append(Finding(measure, name, normalise, words, interval, asked.groups, floor, minus=minus, note=probed.note))
+        note = probed.note if condition == CLEAN else ""
+        found.append(Finding(measure, name, normalise, words, interval, asked.groups, floor, minus=minus, note=note))
 
     add("balanced_accuracy", CLEAN, first, lambda totals: _accuracy(totals, classes))
     for condition, features in changed.items():

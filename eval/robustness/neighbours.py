@@ -150,6 +150,19 @@ def _best_k(near: Sequence[np.ndarray], wheres: Sequence[Where], tried: Sequence
     return tried[int(np.argmax(accuracy))]
 
 
+def chance(where: Where, pairs: bool) -> float:
+    """The index of features that say nothing: of all rows of other units that share either class or site, the share of class."""
+    totals = np.zeros(2)
+    for rows in _pairs(where) if pairs else [np.arange(len(where.biology))]:
+        units = np.unique(where.units[rows], return_inverse=True)[1]
+        cells = np.stack([units, where.biology[rows], where.sites[rows]], 1)
+        kinds, n = np.unique(cells, axis=0, return_counts=True)
+        own, same, here = (column[:, None] == column for column in kinds.T)
+        weight = n[:, None] * n * ~own
+        totals += (weight * (same & ~here)).sum(), (weight * (~same & here)).sum()
+    return float(index_of(totals))
+
+
 def index_interval(counted: Sequence[Counted], interval: IntervalConfig) -> Interval:
     """The index, meaned over equal encoders, with the interval of queries drawn by owner; whose neighbours stay who they are."""
     draws = Resampling.of(counted[0].owners, interval)

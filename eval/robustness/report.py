@@ -8,10 +8,11 @@ from histoscale.eval.page import Cell, Chapter, Drawing, Grid, Heading, Notes, P
 from histoscale.eval.robustness.curves import CLEAN
 from histoscale.eval.robustness.findings import Finding, measure_words, number
 from histoscale.eval.robustness.perturb import KINDS, WORDS
+from histoscale.eval.table import ROLE_WORDS
 
 STRUCTURE = {
     "robustness_index": "Of the nearest patches of other slides that share either the class or the site, the share with the "
-    "same class. 1: only biology; 0.5: as often either; 0: only the site.",
+    "same class: 1 only biology, 0 only the site, and chance where neighbours are drawn blindly.",
     "margin_median": "How much nearer the same class elsewhere is than another class at the same site, −1 to 1.",
     "margin_tail": "The same, meaned over the worst patches: a good median can hide a brittle tail.",
     "clustering_score": "Adjusted Rand index of clusters with the class, less that with the site, −1 to 1.",
@@ -69,7 +70,7 @@ def _structure(found: Sequence[Finding], notes: dict[str, int]) -> Chapter | Non
         ]
         marks = [_mark(one) for one in here if one.interval.value == one.interval.value]
         if marks:
-            chance = {"robustness_index": 0.5}.get(measure)
+            chance = here[0].about.get("chance")
             parts.append(Drawing(interval_plot(marks, measure_words(measure), chance), "Discs: the encoder. Squares: floors."))
         parts += _splits(here) if measure.startswith("drop") else []
     return Chapter("Biology against the site", parts) if parts else None
@@ -84,7 +85,7 @@ def _facts(one: Finding) -> Cell:
     about = one.about
     words = ""
     if one.measure == "robustness_index":
-        words = f"k {', '.join(map(str, dict.fromkeys(about['k'])))}; {about['support']:.0%} of the patches have such a neighbour"
+        words = f"k {', '.join(map(str, dict.fromkeys(about['k'])))}; {about['support']:.0%} of the patches have such neighbours"
     elif one.measure == "clustering_score":
         words = (
             f"class {about['ari_biology']:.2f}, site {about['ari_site']:.2f}; {about['combinations']} pairs of classes and sites"
@@ -137,7 +138,7 @@ def _curves(encoder: str, found: Sequence[Finding], notes: dict[str, int]) -> li
             levels = [c for c in conditions if c.startswith(f"{kind} ")]
             if levels:
                 parts.append(_curve(kind, levels, role, encoders, encoder, methods, cells))
-        chapters.append(Chapter(f"Changed pictures: {role}", parts))
+        chapters.append(Chapter(f"Changed pictures: {ROLE_WORDS.get(role, role)}", parts))
     return chapters
 
 
