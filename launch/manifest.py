@@ -22,7 +22,7 @@ from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.cohorts.camelyon16 import Camelyon16Config, read_camelyon16
 from histoscale.eval.cohorts.camelyon17 import Camelyon17Config, read_camelyon17
-from histoscale.eval.cohorts.cohort import Cohort, LabelTable, check_rows, with_labels, write_manifest
+from histoscale.eval.cohorts.cohort import Cohort, LabelTable, check_rows, digest, with_labels, write_manifest
 from histoscale.eval.cohorts.panda import PandaConfig, read_panda
 from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
 
@@ -65,7 +65,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
             "slides": len(slides),
             "patients": len(patients) or None,
             "sites": dict(sorted(sites.items())),
-            "splits": {name: dict(Counter(row[name] for row in cohort.rows)) for name in cohort.splits},
+            "splits": {name: parts(cohort, name) for name in cohort.splits},
             "counts": cohort.counts,
             "left_out": cohort.left_out,
             "notes": list(cohort.notes),
@@ -79,6 +79,12 @@ def read(config: Collections, root: Path, store: Store) -> Cohort:
     if isinstance(config, Camelyon17Config):
         return read_camelyon17(root, config)
     return read_panda(root, config) if isinstance(config, PandaConfig) else read_tcga(root, config)
+
+
+def parts(cohort: Cohort, column: str) -> dict[str, Any]:
+    """Of a column of parts: how many slides each has, and the sum of their ids."""
+    counts = Counter(row[column] for row in cohort.rows if row[column])
+    return {part: {"slides": count, "sha256": digest(cohort, column, part)} for part, count in counts.items()}
 
 
 def table(cohort: Cohort) -> str:

@@ -30,7 +30,7 @@ from histoscale.data.splits import SplitError, groups
 from histoscale.data.storage import Store
 from histoscale.eval.cohorts.camelyon16 import Camelyon16Config, read_camelyon16
 from histoscale.eval.cohorts.camelyon17 import Camelyon17Config, read_camelyon17
-from histoscale.eval.cohorts.cohort import Cohort, CohortError, LabelTable, check_rows, with_labels, write_manifest
+from histoscale.eval.cohorts.cohort import Cohort, CohortError, LabelTable, check_rows, digest, with_labels, write_manifest
 from histoscale.eval.cohorts.panda import PandaConfig, eva_split, read_panda
 from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
 from histoscale.eval.datasets.tcga import plain_hospital, read_hospitals, read_projects
@@ -173,6 +173,8 @@ def test_panda_with_evas_split(tmp_path: Path, store: Store) -> None:
     found = {part: {row["slide_id"] for row in cohort.rows if row["eva"] == part} for part in ("train", "val", "test")}
     assert found == expected and set().union(*found.values()) == set(kept)
     assert {row["slide_id"] for row in cohort.rows if row["eva"] == ""} == set(grade) - set(kept)
+    sums = hashlib.sha256("\n".join(sorted(expected["val"])).encode()).hexdigest()
+    assert digest(cohort, "eva", "val") == sums
     small = Counter(row["eva_small"] for row in cohort.rows)
     assert 0 < small["val"] == small["test"] < small["train"] < 40
 
@@ -458,6 +460,7 @@ def test_the_command_writes_what_index_takes(tmp_path: Path, capsys: pytest.Capt
     assert "isup by site: 0, 1, 2, 3, 4, 5" in done.stderr and "! PANDA publishes no patient ids" in done.stderr
     found = json.loads((tmp_path / "out/summary.json").read_text())["manifest"]
     assert found["slides"] == 24 and found["sites"] == {"karolinska": 12, "radboud": 12} and found["patients"] is None
+    assert set(found["splits"]["eva"]) == {"train", "val", "test"} and len(found["splits"]["eva"]["val"]["sha256"]) == 64
     arguments = [f"manifest={tmp_path / 'out/manifest.csv'}", f"out={tmp_path / 'catalog'}", "logging.progress=off"]
     assert execute("index", arguments) == 2  # these slides hold no tissue
     assert "none of the 24 slides was accepted" in capsys.readouterr().err

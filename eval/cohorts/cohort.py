@@ -1,6 +1,7 @@
 """A public cohort as rows of a manifest: what each adapter returns, its published counts, and labels of another table."""
 
 import csv
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -163,6 +164,12 @@ def check_rows(cohort: Cohort) -> None:
             check_slide_id(row["slide_id"])
         except ValueError as error:
             raise CohortError(f"{cohort.name}: {error}; rename the file {row['uri']}") from error
+
+
+def digest(cohort: Cohort, column: str, part: str) -> str:
+    """sha256 of the sorted slide ids of a part, one a line: how equal splits are known."""
+    ids = sorted(row["slide_id"] for row in cohort.rows if row[column] == part)
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 def write_manifest(path: Path, cohort: Cohort) -> None:

@@ -4,7 +4,6 @@
 analokmaus/kaggle-panda-challenge-public gives as train.csv, eva's split stands in the columns `eva` and `eva_small`.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,11 +107,6 @@ def eva_split(ids: Sequence[str], classes: Sequence[int], shares: tuple[float, f
         for part, end, size in zip(PARTS, np.cumsum(sizes).tolist(), sizes, strict=True):
             found |= {ids[place]: part for place in places[end - size : end].tolist()}
     return found
-
-
-def digest(cohort: Cohort, column: str, part: str) -> str:
-    """sha256 of the sorted ids of a part, one a line: how splits are told apart."""
-    return hashlib.sha256("\n".join(sorted(row["slide_id"] for row in cohort.rows if row[column] == part)).encode()).hexdigest()
 
 
 def _noisy(name: str, row: dict[str, str]) -> float:

@@ -69,11 +69,6 @@ def leakage_chapter(checks: Sequence[Check]) -> Chapter:
     return Chapter("Leakage", parts)
 
 
-def leakage_words(checks: Sequence[Check]) -> str:
-    """A line for each check."""
-    return "\n".join(f"{_verdict(check)}: {check.name}, {check.compared}: {check.found}" for check in checks)
-
-
 def _verdict(check: Check) -> str:
     return "holds" if check.holds else "look"
 
