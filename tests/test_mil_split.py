@@ -228,6 +228,12 @@ def test_a_site_inside_and_outside_is_refused() -> None:
         make_plan(some(rows), FIXED)
 
 
+def test_a_site_in_two_spellings_is_one() -> None:
+    rows = tuple(replace(row, site="Far-") if row.group == "p0" else row for row in cohort().rows)
+    with pytest.raises(SplitError, match="has the sites Far-, far inside and outside"):
+        make_plan(some(rows), FIXED)
+
+
 def test_an_external_slide_without_a_site_is_refused() -> None:
     bags = cohort()
     rows = tuple(replace(row, site="") if row.columns["role"] == "external" else row for row in bags.rows)

@@ -1,5 +1,6 @@
 """Trials of a study, and what their sides must not share."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -114,12 +115,19 @@ def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
             f"{len(nameless)} external slides have no site ({some(nameless)}), so no external claim can be made: "
             "fill the manifest's site column"
         )
-    both = sorted(outside & {rows[i].site for i in (*trial.train, *trial.internal)})
+    inside = {rows[i].site for i in (*trial.train, *trial.internal)}
+    shared = {_plain(site) for site in outside} & {_plain(site) for site in inside} - {""}
+    both = sorted(site for site in outside | inside if _plain(site) in shared)
     if both:
         raise SplitError(
             f"the trial {trial.name} has the sites {some(both)} inside and outside: an external site is never trained on; name "
             "whole sites external"
         )
+
+
+def _plain(site: str) -> str:
+    """A site however it is written: `St. Mary` and `st mary` are one."""
+    return " ".join(re.findall(r"\w+", site.casefold()))
 
 
 def _barcode(row: Bag) -> str:
