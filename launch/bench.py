@@ -7,6 +7,7 @@ Examples:
     histoscale bench what=views out=bench_views              (augmentation and stain normalisation, ms a patch)
     histoscale bench what=train train.recipe=demo out=bench_train    (a training step by part, beside the plainest one)
     histoscale bench what=probe rounds=1 out=bench_probe             (a linear probe with its selection, and protocol=eva)
+    histoscale bench what=mil rounds=3 out=bench_mil                 (1,000 slides of 10,000 tiles: 20 GB in out, cold reads)
     histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
     histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
 
@@ -36,7 +37,7 @@ from histoscale.launch.bench_remote import RemoteConfig
 
 RESULT = (
     "what", "catalog", "seed", "rounds", "visits", "batch", "sampler", "cohort", "tissue", "catalog_scale", "remote",
-    "views", "macenko", "vahadane", "reinhard", "train", "probe", "eva", "probed",
+    "views", "macenko", "vahadane", "reinhard", "train", "probe", "eva", "probed", "bagged",
 )  # fmt: skip
 SUBJECTS = (
     "read",
@@ -45,6 +46,7 @@ SUBJECTS = (
     "views",
     "train",
     "probe",
+    "mil",
 )  # function NAME of bench_NAME, imported alone: memory is measured
 
 
@@ -57,6 +59,25 @@ class TrainingConfig:
     overrides: list[str]
     steps: int
     plain: bool
+
+
+@dataclass(frozen=True)
+class BaggedConfig:
+    """slides, tiles, width, dtype: of the stores, fewer slides where they would take more than `disk_share` of what is free on
+    the disk. bag: tiles drawn of a slide. mil, overrides: the model of the epoch, as for `histoscale mil`. cache_bytes,
+    read_threads: of the reader; torch_threads: of the model."""
+
+    slides: int
+    tiles: int
+    width: int
+    dtype: str
+    disk_share: float
+    bag: int
+    mil: str
+    overrides: list[str]
+    cache_bytes: int
+    read_threads: int
+    torch_threads: int
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,7 @@ class Config:
     probe: ProbeConfig
     eva: EvaConfig
     probed: ProbedConfig
+    bagged: BaggedConfig
     out: str
     logging: JournalConfig
 

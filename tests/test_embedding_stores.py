@@ -12,6 +12,7 @@ from histoscale.eval.stores import (
     StoreConfig,
     StoreError,
     StoreInfo,
+    check_finite,
     open_store,
     read_coords,
     read_extent,
@@ -174,3 +175,17 @@ def test_ids_that_are_no_file_names_are_refused(tmp_path: Path, slide_id: str) -
 def test_another_type_is_refused() -> None:
     with pytest.raises(ValueError, match="store.dtype is 'int8': expected fp16 or fp32"):
         StoreConfig("int8")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_every_infinity_and_every_nan_is_found(tmp_path: Path, kind: type) -> None:
+    """And nothing else: the greatest numbers, the smallest and negative zero are finite."""
+    limits = np.finfo(kind)
+    values = np.tile(np.array([0, -0.0, limits.max, limits.min, limits.smallest_subnormal, 1.5], kind), (30_000, 1))
+    check_finite(values, tmp_path)
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        for place in (0, 65_537, values.size - 1):
+            harmed = values.copy()
+            harmed.reshape(-1)[place] = bad
+            with pytest.raises(StoreError, match="not finite"):
+                check_finite(harmed, tmp_path)

@@ -137,6 +137,17 @@ def choose(tiles: int, count: int, k: int) -> np.ndarray | None:
     return np.sort(np.argpartition(key_array(k, "mil/tile", 0, np.arange(tiles)), count)[:count])
 
 
+_own = threading.local()
+
+
+def _buffer(rows: int, extent: Extent) -> np.ndarray:
+    """[rows, width] of this thread, used again: fresh memory costs as much time as reading into it."""
+    buffer = getattr(_own, "buffer", None)
+    if buffer is None or buffer.shape != (rows, extent.width) or buffer.dtype != extent.dtype:
+        buffer = _own.buffer = np.empty((rows, extent.width), extent.dtype)
+    return buffer
+
+
 def _read_all(extent: Extent, offset: int) -> np.ndarray:
     values = np.empty((extent.tiles, extent.width), extent.dtype)
     with _opened(extent.path) as file:
@@ -154,7 +165,7 @@ def _read_some(extent: Extent, offset: int, rows: np.ndarray) -> np.ndarray:
         for start, stop in zip([0, *apart.tolist()], [*apart.tolist(), len(rows)], strict=True):
             while start < stop:
                 end = start + int(np.searchsorted(rows[start:stop], rows[start] + most))
-                buffer = np.empty((int(rows[end - 1] - rows[start]) + 1, extent.width), extent.dtype)
+                buffer = _buffer(most, extent)[: int(rows[end - 1] - rows[start]) + 1]
                 _fill(file.fileno(), buffer.data.cast("B"), offset + int(rows[start]) * size, extent.path)
                 np.take(buffer, rows[start:end] - rows[start], axis=0, out=values[start:end], mode="clip")
                 start = end
