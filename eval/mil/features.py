@@ -59,11 +59,11 @@ class Features:
         """Mean and mean of squares over the tiles of the plain store: float64 [D] each."""
         if row not in self._moments:
             total, squares = (torch.zeros(self.width, dtype=torch.float64) for _ in range(2))
-            values = self.whole(row)
-            for part in torch.from_numpy(values).split(1024):
+            values, ones = self.whole(row), torch.ones(128, dtype=torch.float64)
+            for part in torch.from_numpy(values).split(len(ones)):
                 part = part.double()
-                total += part.sum(0)
-                squares += part.square_().sum(0)
+                total += ones[: len(part)] @ part
+                squares += ones[: len(part)] @ part.square_()
             self._moments[row] = (total / len(values)).numpy(), (squares / len(values)).numpy()
         return self._moments[row]
 
