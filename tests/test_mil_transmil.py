@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mil_fixtures import TASK, TRANSMIL, cohort, features_of, fit_config, parts, quiet
 
+from histoscale.eval.mil.aggregators.pooled import Tiles
 from histoscale.eval.mil.aggregators.transmil import NystromAttention, Transmil, pseudo_inverse
 from histoscale.eval.mil.bags import read_bags
 from histoscale.eval.mil.ensemble import Ensemble, SlideModel
 from histoscale.eval.mil.fit import fit, pad
+
+
+def tiles_of(bag: torch.Tensor, chunk: int = 100) -> Tiles:
+    return Tiles(bag.numpy(), torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64), chunk)
 
 
 def built(outputs: int = 2, seed: int = 0) -> Transmil:
@@ -32,17 +37,17 @@ def test_padding_and_company_change_nothing(sizes: list[int], seed: int) -> None
     torch.testing.assert_close(found.attention.sum(1), torch.ones(len(sizes), dtype=torch.float64))
     assert (found.attention[~mask] == 0).all() and found.tiles is None
     for i, bag in enumerate(bags):
-        single = model.whole(bag.split(7))
+        single = model.whole(tiles_of(bag, 7))
         torch.testing.assert_close(single.attention, found.attention[i, : len(bag)])
         torch.testing.assert_close(single.logits, found.logits[i])
-        torch.testing.assert_close(model.logits(bag.split(7)), found.logits[i])
+        torch.testing.assert_close(model.logits(tiles_of(bag, 7)), found.logits[i])
         assert single.without is None
 
 
 def test_the_order_of_the_tiles_counts() -> None:
     """Said on the label: whoever makes it order-free changes the model."""
     model, bag = built(), torch.randn(20, 6, dtype=torch.float64)
-    assert (model.logits([bag]) - model.logits([bag.flip(0)])).abs().max() > 1e-6
+    assert (model.logits(tiles_of(bag)) - model.logits(tiles_of(bag.flip(0)))).abs().max() > 1e-6
 
 
 def test_with_a_landmark_a_token_it_is_plain_attention() -> None:
@@ -67,12 +72,12 @@ def test_pseudo_inverse() -> None:
 def test_contribution_is_the_gradient_times_the_tile() -> None:
     """Against central differences: scaling one tile a little changes each logit by its contribution."""
     model, bag = built(), torch.randn(11, 6, dtype=torch.float64)
-    found = model.whole([bag])
+    found = model.whole(tiles_of(bag))
     for i in (0, 10):
         scaled = [bag.clone(), bag.clone()]
         scaled[0][i] *= 1 + 1e-6
         scaled[1][i] *= 1 - 1e-6
-        slope = (model.logits([scaled[0]]) - model.logits([scaled[1]])) / 2e-6
+        slope = (model.logits(tiles_of(scaled[0])) - model.logits(tiles_of(scaled[1]))) / 2e-6
         torch.testing.assert_close(found.contribution[i], slope, rtol=1e-4, atol=1e-7)
 
 

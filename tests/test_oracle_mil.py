@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from histoscale.eval.mil.aggregators.abmil import Abmil, AbmilConfig
+from histoscale.eval.mil.aggregators.pooled import Tiles
 from histoscale.eval.mil.aggregators.transmil import NystromAttention, TransmilConfig, pseudo_inverse
 from histoscale.eval.mil.fit import pad
 
@@ -43,7 +44,7 @@ def test_attention_pooling_is_torchmils(gated: bool) -> None:
     torch.testing.assert_close(found.logits[:, 0], logits, **CLOSE)
     torch.testing.assert_close(found.attention, raw.masked_fill(~mask, float("-inf")).softmax(1), **CLOSE)
     for i, n in enumerate((1, 7, 40)):
-        whole = ours.whole(x[i, :n].split(16))
+        whole = ours.whole(Tiles(x[i, :n].numpy(), torch.zeros(24), torch.ones(24), 16))
         torch.testing.assert_close(whole.logits.float(), logits[i : i + 1].detach(), **CLOSE)
 
 

@@ -1,7 +1,7 @@
 """The deployed slide model: fold models with their standardisation, averaged; saved without pickles."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from histoscale.eval.mil.aggregators.abmil import Abmil, AbmilConfig
 from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
-from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Whole
+from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Tiles, Whole
 from histoscale.eval.mil.aggregators.pooling import MaxConfig, MaxPool, MeanConfig, MeanPool
 from histoscale.eval.mil.aggregators.transmil import Transmil, TransmilConfig
 
@@ -66,11 +66,11 @@ class SlideModel(nn.Module):
 
     def logits(self, features: np.ndarray) -> Tensor:
         """float64 [K] of one slide, [n, D] in any float type."""
-        return self.in_unit(self.aggregator.logits(self._chunks(features)).double())
+        return self.in_unit(self.aggregator.logits(self._tiles(features)).double())
 
     def whole(self, features: np.ndarray) -> Whole:
         """One slide, [n, D] in any float type; a chunk of its tiles at a time where the aggregator allows it."""
-        found = self.aggregator.whole(self._chunks(features))
+        found = self.aggregator.whole(self._tiles(features))
         attention = found.attention.double()
         contribution = found.contribution.double() * self.unit
         if self.aggregator.splits:
@@ -78,10 +78,8 @@ class SlideModel(nn.Module):
         without = None if found.without is None else self.in_unit(found.without)
         return Whole(self.in_unit(found.logits.double()), attention, contribution, without)
 
-    def _chunks(self, features: np.ndarray) -> Iterator[Tensor]:
-        for start in range(0, len(features), _CHUNK):
-            part = torch.from_numpy(np.ascontiguousarray(features[start : start + _CHUNK]))
-            yield (part.to(self.shift.dtype) - self.shift) / self.scale
+    def _tiles(self, features: np.ndarray) -> Tiles:
+        return Tiles(features, self.shift, self.scale, _CHUNK)
 
 
 @dataclass(frozen=True)

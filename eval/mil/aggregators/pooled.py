@@ -1,8 +1,9 @@
 """What every aggregator makes of a bag, and the tile-wise reading that keeps bags of any size in bounded memory."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,21 @@ class Whole(NamedTuple):
     without: Tensor | None
 
 
+class Tiles:
+    """The tiles of one slide, features [n, D] of any float type; iterated as standardised parts of at most `chunk` tiles."""
+
+    def __init__(self, features: np.ndarray, shift: Tensor, scale: Tensor, chunk: int) -> None:
+        self.features, self.shift, self.scale, self.chunk = features, shift, scale, chunk
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, len(self), self.chunk):
+            part = torch.from_numpy(np.ascontiguousarray(self.features[start : start + self.chunk]))
+            yield (part.to(self.shift.dtype) - self.shift) / self.scale
+
+
 class Aggregator(nn.Module):
     """forward(x [B, N, D], mask bool [B, N], true for real tiles) -> Pooled; what stands in the padding changes nothing."""
 
@@ -36,12 +52,12 @@ class Aggregator(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
         raise NotImplementedError
 
-    def logits(self, chunks: Iterable[Tensor]) -> Tensor:
-        """[K] of one slide whose tiles come as [m, D]; equal to `forward` on all of them, to rounding."""
+    def logits(self, tiles: Tiles) -> Tensor:
+        """[K] of one slide; equal to `forward` on its standardised tiles, to rounding."""
         raise NotImplementedError
 
-    def whole(self, chunks: Iterable[Tensor]) -> Whole:
-        """One slide whose tiles come as [m, D]; logits and attention equal `forward` on all of them, to rounding."""
+    def whole(self, tiles: Tiles) -> Whole:
+        """One slide; logits and attention equal `forward` on its standardised tiles, to rounding."""
         raise NotImplementedError
 
 
@@ -69,14 +85,14 @@ class Weighing(Aggregator):
         return Pooled(self.head((attention[:, None] @ hidden)[:, 0]), attention, None, hidden)
 
     @torch.no_grad()
-    def logits(self, chunks: Iterable[Tensor]) -> Tensor:
-        raw, values = self._values(chunks)
+    def logits(self, tiles: Tiles) -> Tensor:
+        raw, values = self._values(tiles)
         pooled = raw.softmax(0) @ values
         return pooled if self.splits else self._head(pooled)
 
     @torch.no_grad()
-    def whole(self, chunks: Iterable[Tensor]) -> Whole:
-        raw, values = self._values(chunks)
+    def whole(self, tiles: Tiles) -> Whole:
+        raw, values = self._values(tiles)
         attention = raw.softmax(0)
         pooled = attention @ values
         others = leave_one_out(attention, raw, values)
@@ -90,20 +106,36 @@ class Weighing(Aggregator):
         without = torch.cat([self._head(each) for each in others.split(_ROWS)])
         return Whole(logits.detach(), attention, contribution, without)
 
-    def _values(self, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    def _values(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
         """float64: raw scores [n], and what is averaged, logits of tiles [n, K] or, if the head is not linear, hidden [n, H]."""
-        raws, values = [], []
-        for chunk in chunks:
+
+        def of(chunk: Tensor) -> tuple[Tensor, ...]:
             raw, hidden = self.parts(chunk)
-            raws.append(raw.double())
-            values.append((self.head(hidden) if self.splits else hidden).double())
-        return torch.cat(raws), torch.cat(values)
+            return raw, self.head(hidden) if self.splits else hidden
+
+        raw, values = gather(tiles, of)
+        return raw, values
 
     def _head(self, z: Tensor) -> Tensor:
         return self.head(z.to(next(self.parameters()).dtype)).double()
 
 
 _ROWS = 4096
+
+
+def gather(tiles: Tiles, of: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+    """What a function makes of parts [m, D], as float64 [n, ...]. The results have their place before the parts are made: small
+    pieces kept between large ones would leave holes in memory that grow with the slide."""
+    found: list[Tensor] = []
+    start = 0
+    for chunk in tiles:
+        made = of(chunk)
+        if not found:
+            found = [each.new_empty((len(tiles), *each.shape[1:]), dtype=torch.float64) for each in made]
+        for whole, each in zip(found, made, strict=True):
+            whole[start : start + len(chunk)] = each
+        start += len(chunk)
+    return found
 
 
 def leave_one_out(attention: Tensor, raw: Tensor, values: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Pooling without attention: the mean tile and the strongest tile, the base lines of every attention model."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Weighing, Whole
+from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Tiles, Weighing, Whole, gather
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,19 @@ class MaxPool(Aggregator):
         return Pooled((attention[..., None] * tiles).sum(1), attention, tiles)
 
     @torch.no_grad()
-    def logits(self, chunks: Iterable[Tensor]) -> Tensor:
-        tiles = self._tiles(chunks)
-        return tiles[tiles.amax(1).argmax()]
+    def logits(self, tiles: Tiles) -> Tensor:
+        single = self._single(tiles)
+        return single[single.amax(1).argmax()]
 
     @torch.no_grad()
-    def whole(self, chunks: Iterable[Tensor]) -> Whole:
-        tiles = self._tiles(chunks)
-        order = tiles.amax(1).argsort(descending=True, stable=True)
-        first = order[0]
-        attention = F.one_hot(first, len(tiles)).double()
-        without = tiles[first].expand_as(tiles).clone()
-        without[first] = tiles[order[1]] if len(tiles) > 1 else 0.0
-        return Whole(tiles[first], attention, attention[:, None] * tiles, without)
+    def whole(self, tiles: Tiles) -> Whole:
+        single = self._single(tiles)
+        first, *second = single.amax(1).topk(min(2, len(single))).indices.tolist()
+        attention = F.one_hot(torch.tensor(first), len(single)).double()
+        without = single[first].expand_as(single).clone()
+        without[first] = single[second[0]] if second else 0.0
+        return Whole(single[first], attention, attention[:, None] * single, without)
 
-    def _tiles(self, chunks: Iterable[Tensor]) -> Tensor:
-        return torch.cat([self.classify(chunk).double() for chunk in chunks])
+    def _single(self, tiles: Tiles) -> Tensor:
+        """float64 logits of every tile: [n, K]."""
+        return gather(tiles, lambda chunk: (self.classify(chunk),))[0]

@@ -2,7 +2,6 @@
 convolution that gives them places. It depends on the order of the tiles."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Whole
+from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Tiles, Whole
 
 _KERNELS = (7, 5, 3)  # of the position encoding
 
@@ -87,7 +86,7 @@ def pseudo_inverse(x: Tensor, iterations: int) -> Tensor:
 class Transmil(Aggregator):
     """One bag at a time, since a batch of unequal bags would change its landmarks. The attention is that of the class token in
     the last layer: the mean of its size over heads, as the pseudo-inverse makes some negative. A tile's contribution is the
-    gradient times its input."""
+    gradient times its input. A slide is read whole: about 45 kB a tile at the published sizes."""
 
     splits = False
 
@@ -103,28 +102,27 @@ class Transmil(Aggregator):
         self.classify = nn.Linear(config.hidden, outputs)
 
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
-        found = [self._bag(bag[real]) for bag, real in zip(x, mask, strict=True)]
+        found = [self._bag(self.embed(bag[real])) for bag, real in zip(x, mask, strict=True)]
         attention = x.new_zeros(mask.shape)
         attention[mask] = torch.cat([each for _, each in found])
         return Pooled(torch.stack([logits for logits, _ in found]), attention, None)
 
     @torch.no_grad()
-    def logits(self, chunks: Iterable[Tensor]) -> Tensor:
-        return self._bag(torch.cat(list(chunks)))[0]
+    def logits(self, tiles: Tiles) -> Tensor:
+        return self._bag(torch.cat([self.embed(chunk) for chunk in tiles]))[0]
 
-    def whole(self, chunks: Iterable[Tensor]) -> Whole:
+    def whole(self, tiles: Tiles) -> Whole:
         with torch.enable_grad():
-            x = torch.cat(list(chunks)).requires_grad_()
-            logits, attention = self._bag(x)
+            x = torch.cat(list(tiles)).requires_grad_()
+            logits, attention = self._bag(self.embed(x))
             slopes = [torch.autograd.grad(each, x, retain_graph=True)[0] for each in logits]
         contribution = torch.stack([(x.detach() * slope).sum(1) for slope in slopes], 1)
         return Whole(logits.detach(), attention, contribution, None)
 
-    def _bag(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [n, D] -> logits [K], attention [n]."""
-        n = len(x)
+    def _bag(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded tiles [n, H] -> logits [K], attention [n]."""
+        n = len(tiles)
         side = math.ceil(math.sqrt(n))
-        tiles = self.embed(x)
         tiles = torch.cat([self.token, tiles, tiles[: side**2 - n]])
         tiles = tiles + self.layers[0](self.norms[0](tiles))[0]
         token, square = tiles[:1], tiles[1:].T.reshape(1, -1, side, side)
