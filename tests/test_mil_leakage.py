@@ -66,7 +66,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 def test_a_clean_study_says_what_was_compared(studied: Study) -> None:
     checks = studied.checks()
-    assert list(checks) == ["slides", "patients", "sites", "internal sites", "features", "collections"]
+    assert list(checks) == ["slides", "patients", "sites", "internal sites", "features", "public collections"]
     assert all(check.holds for check in checks.values())
 
 
@@ -200,7 +200,7 @@ def test_collections_are_compared_by_name(
     studied: Study, cohorts: str | None, corpora: tuple[str, ...] | None, holds: bool, words: str
 ) -> None:
     slides = [replace(one, cohort=cohorts) for one in studied.slides]
-    check = studied.checks(corpora=corpora, slides=slides)["collections"]
+    check = studied.checks(corpora=corpora, slides=slides)["public collections"]
     assert check.holds == holds and words in check.found and "the encoder" in check.compared
 
 

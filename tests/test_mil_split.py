@@ -124,6 +124,13 @@ def test_every_site_is_read_once_by_a_model_that_never_saw_it() -> None:
     assert plan.trials[plan.deployed] == named["all"] and len(named["all"].train) == len(bags.rows)
 
 
+def test_random_folds_train_on_as_much_as_held_out_sites() -> None:
+    bags = cohort()
+    plan = make_plan(bags, replace(SITES, folds=None))
+    sizes = {kind: [len(t.train) for t in plan.trials if t.name.startswith(kind)] for kind in ("site ", "fold ")}
+    assert len(sizes["site "]) == len(sizes["fold "]) == 4 and sum(sizes["site "]) == sum(sizes["fold "])
+
+
 def test_many_sites_are_held_out_in_blocks() -> None:
     rows = tuple(a_bag(f"s{i}", f"p{i}", f"site{i % 13}", float(i % 3 == 0)) for i in range(130))
     plan = make_plan(some(rows), replace(SITES, blocks=4))

@@ -184,15 +184,19 @@ def _collections(bags: Bags, slides: Sequence[Slide], encoder: str, corpora: Seq
     cohorts = sorted({slide.cohort for slide in slides if slide.slide_id in used and slide.cohort})
     barcodes = sum(bag.slide_id.upper().startswith("TCGA-") for bag in bags.rows)
     own = [*cohorts, *(["TCGA"] if barcodes and not any(same_collection(one, "TCGA") for one in cohorts) else [])]
-    compared = f"collections of the slides ({some(own) or 'none is named'}) against those that {encoder} saw"
+    compared = f"those of the slides ({some(own) or 'none is named'}) against those that {encoder} saw"
     if corpora is None and catalog:
-        return Check("collections", compared, "by the pretraining catalog alone, see above", True)
+        return Check("public collections", compared, "by the pretraining catalog alone, see above", True)
     if corpora is None:
-        return Check("collections", compared, "not known: its authors name none, and no pretraining catalog was given", False)
+        return Check(
+            "public collections", compared, "not known: its authors name none, and no pretraining catalog was given", False
+        )
     shared = sorted({name for name in corpora for one in own if same_collection(name, one)})
     if shared:
-        return Check("collections", compared, f"pretraining saw {', '.join(shared)}: no slide of it is new to the encoder", False)
-    return Check("collections", compared, f"none shared (it saw {some(list(corpora)) or 'none of the public ones'})", True)
+        return Check(
+            "public collections", compared, f"pretraining saw {', '.join(shared)}: no slide of it is new to the encoder", False
+        )
+    return Check("public collections", compared, f"none shared (it saw {some(list(corpora)) or 'none of the public ones'})", True)
 
 
 def _named(rows: Sequence[Bag], pairs: Sequence[Pair]) -> str:

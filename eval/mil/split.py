@@ -71,20 +71,20 @@ class FoldSplit:
 
 @dataclass(frozen=True)
 class SiteSplit:
-    """Every site is read once, by a model of the other sites; `folds` random folds of patients beside it show what the change
-    of site costs. blocks: so many groups of whole sites are held out instead of one site at a time, for many small sites; null:
-    one at a time."""
+    """Every site is read once, by a model of the other sites; random folds of patients beside it show what the change of site
+    costs. blocks: so many groups of whole sites are held out instead of one site at a time, for many small sites; null: one at a
+    time. folds: null for as many as there are blocks (or sites), so that models on both sides train on as much."""
 
     kind: Literal["sites"]
     unit: str
     blocks: int | None
-    folds: int
+    folds: int | None
     seed: int
 
     def __post_init__(self) -> None:
         _check_unit(self.unit)
-        if self.folds < 2 or (self.blocks is not None and self.blocks < 2):
-            raise SplitError(f"split.folds is {self.folds} and split.blocks {self.blocks}: expected 2 or more of each")
+        if any(count is not None and count < 2 for count in (self.folds, self.blocks)):
+            raise SplitError(f"split.folds is {self.folds} and split.blocks {self.blocks}: expected 2 or more of each, or null")
 
 
 SplitConfig = Annotated[FixedSplit | FoldSplit | SiteSplit, Field(discriminator="kind")]
@@ -212,7 +212,7 @@ def _sites(rows: Sequence[Bag], config: SiteSplit) -> list[Trial]:
         blocks = grouped_folds([replace(row, group=row.site) for row in rows], config.blocks, key(config.seed, "mil/blocks"))
         prefix, held = "sites", _numbered(blocks)
     outer = [Trial(trial.name, trial.train, (), trial.internal) for trial in _each(prefix, everything, held)]
-    inner = _each("fold", everything, _numbered(grouped_folds(rows, config.folds, config.seed)))
+    inner = _each("fold", everything, _numbered(grouped_folds(rows, config.folds or len(outer), config.seed)))
     return [*outer, *inner, Trial("all", tuple(everything), (), ())]
 
 
