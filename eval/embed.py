@@ -23,7 +23,7 @@ from histoscale.data.views import hed_draws
 from histoscale.eval.encoder import Encoder
 from histoscale.eval.grid import GridConfig, Ineligible, Part, PipeConfig, SlideParts
 from histoscale.eval.pool import check_pool, pooled
-from histoscale.eval.stores import StoreConfig, StoreError, matches, read_attribute, store_path, write_store
+from histoscale.eval.stores import StoreConfig, StoreError, copy_path, matches, read_attribute, store_path, write_store
 
 STORE_FORMAT = 2  # 2: tiles row by row
 
@@ -40,6 +40,11 @@ class JitterConfig:
     copies: int
     sigma_od: float
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.copies < 0 or not 0 <= self.sigma_od < 1:
+            given = f"jitter.copies is {self.copies} and jitter.sigma_od {self.sigma_od}"
+            raise ValueError(f"{given}: expected 0 or more copies and a sigma from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def shares(catalog: Catalog, out: Path, world: int) -> list[list[int]]:
 def prepare(out: Path, jitter: JitterConfig) -> None:
     """The folders of the stores, without what a killed run left half written; `failures.jsonl` begins anew."""
     (out / "failures.jsonl").unlink(missing_ok=True)
-    for folder in (out, *(out / f"jitter-{copy}" for copy in range(1, jitter.copies + 1))):
+    for folder in (copy_path(out / "x", copy).parent for copy in range(jitter.copies + 1)):
         folder.mkdir(parents=True, exist_ok=True)
         for partial in folder.glob("*.partial"):
             partial.unlink()
@@ -217,12 +222,11 @@ def _wanted(
         "normalise": json.dumps(asdict(recipe.normalise), sort_keys=True),
         "dtype": recipe.store.dtype,
     }
-    jitter = {"sigma_od": recipe.jitter.sigma_od, "seed": recipe.jitter.seed}
-    wanted = {}
-    for copy in range(recipe.jitter.copies + 1):
-        folder = out / f"jitter-{copy}" if copy else out
-        made = json.dumps({"copy": copy, **jitter}, sort_keys=True) if copy else ""
-        wanted[copy] = store_path(folder, row.slide_id), {**attrs, "jitter": made}
+    plain, jitter = store_path(out, row.slide_id), {"sigma_od": recipe.jitter.sigma_od, "seed": recipe.jitter.seed}
+    wanted = {0: (plain, {**attrs, "jitter": ""})}
+    for copy in range(1, recipe.jitter.copies + 1):
+        made = json.dumps({"copy": copy, **jitter}, sort_keys=True)
+        wanted[copy] = copy_path(plain, copy), {**attrs, "jitter": made}
     return wanted
 
 

@@ -8,7 +8,7 @@ target_magnification); CLAM's feature files have none.
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,24 @@ def store_path(folder: Path, slide_id: str) -> Path:
     except ValueError as error:
         raise StoreError(f"no store for this slide: {error}") from error
     return folder / f"{slide_id}.h5"
+
+
+def copy_path(path: Path, copy: int) -> Path:
+    """Of a plain store: its stain-jittered copy of that number, from 1 on; 0 is the plain store itself."""
+    return path.parent / f"jitter-{copy}" / path.name if copy else path
+
+
+def with_copies(paths: Sequence[Path], copies: int) -> list[list[Path]]:
+    """Every plain store with so many of its jittered copies. Raises StoreError where one is missing: slides with and without
+    other stains must not meet in one model."""
+    stores = [[copy_path(path, copy) for copy in range(copies + 1)] for path in paths]
+    absent = [path for each in stores for path in each[1:] if not path.exists()]
+    if absent:
+        raise StoreError(
+            f"{len(absent)} of {copies * len(paths)} jittered copies do not exist, such as {absent[0]}: "
+            f"embed with jitter.copies={copies} or more"
+        )
+    return stores
 
 
 def open_store(path: Path) -> StoreInfo:

@@ -13,6 +13,7 @@ from histoscale.eval.stores import (
     StoreError,
     StoreInfo,
     check_finite,
+    copy_path,
     open_store,
     read_coords,
     read_extent,
@@ -20,6 +21,7 @@ from histoscale.eval.stores import (
     read_rows,
     spacing,
     store_path,
+    with_copies,
     write_store,
 )
 
@@ -163,6 +165,19 @@ def test_features_that_are_not_finite_are_refused_when_they_are_read(tmp_path: P
     assert open_store(path).tiles == 20
     with pytest.raises(StoreError, match="not finite"):
         read_features(path)
+
+
+def test_copies_are_there_for_every_slide_or_an_error(tmp_path: Path) -> None:
+    paths = [store_path(tmp_path, name) for name in "ab"]
+    assert with_copies(paths, 0) == [[paths[0]], [paths[1]]]
+    for copy, name in ((1, "a"), (1, "b"), (2, "b")):
+        path = copy_path(store_path(tmp_path, name), copy)
+        assert path == tmp_path / f"jitter-{copy}" / f"{name}.h5"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert with_copies(paths, 1) == [[path, copy_path(path, 1)] for path in paths]
+    with pytest.raises(StoreError, match=r"1 of 4 jittered copies do not exist, such as .*jitter-2/a.h5: .*jitter.copies=2"):
+        with_copies(paths, 2)
 
 
 @pytest.mark.parametrize("slide_id", ["../x", "/tmp/x", "a/b", "..", ".", "", "a\\b", "a\0b", "x" * 300])
