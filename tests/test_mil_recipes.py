@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mil_fixtures import TASK, cohort, features_of, parts, quiet
 
+from histoscale.eval.mil.aggregators.abmil import AbmilConfig
 from histoscale.eval.mil.bags import read_bags
 from histoscale.eval.mil.ensemble import SlideModel, build_aggregator
 from histoscale.eval.mil.fit import FitConfig, fit
@@ -45,3 +46,9 @@ def test_every_recipe_trains_and_reads(name: str, tmp_path: Path) -> None:
 def test_sizes(name: str, width: int, outputs: int, parameters: int) -> None:
     model = build_aggregator(recipe(name).aggregator, width, outputs)
     assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+def test_size_of_mil_labs_abmil() -> None:
+    """mahmoodlab/MIL-Lab counts 592,515 parameters for 384 features, 512 embedded, 384 in the attention, two classes."""
+    config = AbmilConfig("abmil", [512], "relu", 384, True, [], 0.25, 0.25, "torch")
+    assert sum(weight.numel() for weight in build_aggregator(config, 384, 2).parameters()) == 592_515

@@ -1,8 +1,10 @@
 """Targets of slides: what each kind of task reads from a manifest, leaves out and refuses."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import yaml
 from mil_fixtures import TASK, slide
 from pydantic import TypeAdapter
 
@@ -72,3 +74,20 @@ def test_what_a_task_does_not_name_is_an_error(task: Task, columns: dict[str, st
 def test_tasks_without_sense(make: Callable[[], Task], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("slide", {"label": "her2"}),
+        ("classes", {"label": "grade", "classes": {"low": ["1", "2"], "high": ["3"]}}),
+        ("regression", {"label": "score"}),
+        ("survival", {"label": "days", "event": "dead"}),
+    ],
+)
+def test_configurations_for_a_label_of_ones_own(name: str, given: dict[str, object]) -> None:
+    """What `???` leaves open is exactly what must be given."""
+    values = yaml.safe_load((Path(__file__).resolve().parents[1] / f"configs/task/{name}.yaml").read_text())
+    assert {key for key, value in values.items() if value == "???"} == set(given)
+    task: Task = TypeAdapter(TaskConfig).validate_python({**values, **given})
+    assert task.label == given["label"]
