@@ -1,8 +1,9 @@
-"""PathoROB's own code beside ours on the same features: index, paired index, clustering score, performance drop; CRoMa's margin.
+"""PathoROB's code beside ours on the same features: index, paired index, clustering score, performance drop; CRoMa and PLISM.
 
     git clone https://github.com/bifold-pathomics/PathoROB
     pip install --target OTHER --no-deps pandas python-dateutil seaborn croma
-    PATHOROB=PathoROB PYTHONPATH=.ns:OTHER python tests/oracle_pathorob.py OUT
+    git clone https://github.com/owkin/plism-benchmark && pip install --target OTHER --no-deps loguru   # if PLISM is given
+    PLISM=plism-benchmark PATHOROB=PathoROB PYTHONPATH=.ns:OTHER python tests/oracle_pathorob.py OUT
 
 OUT takes the features as PathoROB reads them. Prints both numbers and their difference, and fails above 1e-9.
 """
@@ -27,7 +28,9 @@ from pathorob.robustness_index.robustness_index import compute as their_index
 
 from histoscale.eval.robustness.clusters import ClustersConfig, cluster
 from histoscale.eval.robustness.confounding import drop, fit, shares
+from histoscale.eval.robustness.curves import cosine
 from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, margins, tail_mean
+from histoscale.eval.robustness.registered import counterpart_ranks
 from histoscale.eval.scores.interval import IntervalConfig
 
 INTERVAL = IntervalConfig(20, 0.95, 0)
@@ -110,6 +113,8 @@ def main(out: Path) -> None:
     good += drops()
     if importlib.util.find_spec("croma") is not None:
         good += croma_margins()
+    if "PLISM" in os.environ:
+        good += plism()
     sys.exit(0 if all(good) else 1)
 
 
@@ -134,8 +139,30 @@ def drops() -> list[bool]:
             model = fit(x[parts[0]], y[parts[0]], x[parts[1]], y[parts[1]], powers)
             called = model.predict(x[parts[2]])
             accuracy[:, split, number] = theirs_, np.mean([(called == y[parts[2]])[y[parts[2]] == c].mean() for c in range(3)])
+    for path in sorted(Path(os.environ["PATHOROB"], "results/apd").rglob("*_raw.json")):  # as published
+        raw, told = (json.loads(path.with_name(path.name.replace("raw", kind)).read_text()) for kind in ("raw", "summary"))
+        for part in ("ID", "OOD"):
+            ours_ = float(drop(np.array(raw[f"{part}_test_accuracies"])))
+            good.append(show(f"published drop {part}, {path.parent.name}, {path.stem}", told[f"apd_{part.lower()}"], ours_))
     good.append(show("performance drop", float(np.mean(compute_apd(accuracy[0]))), float(drop(accuracy[1]))))
     return good
+
+
+def plism() -> list[bool]:
+    """owkin/plism-benchmark's cosine and retrieval of two registered slides, in full precision."""
+    sys.path.insert(0, os.environ["PLISM"])
+    from plismbench.metrics.cosine_similarity import CosineSimilarity
+    from plismbench.metrics.retrieval import TopkAccuracy
+
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(300, 24)) * 30
+    b = a + rng.normal(size=a.shape) * 40
+    theirs = TopkAccuracy("cpu", use_mixed_precision=False).compute_metric(a, b)
+    ranks = counterpart_ranks(a, b)
+    good = [show("PLISM: cosine", CosineSimilarity("cpu", False).compute_metric(a, b), float(cosine(a, b).mean()))]
+    return good + [
+        show(f"PLISM: top-{k}", float(one), float((ranks < k).mean())) for k, one in zip((1, 3, 5, 10), theirs, strict=True)
+    ]
 
 
 def croma_margins() -> list[bool]:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score, balanced_accuracy_score
 
+from histoscale.data.journal import Journal
 from histoscale.eval.robustness.clusters import ClustersConfig, adjusted_rand, cluster
 from histoscale.eval.robustness.confounding import ConfoundingConfig, design, drop, performance_drop, shares
-from histoscale.eval.robustness.findings import RobustnessError
+from histoscale.eval.robustness.findings import RobustnessError, summary
 from histoscale.eval.robustness.neighbours import (
     NeighboursConfig,
     Where,
@@ -21,6 +22,7 @@ from histoscale.eval.robustness.neighbours import (
     nearest,
     tail_mean,
 )
+from histoscale.eval.robustness.suite import STRUCTURE, Known, SuiteConfig, structure
 from histoscale.eval.scores.interval import IntervalConfig
 
 INTERVAL = IntervalConfig(draws=200, level=0.95, seed=0)
@@ -217,3 +219,17 @@ def test_too_few_slides_are_named() -> None:
         design(where, CONFOUNDING)
     with pytest.raises(RobustnessError, match="confounding.choose is 0.5"):
         design(where, ConfoundingConfig(5, 3, 0.6, 0.5, 4, 0.25, [0.0], 0))
+
+
+def test_a_measure_without_meaning_leaves_the_others(journal: Journal) -> None:
+    x, where = made(1, 1, slides=2)
+    known = Known(where, np.arange(len(x)), np.empty(0, np.int64), "patient", ("here", "there"))
+    suite = SuiteConfig(NEIGHBOURS, CLUSTERS, CONFOUNDING)
+    found, left_out = structure("e", False, "none", [x], known, STRUCTURE, suite, INTERVAL, "cpu", journal)
+    assert [one.measure for one in found] == ["robustness_index", "margin_median", "margin_tail", "clustering_score"]
+    (sentence,) = left_out
+    assert sentence.startswith("confounding of e, normalisation none, is left out: the performance drop leaves no patients")
+    assert all(one.interval.low is None and "4 patients" in one.interval.note for one in found)
+    assert list(summary(found)) == ["robustness_index", "margin_median", "margin_tail", "clustering_score"]
+    with pytest.raises(ValueError, match="two findings stand at robustness_index"):
+        summary([*found, found[0]])
