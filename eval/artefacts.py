@@ -15,8 +15,17 @@ from histoscale.data.readers.pyramid import Reader, level_mpps
 from histoscale.data.readers.scale import choose_scale, read_scaled
 
 KINDS = ("pen", "fold", "blur", "glass")
+# What is looked for; of the tiles that are half covered, the share that is found, and of clean tiles the share that is flagged:
+# measured on the synthetic cohort by tests/validate_artefacts.py (tests/records/artefacts.md). None: by definition.
+RELIABILITY: dict[str, tuple[str, float | None, float | None]] = {
+    "pen": ("ink of hues that the dyes do not have", 1.0, 0.0),
+    "fold": ("denser than the slide's tissue, in pale and in dark parts", 0.55, 0.014),
+    "blur": ("softer than the slide's own sharp tiles", 0.74, 0.010),
+    "glass": ("more than half of it is glass", None, None),
+}
 _FAINT = 0.12  # optical density below which a pixel is glass
-_FINE_UM, _COARSE_UM = 0.8, (1.6, 3.2)  # scales of the bands that blur empties, and of the one that it leaves
+_FINE_UM, _COARSE_UM = 0.8, (1.6, 3.2)  # bands: the one that blur empties, the one that it leaves
+_NEAR_UM = 4.0  # contrast is that of so much around a pixel
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,21 @@ def look(pixels: np.ndarray, white: np.ndarray, mpp: float) -> tuple[float, floa
     cold = (red > green + 0.1) & (red > 0.3)
     black = (density.min(2) > 1.0) & (density.max(2) < 1.6 * density.min(2))
     warm = (blue > 0.7 * green) & (green > 0.8) & (red < 0.45 * green)
-    grey = density.mean(2)
-    fine, (middle, coarse) = _FINE_UM / mpp, (um / mpp for um in _COARSE_UM)
-    smooth = gaussian_filter(grey, middle)
-    low = float((smooth - gaussian_filter(grey, coarse)).std())
-    sharpness = float((grey - gaussian_filter(grey, fine)).std()) / low if low > 0 else 0.0
+    sharpness = _sharpness(density.mean(2), tissue, mpp)
     inside = density[tissue]
     dense = float(np.sqrt(np.quantile(inside[:, 1], 0.5) * max(np.quantile(inside[:, 2], 0.97), 0.0))) if len(inside) else 0.0
     return float(1 - tissue.mean()), float((cold | black | warm).mean()), sharpness, dense
+
+
+def _sharpness(grey: np.ndarray, tissue: np.ndarray, mpp: float) -> float:
+    """The median over tissue pixels of fine over coarse contrast nearby: half a tile may be sharp and it is still blurred."""
+    if not tissue.any():
+        return 0.0
+    fine, middle, coarse, near = (um / mpp for um in (_FINE_UM, *_COARSE_UM, _NEAR_UM))
+    smooth = gaussian_filter(grey, middle)
+    high, low = grey - gaussian_filter(grey, fine), smooth - gaussian_filter(grey, coarse)
+    ratio = gaussian_filter(high**2, near) / np.maximum(gaussian_filter(low**2, near), 1e-12)
+    return float(np.sqrt(np.median(ratio[tissue])))
 
 
 def read_optics(

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from matplotlib.path import Path as Outline
 
 from histoscale.data.readers.pyramid import Reader
+from histoscale.data.readers.scale import Scale
 from histoscale.data.storage import Store
 from histoscale.eval.annotations import read_annotations
 from histoscale.eval.evidence.display import attention_shown, bar_um, common_limit, signed_shown
-from histoscale.eval.evidence.geometry import Canvas, paint, read_picture, shrink, whole_slide
+from histoscale.eval.evidence.geometry import Canvas, Plan, paint, read_picture, shrink, whole_slide
 from histoscale.eval.evidence.pyramid import write_overlay, write_values
 from histoscale.eval.evidence.qupath import regions, write_geojson
 
@@ -116,10 +117,7 @@ def test_a_known_tile_lights_exactly_its_pixels_at_every_level(tmp_path: Path, b
             assert np.isnan(seen).sum() == seen.size - 2 * ((seen[0] > 0).sum())
 
 
-def whole_plan(canvas: Canvas):  # type: ignore[no-untyped-def]
-    from histoscale.data.readers.scale import Scale
-    from histoscale.eval.evidence.geometry import Plan
-
+def whole_plan(canvas: Canvas) -> Plan:
     return Plan(canvas, Scale(0, MPP * canvas.across, canvas.across), MPP * canvas.across)
 
 
@@ -235,3 +233,35 @@ def test_displays() -> None:
 @pytest.mark.parametrize(("width_um", "length"), [(1000, 200), (800, 200), (20_000, 5000), (799, 100), (4, 1)])
 def test_scale_bars_are_round(width_um: float, length: float) -> None:
     assert bar_um(width_um) == pytest.approx(length)
+
+
+def write_both(folder: Path, bright: tuple[Reader, int, tuple[int, int], int]) -> float:
+    """Overlay and values of the bright square; µm per pixel of their base."""
+    reader, _, corner, size = bright
+    plan, place = whole_slide(reader, MPP, 1100), np.array([corner])
+    shown = attention_shown(np.array([1.0]), "relative", 1.0)
+    write_overlay(folder / "attention.ome.tif", place, size, shown, read_picture(reader, plan), plan, 0.5, 90)
+    write_values(folder / "values.ome.tif", place, size, {"attention": np.ones(1), "contribution": np.ones(1)}, plan)
+    return plan.mpp
+
+
+def test_the_overlay_opens_as_a_slide(tmp_path: Path, store: Store, bright: tuple[Reader, int, tuple[int, int], int]) -> None:
+    """Our own slide reader finds µm per pixel in the OME-XML, the levels, and the lit square where it belongs."""
+    mpp = write_both(tmp_path, bright)
+    opened = open_slide(tmp_path / "attention.ome.tif", store)
+    assert opened.layout.mpp == pytest.approx(mpp) and [level.width for level in opened.layout.levels] == [1025, 512, 256]
+    _, _, corner, size = bright
+    middle = [int((place + size / 2) * MPP / mpp) for place in corner]
+    red, green, _ = opened.region(0, *middle, 1, 1)[0, 0].astype(int)
+    assert red - green > 30
+
+
+def test_ome_types_reads_both_files(tmp_path: Path, bright: tuple[Reader, int, tuple[int, int], int]) -> None:
+    """tlambert03/ome-types checks the XML against the schema of OME."""
+    ome_types = pytest.importorskip("ome_types", reason="ome-types is not installed")
+    mpp = write_both(tmp_path, bright)
+    for name, channels in (("attention.ome.tif", 3), ("values.ome.tif", 2)):
+        pixels = ome_types.from_tiff(tmp_path / name).images[0].pixels
+        assert pixels.physical_size_x == pixels.physical_size_y == mpp and pixels.physical_size_x_unit.value == "µm"
+        assert (pixels.size_x, pixels.size_y, pixels.size_c) == (1025, 1025, channels)
+    assert [channel.name for channel in pixels.channels] == ["attention", "contribution"]

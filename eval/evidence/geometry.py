@@ -83,7 +83,9 @@ def paint(coords: np.ndarray, size_px: float, values: np.ndarray, canvas: Canvas
     """
     rows = canvas.height if rows < 0 else rows
     total, count = np.zeros((rows, canvas.width)), np.zeros((rows, canvas.width), np.int32)
-    for (left, upper, right, lower), value in zip(footprints(coords, size_px, canvas).tolist(), values.tolist(), strict=True):
+    places = footprints(coords, size_px, canvas)
+    here = (places[:, 3] > top) & (places[:, 1] < top + rows)
+    for (left, upper, right, lower), value in zip(places[here].tolist(), values[here].tolist(), strict=True):
         band = slice(max(upper - top, 0), max(lower - top, 0))
         total[band, left:right] += value
         count[band, left:right] += 1

@@ -14,18 +14,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from histoscale.data.journal import scrub
+from histoscale.eval.artefacts import RELIABILITY
 from histoscale.eval.evidence.case import Case, Finding, Measured
 from histoscale.eval.evidence.display import Shown, bar_um, length_words
 from histoscale.eval.evidence.geometry import Canvas
 from histoscale.eval.evidence.verdicts import FORMAT, VERDICTS
 from histoscale.eval.mil.faithfulness import Deletion
-
-RELIABILITY = {
-    "pen": "ink of hues that the dyes do not have",
-    "fold": "finds about half of the folds: a small share is no proof that there is none",
-    "blur": "out of focus, compared with the slide's own sharp tiles",
-    "glass": "mostly glass",
-}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pyramidal OME-TIFF that lies on the slide: QuPath opens it with the slide's size in µm, every level painted from the tiles."""
 
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from histoscale.eval.evidence.geometry import Canvas, Plan, paint, shrink
 _TILE = 256
 _SMALLEST = 256  # a level whose longer side fits is the last
 
-Rows = Callable[[Canvas, int, int], np.ndarray]  # canvas, top, rows -> [rows, width, 3] or [channels, rows, width]
+Rows = Callable[[Canvas, int, int, int], np.ndarray]  # canvas, plane, top, rows -> [rows, width] or [rows, width, 3]
 
 
 def write_values(path: Path, coords: np.ndarray, size_px: float, channels: dict[str, np.ndarray], plan: Plan) -> None:
     """The raw numbers as float32 channels, NaN where no tile lies. channels: name -> float64 [n]."""
 
-    def rows(canvas: Canvas, top: int, count: int) -> np.ndarray:
-        return np.stack([paint(coords, size_px, values, canvas, top, count) for values in channels.values()]).astype(np.float32)
+    planes = list(channels.values())
 
-    about = {"axes": "CYX", "Channel": {"Name": list(channels)}, **_physical(plan)}
+    def rows(canvas: Canvas, plane: int, top: int, count: int) -> np.ndarray:
+        return paint(coords, size_px, planes[plane], canvas, top, count).astype(np.float32)
+
+    about = {"axes": "CYX", "Channel": {"Name": list(channels)}, **_physical(path, plan)}
     _write(path, plan.canvas, len(channels), np.dtype(np.float32), rows, {"photometric": "minisblack", "compression": "deflate",
            "predictor": True}, about)  # fmt: skip
 
@@ -35,12 +38,12 @@ def write_overlay(
     picture: uint8 [h, w, 3], the slide as planned.
     """
 
-    def rows(canvas: Canvas, top: int, count: int) -> np.ndarray:
+    def rows(canvas: Canvas, _: int, top: int, count: int) -> np.ndarray:
         field = paint(coords, size_px, shown.values, canvas, top, count)
         return blend(shrink(picture, canvas, top, count), field, shown, opacity)
 
     options = {"photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": quality}, "subsampling": (1, 1)}
-    _write(path, plan.canvas, 3, np.dtype(np.uint8), rows, options, {"axes": "YXS", **_physical(plan)})
+    _write(path, plan.canvas, 3, np.dtype(np.uint8), rows, options, {"axes": "YXS", **_physical(path, plan)})
 
 
 def blend(tissue: np.ndarray, field: np.ndarray, shown: Shown, opacity: float) -> np.ndarray:
@@ -50,8 +53,16 @@ def blend(tissue: np.ndarray, field: np.ndarray, shown: Shown, opacity: float) -
     return np.where(np.isnan(field)[..., None], tissue, (mixed + 0.5).astype(np.uint8))
 
 
-def _physical(plan: Plan) -> dict[str, Any]:
-    return {"PhysicalSizeX": plan.mpp, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": plan.mpp, "PhysicalSizeYUnit": "µm"}
+def _physical(path: Path, plan: Plan) -> dict[str, Any]:
+    # The UUID is of the slide and the file, so that the same map is the same bytes.
+    same = uuid.uuid5(uuid.NAMESPACE_OID, "/".join(path.parts[-2:]))
+    return {
+        "UUID": str(same),
+        "PhysicalSizeX": plan.mpp,
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": plan.mpp,
+        "PhysicalSizeYUnit": "µm",
+    }
 
 
 def _write(
@@ -64,9 +75,9 @@ def _write(
     partial = path.with_suffix(".partial")
     with tifffile.TiffWriter(partial, bigtiff=True, ome=True) as file:
         for level, canvas in enumerate(canvases):
-            planar = about["axes"] == "CYX"
-            shape = (channels, canvas.height, canvas.width) if planar else (canvas.height, canvas.width, channels)
-            planes: Sequence[int | None] = range(channels) if planar else (None,)
+            planes = 1 if about["axes"] == "YXS" else channels
+            size = (canvas.height, canvas.width)
+            shape = (*size, channels) if about["axes"] == "YXS" else (channels, *size)
             file.write(
                 _tiles(canvas, rows, planes), shape=shape, dtype=dtype, tile=(_TILE, _TILE), software="", datetime=None,
                 metadata=about if level == 0 else None, subifds=len(canvases) - 1 if level == 0 else None,
@@ -75,11 +86,10 @@ def _write(
     partial.replace(path)
 
 
-def _tiles(canvas: Canvas, rows: Rows, planes: Sequence[int | None]) -> Iterator[np.ndarray]:
+def _tiles(canvas: Canvas, rows: Rows, planes: int) -> Iterator[np.ndarray]:
     """The file's tiles in its order: plane after plane, row by row."""
-    for plane in planes:
+    for plane in range(planes):
         for top in range(0, canvas.height, _TILE):
-            band = rows(canvas, top, min(_TILE, canvas.height - top))
-            band = band if plane is None else band[plane]
+            band = rows(canvas, plane, top, min(_TILE, canvas.height - top))
             for left in range(0, canvas.width, _TILE):
                 yield np.ascontiguousarray(band[:, left : left + _TILE])
