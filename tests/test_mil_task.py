@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from mil_fixtures import TASK, slide
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from histoscale.eval.mil.task import (
     BinaryTask,
@@ -28,6 +28,14 @@ def test_kinds_are_told_apart_by_their_name() -> None:
     found = TypeAdapter(TaskConfig).validate_python({"kind": "regression", "name": "n", "label": "x", "decision": "slide"})
     assert found == RegressionTask("regression", "n", "x", "slide")
     assert [task.outputs for task in (TASK, GRADES, found, SURVIVAL)] == [1, 3, 1, 1]
+
+
+def test_values_that_yaml_reads_as_numbers_are_text() -> None:
+    values = {"kind": "classes", "name": "n", "label": "x", "ordered": True, "decision": "slide"}
+    task = TypeAdapter(TaskConfig).validate_python({**values, "classes": {0: [0, "1"], "high": [2]}})
+    assert task == ClassesTask("classes", "n", "x", {"0": ["0", "1"], "high": ["2"]}, True, "slide")
+    with pytest.raises(ValidationError, match="valid string"):
+        TypeAdapter(TaskConfig).validate_python({**values, "classes": {"low": [0.5], "high": [2]}})
 
 
 def test_targets_of_every_kind() -> None:

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from histoscale.data.manifest import Slide
 from histoscale.eval.scores.operating import RULES
 
 DECISIONS = ("slide", "patient")
 _SHOWN = 5
+
+
+# A value of a column, or the name of a class: text, though YAML reads 1 as a number.
+Value = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 
 
 class TaskError(ValueError):
@@ -26,8 +30,8 @@ class BinaryTask:
     kind: Literal["binary"]
     name: str
     label: str
-    positive: list[str]
-    negative: list[str]
+    positive: list[Value]
+    negative: list[Value]
     sensitivities: list[float]
     rule: str
     prevalence: float
@@ -57,7 +61,7 @@ class ClassesTask:
     kind: Literal["classes"]
     name: str
     label: str
-    classes: dict[str, list[str]]
+    classes: dict[Value, list[Value]]
     ordered: bool
     decision: str
 
