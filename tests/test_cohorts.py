@@ -363,6 +363,23 @@ def committed_task(name: str) -> Task:
     return task
 
 
+def test_hospitals_of_the_whole_gdc_table_agree_with_another_grouping(shared_data: Path) -> None:
+    """Only with the GDC's own table, which HISTOSCALE_GDC_SITES names: no hospital of slideflow's labels is torn by our names,
+    and every lung code is of the project that its subtype says."""
+    path = os.environ.get("HISTOSCALE_GDC_SITES")
+    table = shared_data / "tables/slideflow_lung_labels.csv"
+    if not path or not table.is_file():
+        pytest.skip("HISTOSCALE_GDC_SITES does not name the GDC's tissueSourceSite.tsv, or the labels are not here")
+    hospitals, projects = read_hospitals(Path(path)), read_projects(Path(path))
+    names, project = defaultdict(set), {"adenocarcinoma": "TCGA-LUAD", "squamous": "TCGA-LUSC"}
+    for row in csv.DictReader(table.open()):
+        code = row["patient"].split("-")[1]
+        names[row["site"]].add(hospitals[code])
+        assert projects[code] == project[row["subtype"]]
+    assert len(names) == 39 and all(len(own) == 1 for own in names.values())
+    assert len(set().union(*names.values())) == 37  # St. Joseph's (MD) and Mayo Clinic stand there under two names each
+
+
 def test_the_five_gene_table_joins_by_slide(shared_data: Path, tmp_path: Path, store: Store) -> None:
     table = shared_data / "tables/gigapath_LUAD-5-gene_TCGA.csv"
     if not table.is_file():

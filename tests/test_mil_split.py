@@ -175,6 +175,21 @@ def test_one_slide_a_patient_is_dealt_out_exactly_by_class_and_site() -> None:
     assert all(13 <= sum(cells[site, t, f] for t in (0, 1, 2)) <= 17 for site in ("site0", "site1") for f in range(4))
 
 
+def test_rare_classes_of_patients_with_several_are_spread() -> None:
+    """Five nodes a patient of mixed stages: the fold with the most of a rare one has few more than the fold with the fewest."""
+    spread = []
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        shares = rng.dirichlet([2, 0.2, 0.3, 0.5], size=100)
+        rows = [
+            a_bag(f"s{p}-{n}", f"p{p}", f"c{p // 20}", float(rng.choice(4, p=shares[p]))) for p in range(100) for n in range(5)
+        ]
+        counts = Counter(zip(grouped_folds(rows, 5, 0), (row.target for row in rows), strict=True))
+        rare = [counts[fold, 1.0] for fold in range(5)]
+        spread.append((max(rare) - min(rare)) / np.mean(rare))
+    assert np.mean(spread) < 0.5
+
+
 def test_numbers_and_censored_times_are_levelled_by_rank() -> None:
     rng = np.random.default_rng(0)
     rows = [a_bag(f"s{i}", f"p{i}", "", float(rng.exponential()), i % 3 > 0) for i in range(200)]

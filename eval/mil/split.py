@@ -120,7 +120,7 @@ def make_plan(bags: Bags, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
 def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
     """A fold in range(count) for every row: groups whole, targets as level as that allows, then sites, then sizes.
 
-    Groups, the largest first and equal ones in keyed order, go where the squared counts of their targets grow least. Up to ten
+    Groups, the largest first and equal ones in keyed order, go where the squared shares of their targets grow least. Up to ten
     distinct targets are levelled as classes, more by fifths of their rank; censored times apart from the others.
     Raises SplitError when there are fewer groups than folds, or of one of two classes fewer than folds.
     """
@@ -139,13 +139,17 @@ def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
                 f"{having[rare]} groups hold a slide of the target {target:g} for {count} folds: fewer folds, or more slides"
             )
     targets, sites = _one_hot(strata), _one_hot([row.site for row in rows])
+    totals = [columns.sum(axis=0) for columns in (targets, sites)]
     held = [np.zeros((count, columns.shape[1])) for columns in (targets, sites)]
     sizes = np.zeros(count)
     fold: dict[str, int] = {}
     keyed = ordered(members, seed, "mil/grouped folds")
     for turn, name in enumerate(sorted(keyed, key=lambda name: -len(members[name]))):
         own = [columns[members[name]].sum(axis=0) for columns in (targets, sites)]
-        growth = [((2 * have + add) * add).sum(axis=1) for have, add in zip(held, own, strict=True)]
+        # In shares of each column's total, so that a rare class counts as much; rounded, so that equal folds are equal.
+        growth = [
+            ((2 * have + add) * add / all_of**2).sum(axis=1).round(9) for have, add, all_of in zip(held, own, totals, strict=True)
+        ]
         start = key(seed, "mil/first fold", turn) % count
         places = [(start + i) % count for i in range(count)]
         fold[name] = min(places, key=lambda k: (growth[0][k], growth[1][k], sizes[k]))
