@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
@@ -79,6 +81,20 @@ def test_far_logits_still_converge() -> None:
     y = np.array([0, 0, 1, 1, 1, 1, 0])
     slope, intercept = slope_and_intercept(x, y, np.ones((1, 7)))
     assert expit(intercept + 13 * slope)[0] == pytest.approx(3 / 4) and expit(intercept - 13 * slope)[0] == pytest.approx(1 / 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 5.0, 13.8]), st.integers(2, 30))
+def test_every_problem_ends_at_its_minimum(seed: int, far: float, n: int) -> None:
+    """Many weightings at once, some nearly separable and some far from the shared start: each gradient vanishes."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-far, far, n)
+    y = (rng.random(n) < expit(rng.normal() * x + rng.normal())).astype(float)
+    weights = rng.integers(0, 3, (20, n)) ** 3
+    slope, intercept = slope_and_intercept(x, y, weights)
+    known = ~np.isnan(slope)
+    rest = weights[known] * (expit(intercept[known, None] + slope[known, None] * x) - y)
+    assert np.abs(rest.sum(1)).max(initial=0) < 1e-4 and np.abs((rest * x).sum(1)).max(initial=0) < 1e-4
 
 
 def test_a_line_without_curvature_moves_the_intercept_alone() -> None:

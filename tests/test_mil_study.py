@@ -39,6 +39,7 @@ from histoscale.eval.mil.score_table import score_rows
 from histoscale.eval.mil.split import FixedSplit, FoldSplit, SiteSplit
 from histoscale.eval.mil.study import Study, study
 from histoscale.eval.mil.task import Task
+from histoscale.eval.mil.trials import Plan, Trial
 from histoscale.eval.mil.units import places, units
 from histoscale.eval.scores.classification import calibration_bins, calibration_error_of
 from histoscale.eval.scores.operating import threshold
@@ -266,3 +267,19 @@ def test_a_part_of_one_class_still_counts_its_decisions() -> None:
     assert part is not None and part.auc is None and part.headline is None and part.roc is None
     assert part.operating[0].found.sensitivity.n == 40 and part.operating[0].found.specificity.n == 0
     assert "auroc" not in found.gap and "sensitivity@0.95" in found.gap and "specificity@0.95" not in found.gap
+
+
+@pytest.mark.parametrize(("positives", "said"), [(2, "withheld"), (6, "warning: 6 of the rarer class"), (40, "")])
+def test_a_rare_class_withholds_what_it_decides(positives: int, said: str) -> None:
+    """A bootstrap of 120 patients, two of them positive, would call its area known to a hair."""
+    bags = made_bags(BINARY)
+    bags = replace(bags, rows=tuple(replace(bag, target=float(i % (120 // positives) == 0)) for i, bag in enumerate(bags.rows)))
+    halves = tuple(range(60)), tuple(range(60, 120))
+    plan = Plan("folds", (Trial("fold 1", halves[1], halves[0], ()), Trial("fold 2", halves[0], halves[1], ())), 1, (), {})
+    outputs = made_outputs(bags, plan, BINARY, 0.2)
+    found = study(bags, plan, outputs, {}, BINARY, INTERVAL, CONFIG).internal
+    assert found is not None and found.positives == positives
+    for metric in ("auroc", "auprc", "balanced_accuracy"):
+        one = found.metrics[metric]
+        assert said in one.note and (one.low is None) == (said == "withheld"), metric
+    assert found.metrics["brier"].low is not None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from histoscale.eval.scores.interval import Interval, IntervalConfig, paired_difference, patient_bootstrap
+from histoscale.eval.scores.interval import Interval, IntervalConfig, independent_difference, paired_difference, patient_bootstrap
+from histoscale.eval.scores.operating import rate
 
 CONFIG = IntervalConfig(draws=500, level=0.95, seed=3)
 
@@ -25,6 +26,7 @@ def units(patients: int, each: int, seed: int, between: float = 1.0) -> tuple[np
 @pytest.mark.parametrize("patients, low", [(40, 0.90), (12, 0.90)])
 def test_the_interval_covers_the_truth_as_often_as_it_says(patients: int, low: float) -> None:
     """40 patients: bootstrap; 12: t-interval. An interval over units would cover about half as often (last line)."""
+
     def covers(found: Interval) -> bool:
         assert found.low is not None and found.high is not None
         return found.low < 0 < found.high
@@ -104,3 +106,17 @@ def test_strata_keep_their_share() -> None:
         patient_bootstrap(mean_of(labels), ["p"] * 2 + [f"q{i}" for i in range(28)], CONFIG, strata=["a", "b"] * 15)
     with pytest.raises(ValueError, match="at least one row"):
         patient_bootstrap(mean_of(labels), [], CONFIG)
+
+
+def test_the_gap_between_two_sets_covers_as_often_as_it_says() -> None:
+    """Two independent proportions near 1, with Wilson's intervals: a symmetric interval around the difference would not."""
+    rng, right = np.random.default_rng(0), 0
+    for _ in range(1000):
+        rates = [rate(int(rng.binomial(n, p)), n) for n, p in ((40, 0.95), (30, 0.8))]
+        found = independent_difference(*(Interval(r.value, *r.wilson, r.n, r.n, "") for r in rates))
+        assert found.low is not None and found.high is not None
+        right += found.low <= 0.15 <= found.high
+    assert 0.93 <= right / 1000 <= 0.98
+    known, silent = Interval(0.9, 0.8, 0.95, 40, 40, ""), Interval(0.7, None, None, 5, 5, "interval withheld: 5 patients")
+    gap = independent_difference(known, silent)
+    assert gap.low is None and gap.note == silent.note and gap.value == pytest.approx(0.2)

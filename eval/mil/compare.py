@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from histoscale.eval.mil.metrics import Metric, headline, metrics
+from histoscale.eval.mil.metrics import OF_EVERY_UNIT, Metric, cautious, headline, metrics
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task, TaskConfig
 from histoscale.eval.mil.units import Units, joined
 from histoscale.eval.runs import RunsError, check_folders
@@ -178,6 +178,7 @@ def _differences(runs: Sequence[MilRun], part: str, found: Sequence[Units], inte
                 differences.append(Difference(run.name, part, metric, less, p, adjusted.get(i)))
                 continue
             less = draws.weighted(_less(of[i][metric], of[0][metric]))
+            less = less if metric in OF_EVERY_UNIT else cautious(less, first.rarer(task))
             if not math.isnan(less.value):
                 differences.append(Difference(run.name, part, metric, less, None, None))
     return differences

@@ -1,6 +1,7 @@
 """The numbers of a part by kind of task, each as a function of how often every unit counts, so that all share one bootstrap."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 from histoscale.data.keys import keys, uniform
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
 from histoscale.eval.mil.units import Units
+from histoscale.eval.scores.auroc import REPORTABLE_CLASS
 from histoscale.eval.scores.calibration import (
     errors_if_calibrated,
     intercept_in_the_large,
@@ -22,10 +24,12 @@ from histoscale.eval.scores.classification import (
     quadratic_kappa_of,
 )
 from histoscale.eval.scores.concordance import Concordance
-from histoscale.eval.scores.interval import Interval, IntervalConfig
+from histoscale.eval.scores.interval import REPORTABLE_PATIENTS, Interval, IntervalConfig
 from histoscale.eval.scores.ranking import Ranking
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
+
+OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy")  # errors of single units, which need no rarer class
 
 NAMES = {
     "auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "accuracy": "accuracy",
@@ -70,6 +74,18 @@ def metrics(found: Units, task: Task) -> dict[str, Metric]:
         case RegressionTask():
             return _regression(found)
     return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
+
+
+def cautious(found: Interval, rarer: int | None) -> Interval:
+    """Under 3 groups of the rarer class (or with an event) no interval, under 10 a warning, as `report_area` does: the bootstrap
+    of patients does not know how few they are. rarer: of `Units.rarer`."""
+    if rarer is None or rarer >= REPORTABLE_PATIENTS or found.low is None:
+        return found
+    if rarer < REPORTABLE_CLASS:
+        return replace(
+            found, low=None, high=None, note=f"interval withheld: {rarer} patients of the rarer class or with an event"
+        )
+    return replace(found, note="; ".join(filter(None, [f"warning: {rarer} of the rarer class or with an event", found.note])))
 
 
 def ece_intervals(found: Units, task: Task, bins: int, config: IntervalConfig) -> dict[str, Interval]:

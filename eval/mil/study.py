@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from histoscale.eval.mil.bags import Bags
-from histoscale.eval.mil.metrics import Metric, chance, ece_intervals, headline, metrics, ranks_alone
+from histoscale.eval.mil.metrics import OF_EVERY_UNIT, Metric, cautious, chance, ece_intervals, headline, metrics, ranks_alone
 from histoscale.eval.mil.part import Operating, Part, confusion, counts, recalls
 from histoscale.eval.mil.split import Plan
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
@@ -148,7 +148,9 @@ class _Reads:
         of = metrics(found, task)
         others = {floor: units(self.bags, where, values, task) for floor, values in self.floors.items()}
         others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
-        held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != "auroc" or not _binary(task)}
+        rarer = found.rarer(task)
+        held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != headline(task)}
+        held = {metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer) for metric, one in held.items()}
         main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
         if isinstance(task, BinaryTask | ClassesTask):
             held |= ece_intervals(found, task, self.config.bins, self.interval)
@@ -199,7 +201,7 @@ class _Reads:
         first, second = (units(self.bags, where, self.outputs, self.task) for where in (inside, outside))
         a, b = self._all(first), self._all(second)
         if set(first.groups) & set(second.groups):
-            return _paired_gap(first, second, a, b, self.interval)
+            return _paired_gap(first, second, a, b, self.task, self.interval)
         own = [part.intervals() for part in (internal, external)]
         return {name: independent_difference(own[0][name], own[1][name]) for name in a if name in own[0] and name in own[1]}
 
@@ -267,24 +269,26 @@ def _beside(
         beside = {floor: report_area(area, i, patients, n, level) for i, floor in enumerate(others, 1)}
         minus = {floor: report_difference(area, 0, i, patients, n, level) for i, floor in enumerate(others, 1)}
         return report_area(area, 0, patients, n, level), beside, minus
-    main = draws.weighted(metric)
+    rarer = found.rarer(task)
+    main = cautious(draws.weighted(metric), rarer)
     if math.isnan(main.value):
         return None, {}, {}
     ranked = {floor: ranks_alone(other, task) for floor, other in others.items()}
-    beside = {floor: draws.weighted(statistic) for floor, statistic in ranked.items()}
-    minus = {floor: draws.weighted(_less(metric, statistic)) for floor, statistic in ranked.items()}
+    beside = {floor: cautious(draws.weighted(statistic), rarer) for floor, statistic in ranked.items()}
+    minus = {floor: cautious(draws.weighted(_less(metric, statistic)), rarer) for floor, statistic in ranked.items()}
     return main, beside, minus
 
 
 def _paired_gap(
-    first: Units, second: Units, a: Mapping[str, Metric], b: Mapping[str, Metric], config: IntervalConfig
+    first: Units, second: Units, a: Mapping[str, Metric], b: Mapping[str, Metric], task: Task, config: IntervalConfig
 ) -> dict[str, Interval]:
     draws, n = Resampling.of([*first.groups, *second.groups], config), len(first.groups)
 
     def less(one: Metric, other: Metric) -> Metric:
         return lambda weights: one(weights[:, :n]) - other(weights[:, n:])
 
-    found = {name: draws.weighted(less(a[name], b[name])) for name in a if name in b}
+    rarer = [count for count in (first.rarer(task), second.rarer(task)) if count is not None]
+    found = {name: cautious(draws.weighted(less(a[name], b[name])), min(rarer, default=None)) for name in a if name in b}
     return {name: interval for name, interval in found.items() if not math.isnan(interval.value)}
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from histoscale.eval.mil.bags import BagError, Bags
 from histoscale.eval.mil.split import Plan
-from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 
 Place = tuple[int, int]  # trial, row of the bags
 
@@ -28,6 +28,16 @@ class Units:
     def labels(self) -> np.ndarray:
         """Classes: int64 [U]."""
         return self.target.astype(np.int64)
+
+    def rarer(self, task: Task) -> int | None:
+        """Groups that hold a unit of the rarer of two classes, or an event; None for other tasks."""
+        if isinstance(task, BinaryTask):
+            return min(
+                len({group for group, own in zip(self.groups, self.labels == side, strict=True) if own}) for side in (0, 1)
+            )
+        if isinstance(task, SurvivalTask):
+            return len({group for group, own in zip(self.groups, self.event, strict=True) if own})
+        return None
 
     @property
     def pooled(self) -> bool:

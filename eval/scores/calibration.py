@@ -122,43 +122,72 @@ def intercept_in_the_large(logits: np.ndarray, positive: np.ndarray, weights: np
 
 
 def fit_line(x: np.ndarray, targets: np.ndarray, weights: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
-    """Σ w · cross-entropy of sigmoid(a + b x) with the targets, minimised over the free ones of (a, b), from (0, 1).
+    """Σ w · cross-entropy of sigmoid(a + b x) with the targets, minimised over the free ones of (a, b), the others 0 and 1.
 
-    x: [n]; targets: [n] or [b, n] in [0, 1]; weights: [b, n] -> float64 [2, b]. Newton's method, a step halved until the loss
-    does not rise. The caller sees to it that there is a minimum; a direction without curvature is not followed.
+    x: [n]; targets: [n] or [s, n] in [0, 1]; weights: [s, n], of s problems -> float64 [2, s]. Newton's method from the minimum
+    of all problems together; one that it does not reach so is damped (Levenberg). The caller sees to it that there is a minimum;
+    a direction without curvature is not followed.
     """
-    count = len(weights)
-    line = np.stack([np.zeros(count), np.ones(count)])
-    total = weights.sum(1)
+    weights = np.asarray(weights, np.float64)
+    together = weights.sum(0)
+    middle = (weights * targets).sum(0) / np.where(together > 0, together, 1)
+    start = _damped(x, middle[None], together[None], free)
+    line = np.repeat(start, len(weights), 1)
+    open_ = np.arange(len(weights))
+    for _ in range(_QUICK):
+        aim = targets if targets.ndim == 1 else targets[open_]
+        gradient, curvature = _slopes(x, aim, weights[open_], free, line[:, open_])
+        step = _solved(gradient, curvature, free)
+        line[:, open_] -= step
+        open_ = open_[~_ended(x, weights[open_], gradient, step, line[:, open_])]
+        if not len(open_):
+            return line
+    line[:, open_] = _damped(x, targets if targets.ndim == 1 else targets[open_], weights[open_], free)
+    return line
+
+
+_QUICK = 12  # steps of Newton's method without a look at the loss
+_CAREFUL = 500
+
+
+def _damped(x: np.ndarray, targets: np.ndarray, weights: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
+    """`fit_line` from (0, 1), the loss never rising. The curvature is nowhere above that of p = 1/2, so adding all of that makes
+    a step that always falls; as much as is needed is added."""
+    line = np.tile([[0.0], [1.0]], len(weights))
+    total, bound = weights.sum(1), weights @ np.stack([np.ones_like(x), x, x * x], 1) / 4
+    damping = np.full(len(weights), 0.01)
 
     def loss(at: np.ndarray) -> np.ndarray:
         z = at[0][:, None] + at[1][:, None] * x
         return (weights * (np.logaddexp(0, z) - targets * z)).sum(1) / total
 
     value = loss(line)
-    for _ in range(100):
-        p = expit(line[0][:, None] + line[1][:, None] * x)
-        rest, curve = weights * (p - targets), weights * p * (1 - p)
-        gradient = np.stack([rest.sum(1), (rest * x).sum(1)]) / total * np.array(free)[:, None]
-        aa, ab, bb = (float_ / total for float_ in (curve.sum(1), (curve * x).sum(1), (curve * x * x).sum(1)))
-        step = _newton(gradient, aa, ab, bb, free)
-        length = np.ones(count)
-        for _ in range(40):
-            tried = line - length * step
-            rises = ~(loss(tried) <= value + 1e-15)
-            if not rises.any():
-                break
-            length = np.where(rises, length / 2, length)
-        else:
-            tried = np.where(rises, line, tried)
-        moved = np.abs(tried - line).max(0)
-        line, value = tried, loss(tried)
-        if (moved <= 1e-10 * (1 + np.abs(line).max(0))).all():
+    for _ in range(_CAREFUL):
+        gradient, curvature = _slopes(x, targets, weights, free, line)
+        step = _solved(gradient, curvature + damping[:, None] * bound, free)
+        tried = line - step
+        lower = loss(tried)
+        good = lower <= value + 1e-15
+        line, value = np.where(good, tried, line), np.where(good, lower, value)
+        damping = np.where(good, damping / 10, np.minimum(np.maximum(10 * damping, 1e-6), 1))
+        if _ended(x, weights, gradient, step, line).all():
             break
     return line
 
 
-def _newton(gradient: np.ndarray, aa: np.ndarray, ab: np.ndarray, bb: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
+def _slopes(
+    x: np.ndarray, targets: np.ndarray, weights: np.ndarray, free: tuple[bool, bool], line: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient [2, s] and the sums of w p (1 − p) times 1, x and x²: [s, 3]."""
+    powers = np.stack([np.ones_like(x), x, x * x], 1)
+    p = expit(line[0][:, None] + line[1][:, None] * x)
+    gradient = ((weights * (p - targets)) @ powers[:, :2]).T * np.array(free)[:, None]
+    return gradient, (weights * p * (1 - p)) @ powers
+
+
+def _solved(gradient: np.ndarray, curvature: np.ndarray, free: tuple[bool, bool]) -> np.ndarray:
+    """The step [2, s] of Newton's method."""
+    aa, ab, bb = curvature.T
     with np.errstate(invalid="ignore", divide="ignore"):
         alone = np.stack([np.where(aa > 0, gradient[0] / aa, 0.0), np.where(bb > 0, gradient[1] / bb, 0.0)])
         if not all(free):
@@ -167,6 +196,12 @@ def _newton(gradient: np.ndarray, aa: np.ndarray, ab: np.ndarray, bb: np.ndarray
         both = np.stack([bb * gradient[0] - ab * gradient[1], aa * gradient[1] - ab * gradient[0]]) / determinant
     flat = determinant <= 1e-12 * aa * bb  # x does not vary: the intercept alone
     return np.where(flat, np.stack([alone[0], np.zeros_like(alone[0])]), both)
+
+
+def _ended(x: np.ndarray, weights: np.ndarray, gradient: np.ndarray, step: np.ndarray, line: np.ndarray) -> np.ndarray:
+    """Whether problems are at their minimum: bool [s]. A step is also small where every p is 0 or 1, the gradient is not."""
+    flat = np.abs(gradient).max(0) <= 1e-7 * (weights @ (1 + np.abs(x)))
+    return flat & (np.abs(step).max(0) <= 1e-8 * (1 + np.abs(line).max(0)))  # false for what is no number
 
 
 def _bins(probabilities: np.ndarray, positive: np.ndarray, place: np.ndarray, bins: int) -> Bins:
