@@ -57,7 +57,7 @@ class SlideModel(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
         """x: [B, N, D], mask: bool [B, N] -> logits [B, K], attention [B, N], tile logits [B, N, K] or None."""
-        found = self.aggregator((x - self.shift) / self.scale, mask)
+        found = self.aggregator((x - self.shift).div_(self.scale), mask)
         tiles = None if found.tiles is None else self.in_unit(found.tiles)
         return found._replace(logits=self.in_unit(found.logits), tiles=tiles)
 

@@ -120,9 +120,12 @@ def _needed(task: Task, count: int) -> list[tuple[int, str, int]]:
 
 
 def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Bags [n_i, D] -> x [B, N, D], zero on padding, and mask bool [B, N], true for real tiles."""
-    x = torch.nn.utils.rnn.pad_sequence(list(bags), batch_first=True)
+    """Bags [n_i, D] -> x [B, N, D], zero on padding, in float32 (of float64 in float64), and mask bool [B, N], true for tiles."""
     counts = torch.tensor([len(bag) for bag in bags])
+    kind = torch.promote_types(bags[0].dtype, torch.float32)
+    x = torch.zeros(len(bags), int(counts.max()), bags[0].shape[1], dtype=kind)
+    for row, bag in zip(x, bags, strict=True):
+        row[: len(bag)] = bag
     return x, torch.arange(x.shape[1])[None] < counts[:, None]
 
 
@@ -145,7 +148,7 @@ def _train(
         for order in orders:
             total = 0.0
             for chosen, _ in order:
-                x, mask = pad([torch.from_numpy(tiles).float() for tiles in next(batches)])
+                x, mask = pad([torch.from_numpy(tiles) for tiles in next(batches)])
                 found = model(x, mask)
                 loss = _loss(found.logits, targets[chosen], events[chosen], weights, model, task)
                 if isinstance(model.aggregator, Clam):

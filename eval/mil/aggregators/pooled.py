@@ -41,7 +41,7 @@ class Tiles:
     def __iter__(self) -> Iterator[Tensor]:
         for start in range(0, len(self), self.chunk):
             part = torch.from_numpy(np.ascontiguousarray(self.features[start : start + self.chunk]))
-            yield (part.to(self.shift.dtype) - self.shift) / self.scale
+            yield (part.to(self.shift.dtype) - self.shift).div_(self.scale)
 
 
 class Aggregator(nn.Module):
