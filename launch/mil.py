@@ -3,19 +3,25 @@
     histoscale mil embeddings=runs/embeddings manifest=cohort/manifest.csv task=cohort out=runs/mil
     histoscale mil embeddings=… manifest=… task=slide task.label=her2 'task.positive=[pos]' 'task.negative=[neg]' \\
         split=patients 'split.external_sites=[north]' out=…
+    histoscale mil embeddings=… manifest=… task=classes task.label=grade 'task.classes={low: [1], high: [2, 3]}' \\
+        split=sites out=…
 
-Give catalog= for heatmaps on the slides, truth= (a folder with <slide_id>/foci.geojson) to outline the foci and to measure
-whether attention points at them, and floor_embeddings= (stores of encoder=colour) for the colour floor.
+task= says what is asked (two classes, classes, a number, a time), split= who trains and who is read (fixed parts, folds, one
+site at a time), mil= the model. Give catalog= for the pages that a second reader opens, annotations= (outlines of lesions by
+slide id) to measure whether attention points at them, floor_embeddings= (stores of encoder=colour) for the colour floor, and
+copies= to train on the stain-jittered stores of `embed jitter.copies=`. Leaves report.html, slides/<slide_id>/page.html,
+scores.csv, model/ and summary.json.
 """
 
 import csv
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -24,58 +30,66 @@ from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.eval.heatmap import HeatmapConfig, Tiles, choose, draw, read_thumbnail, write_tiles
+from histoscale.eval.annotations import coverage
+from histoscale.eval.evidence.case import EvidenceConfig, Measured
+from histoscale.eval.evidence.page import About
+from histoscale.eval.evidence.write import choose, write_slide_pages
+from histoscale.eval.leakage import published_corpora
 from histoscale.eval.mil.aggregators.pooling import MeanConfig
+from histoscale.eval.mil.arms import READ, Arm, Trained, read_rows, reader_of, stores_of, train
 from histoscale.eval.mil.bags import BagError, Bags, read_bags
 from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
-from histoscale.eval.mil.ensemble import Reading
+from histoscale.eval.mil.explain import Outlines, case_of
 from histoscale.eval.mil.features import Features
-from histoscale.eval.mil.fit import FitConfig, Fitted, fit
+from histoscale.eval.mil.fit import FitConfig
 from histoscale.eval.mil.floors import plain_floors
-from histoscale.eval.mil.pointing import coverage, pointing, read_foci
+from histoscale.eval.mil.leakage import leakage_chapter, leakage_checks
+from histoscale.eval.mil.pointing import pointing
+from histoscale.eval.mil.report import write_mil_page
 from histoscale.eval.mil.score_table import score_rows
-from histoscale.eval.mil.split import FixedSplit, Plan, Trial, make_plan
+from histoscale.eval.mil.seeds import seed_values
+from histoscale.eval.mil.split import SplitConfig, make_plan
 from histoscale.eval.mil.study import Study, StudyConfig, study
-from histoscale.eval.mil.task import BinaryTask
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, TaskConfig
+from histoscale.eval.mil.trials import Check, Plan
 from histoscale.eval.mil.words import cannot_say, show
 from histoscale.eval.scores.interval import IntervalConfig
+from histoscale.eval.stores import StoreError, read_attribute
 
 RESULT = (
-    "embeddings",
-    "floor_embeddings",
-    "manifest",
-    "truth",
-    "task",
-    "split",
-    "mil",
-    "interval",
-    "study",
-    "decodability",
-    "heatmap",
-)
+    "embeddings", "copies", "floor_embeddings", "manifest", "annotations", "pretraining", "corpora", "task", "split", "mil",
+    "interval", "study", "decodability", "evidence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """embeddings: folder of <slide_id>.h5. floor_embeddings, catalog, truth: null where there are none.
+    """embeddings: folder of <slide_id>.h5. copies: so many stain-jittered stores of every slide train beside the plain one.
 
-    cache_bytes: features held in memory; more slides are read again each epoch. threads: of torch; bags are small, and more
-    than one thread mostly waits.
+    floor_embeddings, catalog, annotations: null where there are none; a manifest's column `annotations` needs no folder.
+    pretraining: the catalog that the encoder was pretrained on; corpora: public collections that it saw. Null where unknown; of
+    published encoders the corpora are then those that their authors name.
+    cache_bytes: features held in memory; more slides are read again each epoch. readers: threads that read ahead. threads: of
+    torch; bags are small, and more than one thread mostly waits.
     """
 
     embeddings: str
+    copies: int
     floor_embeddings: str | None
     manifest: str
     catalog: str | None
-    truth: str | None
-    task: BinaryTask
-    split: FixedSplit
+    annotations: str | None
+    pretraining: str | None
+    corpora: list[str] | None
+    task: TaskConfig
+    split: SplitConfig
     mil: FitConfig
     interval: IntervalConfig
     study: StudyConfig
     decodability: DecodabilityConfig
-    heatmap: HeatmapConfig
+    evidence: EvidenceConfig
     cache_bytes: int
+    readers: int
     threads: int
     storage: StorageConfig
     logging: JournalConfig
@@ -83,10 +97,10 @@ class Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What stands behind the names: labels, parts, encoder and tiles of every slide."""
+    """What stands behind the names: targets, trials, encoder and tiles of every slide."""
     bags = _bags(config, config.embeddings)
-    parts = [(part, *rows) for part, rows in asdict(_plan(config, bags).trials[0]).items()]
-    seen = [parts, *((b.slide_id, b.group, b.site, b.label, b.tiles) for b in bags.rows)]
+    trials = [asdict(trial) for trial in make_plan(bags, config.split).trials]
+    seen = [trials, *((b.slide_id, b.group, b.site, b.target, b.event, b.tiles) for b in bags.rows)]
     return {"encoder_hash": bags.encoder, "slides": hashlib.sha256(repr(seen).encode()).hexdigest()[:16]}
 
 
@@ -101,37 +115,43 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
     bags = _bags(config, config.embeddings)
-    plan = _plan(config, bags)
-    trial = plan.trials[0]
-    catalog = open_catalog(config.catalog, Store(config.storage)) if config.catalog else None
-    fits = _fits(config, bags)
-    epochs = config.mil.folds * config.mil.repeats * config.mil.epochs * len(fits)
-    fitted: dict[str, tuple[Fitted, Features]] = {}
-    with journal.progress(epochs, "slide models", "epochs") as progress:
-        for name, (source, chosen) in fits.items():
-            held = Features([[bag.path] for bag in source.rows], source.width, config.cache_bytes, config.threads)
-            fitted[name] = fit(source, trial.train, held, config.task, chosen, progress), held
-    readings = {name: [each.read(row, held) for row in range(len(bags.rows))] for name, (each, held) in fitted.items()}
-    outputs = {name: np.array([reading.output for reading in each])[None] for name, each in readings.items()}
-    floors = {name: values for name, values in outputs.items() if name != "model"}
+    plan = make_plan(bags, config.split)
+    catalog = _catalog(config, config.catalog)
+    encoder = _encoder(bags)
+    checks = _checks(config, bags, plan, catalog, encoder)
+    arms = _arms(config, bags)
+    with journal.progress(sum(arm.epochs(plan) for arm in arms.values()), "slide models", "epochs") as progress:
+        trained = {name: train(arm, plan, config.task, progress) for name, arm in arms.items()}
+    model = trained.pop("model")
+    floors = {name: each.outputs for name, each in trained.items()}
     floors |= plain_floors(bags, plan, config.task, _tissue(catalog, bags))
-    found = study(bags, plan, outputs["model"], floors, config.task, config.interval, config.study)
-
-    model, features = fitted["model"]
-    facts = {"encoder_hash": bags.encoder, "mpp": bags.mpp, "task": asdict(config.task)}
-    thresholds = {f"{at.required:g}": at.value if math.isfinite(at.value) else None for at in found.thresholds}
-    model.ensemble.save(journal.path("model/config.json").parent, {**facts, "thresholds": thresholds})
-    _write_scores(journal.path("scores.csv"), score_rows(bags, plan, outputs["model"], config.task))
-    pointed = _pointing(config, bags, trial, readings["model"], features)
-    drawn = _heatmaps(config, bags, trial, readings["model"], features, found, catalog, journal)
-    means = np.stack([features.moments(row)[0] for row in range(len(bags.rows))])
+    found = study(bags, plan, model.outputs, floors, config.task, config.interval, config.study)
+    means = np.stack([model.arm.features.moments(row)[0] for row in range(len(bags.rows))])
     decoded = decodability(bags, means, config.task, config.interval, config.decodability)
-    journal.say(show(found, plan.checks, decoded))
+    seeds = seed_values(bags, plan, model.seeds, config.task)
+    rows = score_rows(bags, plan, model.outputs, config.task)
+    _save(journal, config, plan, model, found, rows)
+
+    outlines = Outlines(Path(config.annotations) if config.annotations else None, Path(config.manifest), config.evidence.exclude)
+    pointed = _pointing(config, plan, model, outlines)
+    pages = _pages(config, plan, model, found, outlines, catalog, journal)
+    links = {page.slide_id: f"slides/{quote(page.slide_id)}/page.html" for page in pages if page.picture}
+    write_mil_page(journal.path("report.html"), found, checks, leakage_chapter(checks), decoded, seeds, links, rows, encoder)
+    journal.say(show(found, checks, decoded))
     if pointed:
         journal.say("\n".join(_pointing_words(part, values) for part, values in pointed.items()))
-    summary = {**found.as_dict(), "encoder_hash": bags.encoder, "cannot_say": cannot_say(found, plan.checks, decoded)}
-    summary["decodability"] = decoded.as_dict()
-    return {"mil": {**summary, "pointing": pointed, "heatmaps": drawn}}
+    summary = {
+        **found.as_dict(),
+        "encoder_hash": bags.encoder,
+        "seeds": seeds,
+        "decodability": decoded.as_dict(),
+        "checks": [asdict(check) for check in checks],
+        "cannot_say": cannot_say(found, checks, decoded),
+        "pointing": pointed,
+        "slides": {page.slide_id: page.as_dict() for page in pages},
+        "heatmaps": [f"slides/{page.picture}" for page in pages if page.picture],
+    }
+    return {"mil": summary}
 
 
 def _bags(config: Config, folder: str) -> Bags:
@@ -139,23 +159,45 @@ def _bags(config: Config, folder: str) -> Bags:
     return read_bags(Path(folder), slides, config.task, config.split.unit)
 
 
-def _plan(config: Config, bags: Bags) -> Plan:
-    return make_plan(bags, config.split)
+def _catalog(config: Config, uri: str | None) -> Catalog | None:
+    return open_catalog(uri, Store(config.storage)) if uri else None
 
 
-def _fits(config: Config, bags: Bags) -> dict[str, tuple[Bags, FitConfig]]:
+def _encoder(bags: Bags) -> str:
+    """Its name in words."""
+    try:
+        return read_attribute(bags.rows[0].path, "encoder")
+    except StoreError:  # stores of other tools name it elsewhere or nowhere
+        return bags.encoder or "an encoder that the stores do not name"
+
+
+def _checks(config: Config, bags: Bags, plan: Plan, catalog: Catalog | None, encoder: str) -> tuple[Check, ...]:
+    """What was compared between slides that train and slides that are read. Raises SplitError for one slide on two sides."""
+    corpora = published_corpora(encoder) if config.corpora is None else config.corpora
+    slides = read_manifest(config.manifest, Store(config.storage))
+    return leakage_checks(bags, plan, slides, catalog, encoder, _catalog(config, config.pretraining), corpora)
+
+
+def _arms(config: Config, bags: Bags) -> dict[str, Arm]:
     """The model, and the floors that are trained like it."""
     mean = replace(config.mil, aggregator=MeanConfig("mean"))
-    fits = {"model": (bags, config.mil)}
+    features = _features(config, bags, config.copies)
+    arms = {"model": Arm(bags, features, config.mil)}
     if config.mil.aggregator.kind != "mean":
-        fits["mean_pooling"] = bags, mean
+        arms["mean_pooling"] = Arm(bags, features, mean)
     if config.floor_embeddings is not None:
         colour = _bags(config, config.floor_embeddings)
         if [bag.slide_id for bag in colour.rows] != [bag.slide_id for bag in bags.rows]:
             absent = sorted({b.slide_id for b in bags.rows} ^ {b.slide_id for b in colour.rows})
             raise BagError(f"embeddings and floor_embeddings hold different slides, such as {absent[0]}: embed the same ones")
-        fits |= {f"colour_{config.mil.aggregator.kind}": (colour, config.mil), "colour_mean_pooling": (colour, mean)}
-    return fits
+        plain = _features(config, colour, 0)
+        arms[f"colour_{config.mil.aggregator.kind}"] = Arm(colour, plain, config.mil)
+        arms["colour_mean_pooling"] = Arm(colour, plain, mean)
+    return arms
+
+
+def _features(config: Config, bags: Bags, copies: int) -> Features:
+    return Features(stores_of(bags, copies), bags.width, config.cache_bytes, config.readers)
 
 
 def _tissue(catalog: Catalog | None, bags: Bags) -> dict[str, float]:
@@ -166,73 +208,67 @@ def _tissue(catalog: Catalog | None, bags: Bags) -> dict[str, float]:
     return {name: float(catalog.mask(row).sum()) * catalog.mask_mpp(row) ** 2 for name, row in rows.items()}
 
 
-def _write_scores(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+def _save(journal: Journal, config: Config, plan: Plan, model: Trained, found: Study, rows: Sequence[Mapping[str, Any]]) -> None:
+    """model/, the ensemble of the deployed trial with its thresholds, and scores.csv."""
+    bags = model.arm.bags
+    thresholds = {f"{at.required:g}": at.value if math.isfinite(at.value) else None for at in found.thresholds}
+    facts = {"encoder_hash": bags.encoder, "mpp": bags.mpp, "task": asdict(config.task), "thresholds": thresholds}
+    model.fitted[plan.deployed].ensemble.save(journal.path("model/config.json").parent, facts)
+    with journal.path("scores.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _foci(config: Config, slide_id: str) -> list[np.ndarray] | None:
-    path = Path(config.truth) / slide_id / "foci.geojson" if config.truth else None
-    return read_foci(path) if path and path.exists() else None
-
-
-def _pointing(config: Config, bags: Bags, trial: Trial, readings: Sequence[Reading], features: Features) -> dict[str, Any]:
-    """Pointing accuracy by part over the positive slides whose foci are known."""
-    found = {}
-    for part, read in (("internal", trial.internal), ("external", trial.external)):
-        known = [(i, _foci(config, bags.rows[i].slide_id)) for i in read if bags.rows[i].label]
-        rows = [(i, rings) for i, rings in known if rings]
-        covered = [coverage(features.coords(i), bags.rows[i].size_px, rings) for i, rings in rows]
-        patients = [bags.rows[i].group for i, _ in rows]
-        result = pointing([readings[i].attention for i, _ in rows], covered, patients, config.interval)
+def _pointing(config: Config, plan: Plan, model: Trained, outlines: Outlines) -> dict[str, Any]:
+    """Pointing accuracy by part over the read slides that bear the finding and whose outlines are known."""
+    bags, found = model.arm.bags, {}
+    for part in READ:
+        rows, covered = [], []
+        for row in (row for row in read_rows(plan) if reader_of(plan, row)[1] == part):
+            annotations = outlines.of(bags.rows[row])
+            if annotations is not None and annotations.inside:
+                rows.append(row)
+                covered.append(coverage(model.arm.features.coords(row), bags.rows[row].size_px, annotations))
+        attention = [model.read(reader_of(plan, row)[0], row).attention for row in rows]
+        result = pointing(attention, covered, [bags.rows[row].group for row in rows], config.interval)
         if result:
             found[part] = {**asdict(result), "gain": result.gain.as_dict(), "slides": len(rows)}
     return found
 
 
-def _pointing_words(part: str, found: dict[str, Any]) -> str:
+def _pointing_words(part: str, found: Mapping[str, Any]) -> str:
     gain = found["gain"]
     interval = f" [{gain['low']:.3f}, {gain['high']:.3f}]" if gain["low"] is not None else f" ({gain['note']})"
-    hits = f"the most attended tile meets a focus in {found['hits']:.0%} of {found['slides']} positive slides"
+    hits = f"the most attended tile meets an outline in {found['hits']:.0%} of {found['slides']} outlined slides"
     return f"{part}: {hits}, a random tile in {found['chance']:.1%}; gain {gain['value']:+.3f}{interval}"
 
 
-def _heatmaps(
-    config: Config,
-    bags: Bags,
-    trial: Trial,
-    readings: Sequence[Reading],
-    features: Features,
-    found: Study,
-    catalog: Catalog | None,
-    journal: Journal,
-) -> list[str]:
-    """Write heatmaps/<slide_id>.png with its raw tiles beside it; without a catalog the raw tiles alone. Returns the names."""
-    read = trial.internal + trial.external
-    picked = choose([bags.rows[i].slide_id for i in read], bags.labels(read).tolist(), config.heatmap.slides, config.heatmap.seed)
-    at = next((each for each in found.thresholds if math.isfinite(each.value)), found.thresholds[0])
-    names = []
-    for i in (read[place] for place in picked):
-        bag, reading = bags.rows[i], readings[i]
-        tiles = Tiles(features.coords(i), bag.size_px, reading.attention, reading.contribution[:, 0])
-        path = journal.path(f"heatmaps/{bag.slide_id}.png")
-        if catalog is None:
-            write_tiles(path.with_suffix(".parquet"), tiles)
-            continue
-        row = catalog.row(bag.slide_id)
-        reader = catalog.reader(row, Store(config.storage))
-        mpp = catalog.level_mpps(row)[0]
-        thumbnail = read_thumbnail(reader, mpp, config.heatmap.longest_px, config.heatmap.level_tolerance)
-        limit = f"threshold {at.value:.3g} for {at.required:g}" if math.isfinite(at.value) else "no threshold: all flagged"
-        flag = "flagged" if reading.output[0] >= at.value else "not flagged"
-        label = "positive" if bag.label else "negative"
-        part = "internal" if i in trial.internal else "external"
-        title = f"{bag.slide_id} · {bag.site} ({part}) · {label} · score {reading.output[0]:.3f}, {limit}: {flag}"
-        draw(path, thumbnail, tiles, _foci(config, bag.slide_id), title, config.heatmap)
-        names.append(f"heatmaps/{path.name}")
-    return names
+def _pages(
+    config: Config, plan: Plan, model: Trained, found: Study, outlines: Outlines, catalog: Catalog | None, journal: Journal
+) -> list[Measured]:
+    """slides/<slide_id>/ for slides chosen by key, and the index of their pages."""
+    bags, store = model.arm.bags, Store(config.storage)
+    rows = read_rows(plan)
+    labels: Sequence[int] | None = bags.labels(rows).tolist() if isinstance(config.task, BinaryTask) else None
+    names = [bags.rows[row].slide_id for row in rows]
+    chosen = [rows[place] for place in choose(names, labels, config.evidence.slides, config.evidence.seed)]
+    about = About(config.task.name, _question(config), {
+        "encoder": bags.encoder, "model": config.mil.aggregator.kind, "µm per pixel": f"{bags.mpp:.3g}",
+    })  # fmt: skip
+    with journal.progress(len(chosen), "slide pages", "slides") as progress:
+        cases = [case_of(model, plan, row, config.task, found, outlines, catalog, store) for row in chosen]
+        return write_slide_pages(journal.path("slides/index.html").parent, cases, about, config.evidence, progress.advance)
+
+
+def _question(config: Config) -> str:
+    task = config.task
+    match task:
+        case BinaryTask():
+            return f"{task.label}: {', '.join(task.positive)} against {', '.join(task.negative)}"
+        case ClassesTask():
+            return f"{task.label}: {', '.join(task.classes)}"
+    return task.label
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _write_foci(folder / "truth" / name / "foci.geojson", coords[marked] if label else coords[:0])
         site = "far" if role == "external" else f"near{patient % 3}"
         rows.append({"slide_id": name, "uri": f"slides/{name}.tiff", "patient_id": f"p{patient}", "site": site, "mpp": 0.5})
-        rows[-1] |= {"role": role, "tumour": label}
+        months = float(rng.exponential(10 if label else 40))
+        rows[-1] |= {"role": role, "tumour": label, "grade": label * (1 + patient % 2), "size": 3.5 * label + patient % 3}
+        rows[-1] |= {"months": round(min(months, 60), 2), "dead": int(months < 60)}
     with (folder / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -72,7 +74,7 @@ def arguments(cohort: Path, out: Path) -> tuple[str, ...]:
 
 
 def extras(cohort: Path) -> tuple[str, ...]:
-    return f"catalog={cohort / 'catalog'}", f"truth={cohort / 'truth'}", f"floor_embeddings={cohort / 'colour'}"
+    return f"catalog={cohort / 'catalog'}", f"annotations={cohort / 'truth'}", f"floor_embeddings={cohort / 'colour'}"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_every_slide_has_its_score_and_the_threshold_is_carried_over(studied: tu
 
 
 def test_what_a_person_reads(studied: tuple[Path, str]) -> None:
-    for words in ("external", "near1", "mean pooling", "What this study cannot say", "sensitivity 0.95", "meets a focus"):
+    for words in ("external", "near1", "mean pooling", "What this study cannot say", "sensitivity 0.95", "meets an outline"):
         assert words in studied[1], words
 
 
@@ -129,12 +131,54 @@ def test_pictures_and_their_numbers(studied: tuple[Path, str]) -> None:
     from PIL import Image
     from pyarrow.parquet import read_table
 
-    pictures = sorted((studied[0] / "heatmaps").glob("*.png"))
+    pictures = sorted((studied[0] / "slides").glob("*/overlay.png"))
     assert len(pictures) == 6
     for picture in pictures:
         assert np.asarray(Image.open(picture).convert("L")).std() > 10
-        tiles = read_table(picture.with_suffix(".parquet"))
+        tiles = read_table(picture.with_name("tiles.parquet"))
         assert tiles.num_rows == COLUMNS * ROWS and sum(tiles["attention"].to_pylist()) == pytest.approx(1, abs=1e-6)
+    assert (studied[0] / "slides/index.html").exists()
+    found = json.loads((studied[0] / "summary.json").read_text())["mil"]
+    assert found["heatmaps"] and all((studied[0] / name).exists() for name in found["heatmaps"])
+
+
+@pytest.mark.parametrize(
+    ("more", "headline", "least"),
+    [
+        (
+            ("task=classes", "task.label=grade", "task.classes={none: ['0'], low: ['1'], high: ['2']}", "task.ordered=true"),
+            "quadratic_kappa",
+            0.2,
+        ),
+        (("task=regression", "task.label=size"), "r2", 0.2),
+        (("task=survival", "task.label=months", "task.event=dead"), "c_index", 0.55),
+    ],
+)
+def test_other_heads(cohort: Path, tmp_path: Path, more: tuple[str, ...], headline: str, least: float) -> None:
+    assert execute("mil", [*arguments(cohort, tmp_path / "out"), *more, "mil.epochs=25"]) == 0
+    found = json.loads((tmp_path / "out/summary.json").read_text())["mil"]
+    assert found["headline"] == headline and found["external"]["headline"]["value"] > least > found["chance"]
+
+
+@pytest.mark.parametrize(("split", "trials"), [("folds", 3), ("sites", 4)])
+def test_every_slide_is_read_by_a_model_that_never_saw_its_patient(cohort: Path, tmp_path: Path, split: str, trials: int) -> None:
+    """Folds, and one site at a time with the random folds beside it; the gap between them is printed."""
+    count = "split.folds=3"
+    assert execute("mil", [*arguments(cohort, tmp_path / "out"), f"split={split}", count, "mil.epochs=4", "mil.folds=3"]) == 0
+    found = json.loads((tmp_path / "out/summary.json").read_text())["mil"]
+    with (tmp_path / "out/scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for part in ("internal", "external")[: 1 if split == "folds" else 2]:
+        read = [r for r in rows if r["part"] == part]
+        assert len(read) == len({r["slide_id"] for r in read}) == found[part]["slides"] == PATIENTS
+    for trial in {r["trial"] for r in rows}:
+        inside = {r["patient_id"] for r in rows if r["trial"] == trial and r["part"] == "train"}
+        assert not inside & {r["patient_id"] for r in rows if r["trial"] == trial and r["part"] != "train"}
+    if split == "sites":
+        assert found["gap"]["auroc"]["value"] == pytest.approx(
+            found["internal"]["auc"]["value"] - found["external"]["auc"]["value"]
+        )
+        assert set(found["sites"]) == {"near0", "near1", "near2", "far"} and len(found["external_sites"]) == trials
 
 
 def test_run_again_it_has_nothing_to_do_and_another_result_is_refused(
@@ -148,11 +192,11 @@ def test_run_again_it_has_nothing_to_do_and_another_result_is_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("task.label=grade",), "no label column 'grade'; it has role, tumour"),
+        (("task.label=stage",), "no label column 'stage'; it has dead, grade, months, role, size, tumour"),
         (("split=patients", "split.external_sites=[moon]"), "moon, which no labelled slide comes from"),
         (("task.decision=nurse",), "expected slide or patient"),
         (("mil.aggregator.kind=attention",), "'abmil', 'clam', 'transmil', 'mean', 'max'"),
-        (("heatmap.display=hot",), "expected relative or rank"),
+        (("evidence.display=hot",), "expected relative, rank"),
         (("embeddings=/nowhere",), "holds no store"),
     ],
 )

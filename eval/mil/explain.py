@@ -1,0 +1,118 @@
+"""What a slide model says of a slide and on what it rests: the case that the second reader's page is written from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from histoscale.data.catalog import Catalog
+from histoscale.data.storage import Store
+from histoscale.eval.annotations import Annotations, read_annotations
+from histoscale.eval.evidence.case import Case, Finding
+from histoscale.eval.mil.arms import Trained, reader_of
+from histoscale.eval.mil.bags import Bag
+from histoscale.eval.mil.study import Study
+from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
+from histoscale.eval.mil.trials import Plan
+from histoscale.eval.scores.operating import Threshold
+
+OUTLINES = ("{id}.xml", "{id}.geojson", "{id}/foci.geojson")  # where a folder of annotations may hold a slide's
+COLUMN = "annotations"  # of the manifest
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """Where annotations stand. folder: files named by slide id, or None; manifest: relative paths of its column start there;
+    exclude: groups that are no finding."""
+
+    folder: Path | None
+    manifest: Path
+    exclude: Sequence[str]
+
+    def of(self, bag: Bag) -> Annotations | None:
+        """None where nobody drew any. Raises AnnotationError for a file that is none, OSError for one that the manifest names
+        and that is not there."""
+        named = bag.columns.get(COLUMN)
+        if named:
+            return read_annotations(self.manifest.parent / named, self.exclude)
+        if self.folder is None:
+            return None
+        known = (self.folder / name.format(id=bag.slide_id) for name in OUTLINES)
+        path = next((path for path in known if path.is_file()), None)
+        return None if path is None else read_annotations(path, self.exclude)
+
+
+def case_of(
+    trained: Trained, plan: Plan, row: int, task: Task, found: Study, outlines: Outlines, catalog: Catalog | None, store: Store
+) -> Case:
+    """The case of one row, read by the trial that never saw its patient (or by the models that did not, of a training row).
+
+    Raises what reading the store and the annotations raises.
+    """
+    bag, (t, part) = trained.arm.bags.rows[row], reader_of(plan, row)
+    fitted, features = trained.fitted[t], trained.arm.features
+    reading, members = trained.read(t, row), fitted.held_out.get(row)
+    explained = int(np.argmax(reading.output)) if isinstance(task, ClassesTask) else 0
+    dropped = fitted.ensemble.occlusion(features.whole(row), members)
+    facts = {"patient": bag.group, "site": bag.site or "unknown", "part": part}
+    place = None if catalog is None else catalog.row(bag.slide_id)
+    return Case(
+        slide_id=bag.slide_id,
+        patient=bag.group,
+        facts=facts,
+        hidden={"label of the manifest": label_words(bag, task)},
+        finding=finding(reading.output, explained, task, found.of_trials.get(plan.trials[t].name, found.thresholds)),
+        explained=_names(task)[explained],
+        coords=features.coords(row),
+        size_px=bag.size_px,
+        attention=reading.attention,
+        contribution=reading.contribution[:, explained],
+        occlusion=None if dropped is None else -dropped[:, explained],
+        features=lambda: features.whole(row),
+        logit=lambda tiles: float(fitted.ensemble.logits(tiles, members)[explained]),
+        reader=None if catalog is None or place is None else catalog.reader(place, store),
+        mpp=float("nan") if catalog is None or place is None else float(catalog.level_mpps(place)[0]),
+        annotations=outlines.of(bag),
+    )
+
+
+def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence[Threshold]) -> Finding:
+    """output: float64 [K], as a Reading has it. thresholds: of the trial that read the slide, the first of which rules."""
+    value = float(output[explained])
+    match task:
+        case BinaryTask():
+            at = next((each for each in thresholds if math.isfinite(each.value)), thresholds[0])
+            rule = (
+                f"flagged from {at.value:.3f}: a threshold fixed on training patients for a sensitivity of {at.required:g}"
+                if math.isfinite(at.value)
+                else f"every slide is flagged: {at.note}"
+            )
+            return Finding(value, f"score {value:.3f} for {_names(task)[0]}", rule, value >= at.value, 1.0)
+        case ClassesTask():
+            return Finding(value, f"{_names(task)[explained]}, probability {value:.3f}", "", None, 1.0)
+        case RegressionTask():
+            return Finding(value, f"{task.label} {value:.4g}", "", None, 1.0)
+        case SurvivalTask():
+            return Finding(value, f"log-risk {value:+.3f}, 0 is the mean of the training slides", "", None, 1.0)
+
+
+def label_words(bag: Bag, task: Task) -> str:
+    """The target as people would write it."""
+    match task:
+        case BinaryTask():
+            return f"{'positive' if bag.label else 'negative'} ({task.label} {bag.columns[task.label]})"
+        case ClassesTask():
+            return list(task.classes)[bag.label]
+        case RegressionTask():
+            return f"{task.label} {bag.target:g}"
+        case SurvivalTask():
+            return f"{task.label} {bag.target:g}, {'the event happened' if bag.event else 'censored'}"
+
+
+def _names(task: Task) -> tuple[str, ...]:
+    """Of the outputs."""
+    if isinstance(task, ClassesTask):
+        return tuple(task.classes)
+    return (task.name,) if isinstance(task, BinaryTask) else (task.label,)
