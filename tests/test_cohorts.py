@@ -462,6 +462,20 @@ def test_published_parts_and_sites_become_plans(camelyon16: Path, tmp_path: Path
     assert set(plan.left_out.values()) == {"it has no eva and is in no part of the split"}
 
 
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    for name in ("TCGA-21-A000-01Z-00-DX1.svs", "._TCGA-21-A000-01Z-00-DX1.svs", "TCGA-21-A001-01Z-00-DX1.svs.partial"):
+        (tmp_path / "disk/uuid").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "disk/uuid" / name).touch()
+    (tmp_path / "root").mkdir()
+    root = write_tcga(tmp_path / "root", {}, GDC)
+    (root / "slides").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/back").symlink_to(root)  # into itself
+    cohort = read_tcga(root, TcgaConfig("tcga", "diagnostic", "tissueSourceSite.tsv", None))
+    assert [row["uri"] for row in cohort.rows] == [str(root / "slides/uuid/TCGA-21-A000-01Z-00-DX1.svs")] and not cohort.left_out
+    with pytest.raises(CohortError, match="is no folder"):
+        read_tcga(tmp_path / "elsewhere", TcgaConfig("tcga", "diagnostic", None, None))
+
+
 # --- the command ---
 
 

@@ -74,7 +74,7 @@ def read_camelyon16(root: Path, config: Camelyon16Config, store: Store) -> Cohor
         rows.append(
             {
                 "slide_id": name,
-                "uri": str(path.resolve()),
+                "uri": str(path.absolute()),
                 "patient_id": name,
                 "site": _site(path, kind, number, store),
                 "cohort": "CAMELYON16",
@@ -84,7 +84,7 @@ def read_camelyon16(root: Path, config: Camelyon16Config, store: Store) -> Cohor
                 "size": size,
                 "split": "test" if kind == "test" else "train",
                 "eva": "test" if kind == "test" else "val" if number in EVA_VALIDATION[kind] else "train",
-                "annotations": str(lesions[name].resolve()) if name in lesions else "",
+                "annotations": str(lesions[name].absolute()) if name in lesions else "",
             }
         )
     found = {

@@ -52,7 +52,7 @@ def read_camelyon17(root: Path, config: Camelyon17Config) -> Cohort:
         rows.append(
             {
                 "slide_id": name,
-                "uri": str(path.resolve()),
+                "uri": str(path.absolute()),
                 "patient_id": patient,
                 "site": _site(path, root, int(match["patient"])),
                 "cohort": "CAMELYON17",
@@ -60,7 +60,7 @@ def read_camelyon17(root: Path, config: Camelyon17Config) -> Cohort:
                 "stain": "H&E",
                 "stage": nodes.get(name, ""),
                 "pn_stage": patients.get(patient, ""),
-                "annotations": str(lesions[name].resolve()) if name in lesions else "",
+                "annotations": str(lesions[name].absolute()) if name in lesions else "",
             }
         )
     labelled = [row for row in rows if row["stage"]]

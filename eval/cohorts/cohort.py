@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,15 +55,11 @@ class LabelTable:
 
 
 def find(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
-    """Files below `root` that end in one of the suffixes, by path; hidden ones and unfinished downloads are passed over.
-
-    Raises CohortError when there is no such folder.
-    """
+    """Files below `root` that end in one of the suffixes, by path; linked folders are followed, hidden files and unfinished
+    downloads passed over. Raises CohortError when there is no such folder."""
     if not root.is_dir():
         raise CohortError(f"root={root} is no folder: give the folder that holds the cohort as it was published")
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
-            yield path
+    return iter(sorted(path for path in _files(root) if path.suffix.lower() in suffixes))
 
 
 def by_name(paths: Sequence[Path], what: str) -> dict[str, Path]:
@@ -77,11 +74,24 @@ def by_name(paths: Sequence[Path], what: str) -> dict[str, Path]:
 
 def one_file(root: Path, names: Sequence[str]) -> Path:
     """The only file below `root` with one of the names. Raises CohortError for none and for several."""
-    found = sorted(path for name in names for path in root.rglob(name) if path.is_file())
+    found = sorted(path for path in _files(root) if path.name in names)
     if len(found) != 1:
         told = f"holds {', '.join(map(str, found))}" if found else "holds none"
         raise CohortError(f"{root} {told}: expected one file {' or '.join(names)}, as it was published")
     return found[0]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every visible file below; a folder that is linked several times, or into itself, is entered once."""
+    entered: set[str] = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in entered:
+            below.clear()
+            continue
+        entered.add(real)
+        below.sort()
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:

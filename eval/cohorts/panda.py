@@ -69,7 +69,7 @@ def read_panda(root: Path, config: PandaConfig) -> Cohort:
     rows = [
         {
             "slide_id": name,
-            "uri": str(slides[name].resolve()),
+            "uri": str(slides[name].absolute()),
             "patient_id": "",
             "site": row["data_provider"],
             "cohort": "PANDA",

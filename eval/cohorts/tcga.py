@@ -76,7 +76,7 @@ def read_tcga(root: Path, config: TcgaConfig) -> Cohort:
         rows.append(
             {
                 "slide_id": path.stem,
-                "uri": str(path.resolve()),
+                "uri": str(path.absolute()),
                 "patient_id": patient,
                 "site": site,
                 "cohort": projects.get(patient.split("-")[1], "TCGA"),
