@@ -15,7 +15,7 @@ from evidence_cases import evidence_config, grid, open_slide, softmax_case
 from PIL import Image
 from pyarrow.parquet import read_table
 
-from histoscale.data.storage import Store
+from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.annotations import Annotations, Polygon
 from histoscale.eval.evidence.case import Case, Finding, Measured
 from histoscale.eval.evidence.measure import extremes, measure_deletion, pooled
@@ -38,20 +38,20 @@ def two_cases(folder: Path, store: Store, make_slide: Callable[..., Path]) -> li
     return [first, replace(first, slide_id=HOSTILE, patient="p0", annotations=None, occlusion=None, finding=finding)]
 
 
-@pytest.fixture
-def pages(tmp_path: Path, store: Store, make_slide: Callable[..., Path]) -> tuple[Path, list[Measured]]:
-    folder = tmp_path / "slides"
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory, make_slide: Callable[..., Path]) -> tuple[Path, list[Measured]]:
+    home = tmp_path_factory.mktemp("pages")
+    store = Store(StorageConfig({}, "fsspec", str(home / "cache"), 1 << 20, 5.0, 5.0))
+    folder = home / "slides"
     counted: list[int] = []
-    measured = write_slide_pages(
-        folder, two_cases(tmp_path, store, make_slide), ABOUT, evidence_config(), lambda: counted.append(1)
-    )
+    measured = write_slide_pages(folder, two_cases(home, store, make_slide), ABOUT, evidence_config(), lambda: counted.append(1))
     assert len(counted) == 2
     return folder, measured
 
 
 def test_a_slide_gets_all_its_files_and_measures(pages: tuple[Path, list[Measured]]) -> None:
     folder, (first, second) = pages
-    names = {"attention.ome.tif", "values.ome.tif", "heatmap.geojson", "tiles.parquet", "overlay.png", "page.html"}
+    names = {"attention.ome.tif", "values.ome.tif", "heatmap.geojson", "tiles.parquet", "overlay.png", "thumb.jpg", "page.html"}
     assert {path.name for path in (folder / "s1").iterdir()} == names
     table = read_table(folder / "s1/tiles.parquet")
     assert table.column_names == ["x", "y", "width", "height", "attention", "contribution", "occlusion", "annotated"]

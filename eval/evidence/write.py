@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from histoscale.data.keys import key
 from histoscale.data.readers.pyramid import level_mpps
@@ -15,16 +16,17 @@ from histoscale.eval.evidence.figure import draw_figure
 from histoscale.eval.evidence.geometry import Canvas, paint, read_picture, shrink, whole_slide
 from histoscale.eval.evidence.measure import extremes, measure_artefacts, measure_deletion, measure_overlap
 from histoscale.eval.evidence.page import About, Patch, jpeg, layer, write_index, write_slide_page
-from histoscale.eval.evidence.pyramid import write_overlay, write_values
+from histoscale.eval.evidence.pyramid import blend, write_overlay, write_values
 from histoscale.eval.evidence.qupath import write_geojson
 from histoscale.eval.evidence.tables import write_tiles
 
+_THUMB_PX = 240  # on the list of slides
 _FILES = (
     ("attention.ome.tif", "the map over the slide, a pyramid for QuPath"),
     ("values.ome.tif", "the raw numbers as a pyramid of floats"),
     ("heatmap.geojson", "tiles and attended regions for QuPath, level-0 coordinates"),
     ("tiles.parquet", "the raw numbers as a table"),
-    ("overlay.png", "the map as a picture"),
+    ("overlay.png", "the map as a picture, with annotations where there are any"),
 )
 
 
@@ -100,8 +102,10 @@ def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, li
     draw_figure(home / "overlay.png", picture, fields["attention"], main, small.across, mpp, rings, title, opacity)
     measured = Measured(*facts, artefacts, overlap, gains, above, f"{case.slide_id}/overlay.png")
     most, least = extremes(case, config)
-    marked = covered.get("annotated")
-    patches = (_patches(case, most, small, config, kinds, marked), _patches(case, least, small, config, kinds, marked))
+    patches = (_patches(case, most, small, config, kinds), _patches(case, least, small, config, kinds))
+    thumb = _fitting(small, _THUMB_PX)
+    seen = blend(shrink(picture, thumb), paint(*place, main.values, thumb), main, opacity)
+    Image.fromarray(seen).save(home / "thumb.jpg", quality=config.quality)
     layers = [layer(name, each, fields[name]) for name, each in shown.items()]
     write_slide_page(
         home / "page.html", case, about, measured, picture, small, layers, patches, curves, opacity, config.top, _FILES
@@ -130,7 +134,6 @@ def _patches(
     canvas: Canvas,
     config: EvidenceConfig,
     kinds: dict[int, list[str]],
-    covered: np.ndarray | None,
 ) -> list[Patch]:
     """The tiles of `rows`, read from the slide at about `patch_px`."""
     assert case.reader is not None
@@ -143,7 +146,6 @@ def _patches(
         x, y = case.coords[row].tolist()
         pixels = read_scaled(case.reader, scale, round(x / downsample), round(y / downsample), side, side, damage=[])
         words = f"attention {case.attention[row] * len(case.attention):.2f}×, contribution {case.contribution[row]:+.3g}"
-        notes = [*kinds[row], *([f"{covered[row]:.0%} annotated"] if covered is not None and covered[row] > 0 else [])]
         square = (x / canvas.across, y / canvas.down, case.size_px / canvas.across)
-        found.append(Patch(number, jpeg(pixels, config.quality), words, notes, square))
+        found.append(Patch(number, jpeg(pixels, config.quality), words, kinds[row], square))
     return found
