@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mil_fixtures import cohort
 from study_fixtures import BINARY, CONFIG, FIXED, FOLDS, INTERVAL, SITES, TASKS, made_bags, made_outputs, made_plan
 
 from histoscale.eval.mil.compare import PARTS, compare_mil, open_mil_runs
@@ -145,3 +146,24 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "probe").mkdir()
     mixed = [f"runs=[{folders[0]},{tmp_path / 'probe'}]", "logging.progress=off", f"out={tmp_path / 'mixed'}"]
     assert execute("compare", mixed) == 2 and "compare one kind" in capsys.readouterr().err
+
+
+def test_what_mil_leaves_is_what_compare_reads(tmp_path: Path) -> None:
+    slides = cohort(tmp_path / "stores")
+    with (tmp_path / "manifest.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide_id", "uri", "patient_id", "site", *slides[0].labels])
+        writer.writerows([s.slide_id, s.uri, s.patient_id, s.site, *s.labels.values()] for s in slides)
+    common = [f"embeddings={tmp_path / 'stores'}", f"manifest={tmp_path / 'manifest.csv'}", "logging.progress=off"]
+    common += ["interval.draws=100", "mil.epochs=2", "mil.repeats=1"]
+    for kind in ("mean", "max"):
+        invoke("mil", [*common, f"mil={kind}", f"out={tmp_path / kind}"])
+    arguments = [f"runs=[{tmp_path / 'mean'},{tmp_path / 'max'}]", f"out={tmp_path / 'out'}", "logging.progress=off"]
+    found = invoke("compare", arguments)["compare"]
+    mil = json.loads((tmp_path / "max" / "summary.json").read_text())["mil"]
+    for part in PARTS:
+        one = next(d for d in found["differences"] if (d["part"], d["metric"]) == (part, "auroc"))
+        values = [found["scores"][run][part]["auroc"]["value"] for run in ("max", "mean")]
+        assert one["value"] == pytest.approx(values[0] - values[1]) and values[0] == mil[part]["auc"]["value"]
+    assert found["mcnemar"] == [] and "several units" in found["left_out"][0]  # two slides a patient
+    assert "less mean" in (tmp_path / "out" / "table.txt").read_text()
