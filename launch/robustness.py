@@ -33,7 +33,7 @@ from histoscale.eval.pool import check_pool
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.resolution import ResolutionConfig
 from histoscale.eval.robustness.confounding import check_confounding
-from histoscale.eval.robustness.curves import CurvesConfig, asked_rows, curve, fit_probes, questions_of
+from histoscale.eval.robustness.curves import CLEAN, CURVES, CurvesConfig, asked_rows, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import Finding, RobustnessError, summary, text_table
 from histoscale.eval.robustness.perturb import METHODS, MethodsConfig, PerturbationsConfig, UnitNormaliser, normalised, perturbed
 from histoscale.eval.robustness.registered import RegisteredConfig, RegisteredTiles, compare, open_registered
@@ -147,9 +147,11 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         return {}
     if not untrained:
         remarks.append("no random floor: this encoder has no architecture that could be left untrained")
-    words = "\n".join([text_table(found), "", *(f"! {remark}" for remark in remarks)]).rstrip()
-    journal.say(words)
-    write_atomic(journal.path("table.txt"), words + "\n")
+    said = ["", *(f"! {remark}" for remark in remarks)]
+    brief = [one for one in found if one.measure not in CURVES or (one.condition.endswith(CLEAN) and not one.minus)]
+    more = ["", "curves under perturbation stand in report.html and table.txt"] if len(brief) < len(found) else []
+    journal.say("\n".join([text_table(brief), *more, *said]).rstrip())
+    write_atomic(journal.path("table.txt"), "\n".join([text_table(found), *said]).rstrip() + "\n")
     write_atomic(journal.path("findings.jsonl"), "".join(json.dumps(asdict(one)) + "\n" for one in found))
     title = f"Robustness of {cast.name}"
     write_robustness_report(journal.path("report.html"), title, cast.name, found, remarks, config.interval.level)

@@ -204,6 +204,8 @@ def test_the_drop_is_a_mean_of_ratios_and_shows_confounding() -> None:
     ratios = [found.inside[1:, r] / found.inside[0, r] for r in range(3)]
     assert found.drop_inside.value == pytest.approx(np.mean(ratios) - 1) == pytest.approx(float(drop(found.inside)))
     assert found.drop_inside.value < -0.05 and found.drop_inside.high is not None and found.drop_inside.high < 0
+    part = np.array([[0.8, np.nan, 0.0], [0.4, np.nan, 0.3]])  # nobody of the second is drawn, nothing of the third is right
+    assert drop(part) == pytest.approx(-0.5) and np.isnan(drop(part[:, 1:]))
     x, where = made(2.0, 0.0, slides=20)
     outside = made(2.0, 0.0, sites=1, slides=10, seed=1)
     free = performance_drop(x, where, design(where, CONFOUNDING), outside, CONFOUNDING, INTERVAL)

@@ -235,9 +235,16 @@ def performance_drop(
 
 
 def drop(accuracy: np.ndarray) -> np.ndarray:
-    """APD of accuracies [..., splits, resamplings], the balanced set first; NaN where a balanced set has none right."""
+    """APD of accuracies [..., splits, resamplings], the balanced set first.
+
+    A resampling without a tested row (in a draw of patients), or whose balanced set has none right, has no ratio and is left out;
+    NaN where all are.
+    """
     base = np.where(accuracy[..., :1, :] > 0, accuracy[..., :1, :], np.nan)
-    return (accuracy[..., 1:, :] / base).mean((-2, -1)) - 1
+    ratio = (accuracy[..., 1:, :] / base).mean(-2)
+    known = np.isfinite(ratio)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, ratio, 0).sum(-1) / known.sum(-1) - 1
 
 
 def _drop_of(shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:

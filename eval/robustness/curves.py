@@ -14,6 +14,7 @@ from histoscale.eval.scores.classification import balanced_accuracy_of
 from histoscale.eval.scores.interval import IntervalConfig, Resampling
 
 CLEAN = "clean"
+CURVES = ("balanced_accuracy", "cosine_to_clean")  # what `curve` finds
 
 
 @dataclass(frozen=True)

@@ -112,19 +112,17 @@ def count(features: np.ndarray, where: Where, config: NeighboursConfig, device: 
     wheres = [where.only(rows) for rows in parts]
     tried = [k for k in (*CANDIDATES, *range(11, held + 1, 10)) if k <= held]
     k = config.k or _best_k(near, wheres, tried)
-    running = [_kinds(one, each).cumsum(1) for one, each in zip(near, wheres, strict=True)]
-    totals = sum(one.sum(0) for one in running)
-    by_k = {each: float(index_of(totals[each - 1, [1, 2]])) for each in tried}
-    return Counted(
-        k, np.concatenate([one[:, k - 1] for one in running]), np.concatenate([each.owners for each in wheres]), by_k, len(parts)
-    )
+    kinds = [_kinds(one, each) for one, each in zip(near, wheres, strict=True)]
+    by_k = {each: float(index_of(sum(one[:, :each].sum((0, 1)) for one in kinds)[[1, 2]])) for each in tried}
+    same, owners = (np.concatenate(x) for x in ([one[:, :k].sum(1) for one in kinds], [each.owners for each in wheres]))
+    return Counted(k, same, owners, by_k, len(parts))
 
 
 def _kinds(near: np.ndarray, where: Where) -> np.ndarray:
-    """int64 [n, k, 4]: whether each neighbour is SS, SO, OS, OO."""
+    """bool [n, k, 4]: whether each neighbour is SS, SO, OS, OO."""
     biology = where.biology[near] == where.biology[:, None]
     sites = where.sites[near] == where.sites[:, None]
-    return np.stack([biology & sites, biology & ~sites, ~biology & sites, ~biology & ~sites], 2).astype(np.int64)
+    return np.stack([biology & sites, biology & ~sites, ~biology & sites, ~biology & ~sites], 2)
 
 
 def _pairs(where: Where) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from histoscale.eval.drawings import Levels, Mark, interval_plot, levels_plot
 from histoscale.eval.page import Cell, Chapter, Drawing, Grid, Heading, Notes, Part, Prose, write_page
-from histoscale.eval.robustness.curves import CLEAN
+from histoscale.eval.robustness.curves import CLEAN, CURVES
 from histoscale.eval.robustness.findings import Finding, measure_words, number
 from histoscale.eval.robustness.perturb import KINDS, WORDS
 from histoscale.eval.table import ROLE_WORDS
@@ -111,11 +111,7 @@ def _splits(found: Sequence[Finding]) -> list[Part]:
 
 def _curves(encoder: str, found: Sequence[Finding], notes: dict[str, int]) -> list[Chapter]:
     """A chapter a role: the table of the encoder by normalisation, and drawings by kind of change."""
-    cells = {
-        (one.measure, one.encoder, one.normalise, one.condition, one.minus): one
-        for one in found
-        if one.measure in ("balanced_accuracy", "cosine_to_clean")
-    }
+    cells = {(one.measure, one.encoder, one.normalise, one.condition, one.minus): one for one in found if one.measure in CURVES}
     roles = dict.fromkeys(condition.split(", ")[0] for _, _, _, condition, _ in cells)
     methods = list(dict.fromkeys(method for _, _, method, _, _ in cells))
     encoders = list(dict.fromkeys(name for _, name, _, _, _ in cells))
