@@ -52,8 +52,9 @@ TRANSMIL = TransmilConfig("transmil", hidden=16, heads=2, landmarks=4, iteration
 
 def fit_config(aggregator: Aggregators, lr: float = 1e-2, **changed: Any) -> FitConfig:
     values: dict[str, Any] = {
-        "folds": 3, "repeats": 2, "epochs": 15, "batch": 8, "tiles": 60, "imbalance": "balanced", "seed": 0,
-        "optimizer": OptimizerConfig("adamw", lr, 1e-2, 1e-2, None), "schedule": ScheduleConfig(0, 0.0, False, "cosine", 0.0),
+        "folds": 3, "repeats": 2, "epochs": 15, "batch": 8, "tiles": 60, "standardise": True, "imbalance": "balanced", "seed": 0,
+        "optimizer": OptimizerConfig("adamw", lr, 1e-2, 1e-2, True, None),
+        "schedule": ScheduleConfig(0, 0.0, False, "cosine", 0.0),
     }  # fmt: skip
     return FitConfig(aggregator=aggregator, **{**values, **changed})
 

@@ -1,12 +1,13 @@
-"""The authors' own code beside ours, with copied weights on the same bags: gated ABMIL, CLAM-SB with its loss, TransMIL.
+"""The authors' own code beside ours, with copied weights on the same bags: gated ABMIL, GMA, CLAM-SB with its loss, TransMIL.
 
     git clone https://github.com/AMLab-Amsterdam/AttentionDeepMIL; git clone https://github.com/mahmoodlab/CLAM
-    git clone https://github.com/szc19990412/TransMIL; pip install --target OTHER --no-deps nystrom-attention einops
+    git clone https://github.com/szc19990412/TransMIL; git clone https://github.com/fuchs-lab-public/OPAL
+    pip install --target OTHER --no-deps nystrom-attention einops
     CLONES=. PYTHONPATH=.ns:OTHER python tests/oracle_mil.py
 
-CLONES is the folder that holds them; what is absent is left out and said. CLAM is GPL-3 and TransMIL has no licence: they only
-run here, and nothing of them is in this repository. Prints the largest differences as JSON; exits 1 when one is over 1e-5 (of
-TransMIL 1e-4).
+CLONES is the folder that holds them; what is absent is left out and said. CLAM is GPL-3, TransMIL and OPAL have no licence: they
+only run here, and nothing of them is in this repository. Prints the largest differences as JSON; exits 1 when one is over 1e-5
+(of TransMIL 1e-4).
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
 from histoscale.eval.mil.aggregators.transmil import Transmil, TransmilConfig
 
 CLONES = Path(os.environ["CLONES"])
-LIMITS = {"ilse_gated": 1e-5, "ilse_plain": 1e-5, "clam": 1e-5, "transmil": 1e-4}
+LIMITS = {"ilse_gated": 1e-5, "ilse_plain": 1e-5, "gma": 1e-5, "clam": 1e-5, "transmil": 1e-4}
 
 
 def module(path: str) -> Any:
@@ -69,6 +70,26 @@ def ilse(gated: bool) -> dict[str, float] | None:
         found = ours(*alone(h))
         off["probability"] = max(off["probability"], far(found.logits.sigmoid(), probability))
         off["attention"] = max(off["attention"], far(found.attention, attention))
+    return off
+
+
+def gma() -> dict[str, float] | None:
+    published = module("OPAL/SSL_benchmarks/code/gma_training/modules.py")
+    if published is None:
+        return None
+    theirs = published.GMA(ndim=96, dropout=True, n_classes=2).eval()
+    ours = Abmil(96, 2, AbmilConfig("abmil", [512, 512], "relu", 384, True, [], 0.25, 0.25, "xavier")).eval()
+    weights, names = theirs.state_dict(), {"embed.0": "attention_net.0", "embed.3": "attention_net.3", "classify.0": "classifier"}
+    names |= {"attend.content": "attention_net.6.attention_a.0", "attend.gate": "attention_net.6.attention_b.0"}
+    names["attend.weigh"] = "attention_net.6.attention_c"
+    ours.load_state_dict({f"{own}.{end}": weights[f"{name}.{end}"] for own, name in names.items() for end in ("weight", "bias")})
+    off = {"logits": 0.0, "attention": 0.0}
+    for n in (1, 9, 300):
+        x = torch.randn(n, 96)
+        raw, _, logits = theirs(x)
+        found = ours(*alone(x))
+        off["logits"] = max(off["logits"], far(found.logits, logits))
+        off["attention"] = max(off["attention"], far(found.attention[0], torch.from_numpy(raw).softmax(0)))
     return off
 
 
@@ -143,7 +164,7 @@ def transmil() -> dict[str, float] | None:
 
 def main() -> int:
     torch.manual_seed(0)
-    found = {"ilse_gated": ilse(True), "ilse_plain": ilse(False), "clam": clam(), "transmil": transmil()}
+    found = {"ilse_gated": ilse(True), "ilse_plain": ilse(False), "gma": gma(), "clam": clam(), "transmil": transmil()}
     print(json.dumps({name: off if off is not None else "no clone" for name, off in found.items()}, indent=2))
     return int(any(off is not None and max(off.values()) > LIMITS[name] for name, off in found.items()))
 

@@ -155,6 +155,20 @@ def test_a_training_slide_is_scored_by_models_that_never_saw_its_patient(studied
         assert all(torch.equal(one[name], two[name]) for name in one) == (model in before.held_out[mine[0]])
 
 
+def test_features_are_standardised_or_left_as_they_are(studied: tuple[Bags, Features]) -> None:
+    bags, features = studied
+    train, config = parts(bags).train, fit_config(AGGREGATORS["mean"], epochs=1, repeats=1)
+    scaled = fit(bags, train, features, TASK, config, quiet())
+    plain = fit(bags, train, features, TASK, replace(config, standardise=False), quiet()).ensemble.models[0]
+    assert (plain.shift == 0).all() and (plain.scale == 1).all()
+    for number, model in enumerate(scaled.ensemble.models):
+        own = [features.whole(i) for i in train if number not in scaled.held_out[i]]
+        mean = np.mean([each.mean(0, dtype=np.float64) for each in own], 0)  # every slide counts once
+        spread = np.sqrt(np.mean([np.square(each, dtype=np.float64).mean(0) for each in own], 0) - mean**2)
+        np.testing.assert_allclose(model.shift, mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(model.scale, spread, rtol=1e-4)
+
+
 def test_outputs_by_seed(studied: tuple[Bags, Features]) -> None:
     """A training slide is read by one model of each seed, another slide by the models of each seed together."""
     bags, features = studied

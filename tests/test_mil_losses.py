@@ -49,7 +49,7 @@ def test_cox_without_an_event_is_zero_with_a_gradient() -> None:
 
 
 def test_learning_rates_and_decays() -> None:
-    config = OptimizerConfig("adamw", 1.0, 0.04, 0.4, None)
+    config = OptimizerConfig("adamw", 1.0, 0.04, 0.4, True, None)
     falling = ScheduleConfig(2, 0.0, False, "cosine", 0.1)
     rates = [learning_rate(step, 10, 4, config, falling) for step in range(10)]
     assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1]) and rates[7] == pytest.approx(0.55) and rates[9] > 0.1
@@ -70,7 +70,7 @@ def test_without_lookahead_and_schedule_they_are_torchs(kind: str, reference: ty
     torch.manual_seed(0)
     ours, theirs, x = nn.Linear(3, 1), nn.Linear(3, 1), torch.randn(8, 3)
     theirs.load_state_dict(ours.state_dict())
-    one, two = Optimizer(ours, 9, 3, OptimizerConfig(kind, 0.1, 0.2, 0.2, None), CONSTANT), reference(theirs.parameters())
+    one, two = Optimizer(ours, 9, 3, OptimizerConfig(kind, 0.1, 0.2, 0.2, True, None), CONSTANT), reference(theirs.parameters())
     for _ in range(9):
         one.step(ours(x).square().mean())
         two.zero_grad()
@@ -84,8 +84,8 @@ def test_lookahead_goes_back_half_the_way() -> None:
     torch.manual_seed(0)
     fast, slow, x = nn.Linear(3, 1), nn.Linear(3, 1), torch.randn(8, 3)
     slow.load_state_dict(fast.state_dict())
-    plain = Optimizer(fast, 4, 4, OptimizerConfig("adamw", 0.1, 0.0, 0.0, None), CONSTANT)
-    looking = Optimizer(slow, 4, 4, OptimizerConfig("adamw", 0.1, 0.0, 0.0, 2), CONSTANT)
+    plain = Optimizer(fast, 4, 4, OptimizerConfig("adamw", 0.1, 0.0, 0.0, True, None), CONSTANT)
+    looking = Optimizer(slow, 4, 4, OptimizerConfig("adamw", 0.1, 0.0, 0.0, True, 2), CONSTANT)
     start = fast.weight.detach().clone()
     for _ in range(2):
         plain.step(fast(x).square().mean())
@@ -96,8 +96,20 @@ def test_lookahead_goes_back_half_the_way() -> None:
 @pytest.mark.parametrize("kind", ["sgd", ""])
 def test_unknown_names(kind: str) -> None:
     with pytest.raises(ValueError, match="expected adamw, adam, radam"):
-        OptimizerConfig(kind, 0.1, 0.0, 0.0, None)
+        OptimizerConfig(kind, 0.1, 0.0, 0.0, True, None)
     with pytest.raises(ValueError, match="expected cosine or constant"):
         ScheduleConfig(0, 0.0, False, kind, 0.0)
     with pytest.raises(ValueError, match="expected null or a number"):
-        OptimizerConfig("adam", 0.1, 0.0, 0.0, 0)
+        OptimizerConfig("adam", 0.1, 0.0, 0.0, True, 0)
+
+
+def test_decay_may_leave_vectors_alone() -> None:
+    """With no gradient at all, only what is decayed shrinks."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = Optimizer(model, 4, 4, OptimizerConfig("adamw", 0.1, 0.5, 0.5, False, None), CONSTANT)
+    for _ in range(4):
+        optimizer.step(0 * model(torch.zeros(1, 3)).sum())
+    torch.testing.assert_close(model.weight, before["weight"] * 0.95**4)
+    torch.testing.assert_close(model.bias, before["bias"])

@@ -29,8 +29,8 @@ class FitConfig:
 
     epochs: a fixed number. tiles: at most so many of a slide in one training step, drawn anew each epoch; null: all of them.
     batch: slides a step. folds, repeats: the ensemble holds folds * repeats models, and each training slide is scored by the
-    `repeats` models that never saw its patient. imbalance: `balanced` (every class weighs the same) or `none`, for tasks with
-    classes.
+    `repeats` models that never saw its patient. standardise: each feature by its mean and standard deviation over the training
+    tiles. imbalance: `balanced` (every class weighs the same) or `none`, for tasks with classes.
     """
 
     aggregator: AggregatorConfig
@@ -39,6 +39,7 @@ class FitConfig:
     epochs: int
     batch: int
     tiles: int | None
+    standardise: bool
     imbalance: str
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -138,7 +139,8 @@ def _train(
     with torch.random.fork_rng(devices=[]):  # initial weights and dropout belong to this model alone
         torch.manual_seed(key(config.seed, "mil/init", number) >> 1)
         model = SlideModel(bags.width, config.aggregator, task.outputs).train()
-        _standardise(model, rows, features)
+        if config.standardise:
+            _standardise(model, rows, features)
         if isinstance(task, RegressionTask):
             model.origin.copy_(targets.mean())
             model.unit.copy_(targets.std(correction=0) if targets.std(correction=0) > 0 else torch.ones(()))

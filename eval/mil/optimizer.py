@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +13,14 @@ KINDS = ("adamw", "adam", "radam")
 @dataclass(frozen=True)
 class OptimizerConfig:
     """kind: adamw; adam (its decay enters the gradient); radam (arXiv 1908.03265, decay as in adamw). weight_decay goes to
-    `final_weight_decay` by a cosine over the training. lookahead: null, or every how many steps the weights go back half the way
-    to where they were (arXiv 1907.08610)."""
+    `final_weight_decay` by a cosine over the training. decay_vectors: biases and norms decay too. lookahead: null, or every how
+    many steps the weights go back half the way to where they were (arXiv 1907.08610)."""
 
     kind: str
     lr: float
     weight_decay: float
     final_weight_decay: float
+    decay_vectors: bool
     lookahead: int | None
 
     def __post_init__(self) -> None:
@@ -70,7 +72,9 @@ class Optimizer:
         self.steps, self.config, self.schedule = steps, config, schedule
         self.warmup = schedule.warmup_epochs * steps_per_epoch
         self.weights = list(model.parameters())
-        self.inner = _build(self.weights, config)
+        vectors = [] if config.decay_vectors else [weight for weight in self.weights if weight.ndim < 2]
+        decayed = [weight for weight in self.weights if config.decay_vectors or weight.ndim >= 2]
+        self.inner = _build([{"params": decayed}, *([{"params": vectors, "weight_decay": 0.0}] if vectors else [])], config)
         self.slow = [weight.detach().clone() for weight in self.weights] if config.lookahead else []
         self.done = 0
 
@@ -78,7 +82,7 @@ class Optimizer:
         """Move down the gradient of a scalar."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate(self.done, self.steps, self.warmup, self.config, self.schedule)
-            group["weight_decay"] = weight_decay(self.done, self.steps, self.config)
+        self.inner.param_groups[0]["weight_decay"] = weight_decay(self.done, self.steps, self.config)
         self.inner.zero_grad()
         loss.backward()
         self.inner.step()
@@ -89,7 +93,7 @@ class Optimizer:
                     weight.copy_(slow.lerp_(weight, 0.5))
 
 
-def _build(weights: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _build(weights: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     match config.kind:
         case "adamw":
             return torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
