@@ -205,6 +205,12 @@ def test_another_seed_deals_other_folds() -> None:
     assert grouped_folds(rows, 5, 0) != grouped_folds(rows, 5, 1)
 
 
+def test_the_page_says_when_every_slide_is_its_own_patient() -> None:
+    assert make_plan(cohort(), FIXED).checks[1].found == "none of 60 on two sides"
+    alone = some(tuple(replace(row, group=row.slide_id) for row in cohort().rows))
+    assert make_plan(alone, FIXED).checks[1].found == "none of 120 on two sides; every slide has a patient of its own"
+
+
 def test_internal_slides_of_a_site_that_does_not_train_are_told() -> None:
     bags = cohort()
     rows = tuple(replace(row, site="new") if row.group in ("p2", "p6") else row for row in bags.rows)

@@ -59,7 +59,8 @@ def check_trials(rows: Sequence[Bag], trials: Sequence[Trial], unit: str) -> tup
     checks = [Check("slides", f"{sides}: {how}", f"none of {len({slides[i] for i in used})} on two sides", True)]
     nameless = sum(not patients[i] for i in used)
     how = "patient ids, of TCGA barcodes the first three fields" if unit == "patient" else "the patients in TCGA barcodes"
-    found = f"none of {len({patients[i] for i in used} - {''})} on two sides"
+    people = len({patients[i] for i in used} - {""})
+    found = f"none of {people} on two sides{'; every slide has a patient of its own' * (people == len(used))}"
     if nameless:
         found = f"unknown of {nameless} of {len(used)} slides: those of one patient may stand on two sides"
     checks.append(Check("patients", f"{sides}: {how}", found, not nameless))
