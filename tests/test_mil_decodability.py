@@ -33,6 +33,13 @@ def test_each_is_found_where_it_is_and_only_there() -> None:
         assert found.association is not None and found.association < 0.25 and found.withheld == {}
 
 
+def test_no_error_is_no_certainty() -> None:
+    bags = made_bags(BINARY, patients=60)
+    found = decodability(bags, features(bags, 40, 0), BINARY, INTERVAL, CONFIG).site
+    assert found is not None and found.score.value == found.score.high == 1
+    assert found.score.low == pytest.approx(0.025 ** (1 / 20))  # 20 patients of each hospital, all right
+
+
 def test_a_label_that_is_a_site_is_not_read_elsewhere() -> None:
     """Positives come from one site almost alone and features know only the site: biology seems read until a site is left out."""
     bags = made_bags(BINARY, patients=240)

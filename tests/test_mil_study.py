@@ -283,3 +283,10 @@ def test_a_rare_class_withholds_what_it_decides(positives: int, said: str) -> No
         one = found.metrics[metric]
         assert said in one.note and (one.low is None) == (said == "withheld"), metric
     assert found.metrics["brier"].low is not None
+
+
+def test_without_an_error_an_interval_still_has_a_width() -> None:
+    found = done(BINARY, FOLDS, noise=0.01).internal
+    assert found is not None and found.auc is not None and found.auc.value == found.auc.high == 1
+    fewest = min(found.counts.values())
+    assert found.auc.low == pytest.approx(0.025 ** (1 / fewest)) and "all agree" in found.auc.note

@@ -9,6 +9,7 @@ import numpy as np
 from histoscale.data.splits import folds
 from histoscale.eval.logistic import Rows, Standard, fit
 from histoscale.eval.mil.bags import Bags
+from histoscale.eval.mil.metrics import cautious
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task
 from histoscale.eval.scores.classification import balanced_accuracy_of
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling
@@ -189,5 +190,7 @@ def _read(
     draws = Resampling.of(groups, interval)
     counts = np.eye(classes * classes)[y * classes + named]
     score = draws.interval(draws.sums(counts), lambda sums: balanced_accuracy_of(sums.reshape(-1, classes, classes)))
+    fewest = min(len({group for group, own in zip(groups, y.tolist(), strict=True) if own == c}) for c in range(classes))
+    score = cautious(score, fewest, interval.level)
     confusion = counts.sum(0).reshape(classes, classes).astype(np.int64)
     return Decoded(asked, how, tuple(names), score, 1 / classes, confusion)

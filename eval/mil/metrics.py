@@ -10,6 +10,7 @@ from histoscale.data.keys import keys, uniform
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
 from histoscale.eval.mil.units import Units
 from histoscale.eval.scores.auroc import REPORTABLE_CLASS
+from histoscale.eval.scores.binomial import clopper_pearson
 from histoscale.eval.scores.calibration import (
     errors_if_calibrated,
     intercept_in_the_large,
@@ -29,7 +30,7 @@ from histoscale.eval.scores.ranking import Ranking
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
 
-OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy")  # errors of single units, which need no rarer class
+OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy", "quadratic_kappa")  # which no rare class decides
 
 NAMES = {
     "auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "accuracy": "accuracy",
@@ -76,9 +77,13 @@ def metrics(found: Units, task: Task) -> dict[str, Metric]:
     return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
 
 
-def cautious(found: Interval, rarer: int | None) -> Interval:
-    """Under 3 groups of the rarer class (or with an event) no interval, under 10 a warning, as `report_area` does: the bootstrap
-    of patients does not know how few they are. rarer: of `Units.rarer`."""
+def cautious(found: Interval, rarer: int | None, level: float) -> Interval:
+    """What a bootstrap of patients does not know. Under 3 groups of the rarest class (or with an event) no interval, under 10 a
+    warning, as `report_area` does. Where nothing went wrong, or all, draws agree, and the ends are Clopper-Pearson's of those
+    groups. rarer: of `Units.rarer`."""
+    if rarer and found.low == found.high == found.value and found.value in (0.0, 1.0):
+        low, high = clopper_pearson(round(found.value) * rarer, rarer, level)
+        found = replace(found, low=low, high=high, note=f"the exact interval of {rarer} groups that all agree")
     if rarer is None or rarer >= REPORTABLE_PATIENTS or found.low is None:
         return found
     if rarer < REPORTABLE_CLASS:

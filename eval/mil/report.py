@@ -24,7 +24,7 @@ from histoscale.eval.mil.split import Check
 from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask
 from histoscale.eval.mil.words import cannot_say, count_words, counted, metric_words, plainly, rate_words
-from histoscale.eval.page import Cell, Chapter, Drawing, Grid, Heading, Matrix, Prose, write_page
+from histoscale.eval.page import Cell, Chapter, Drawing, Folded, Grid, Heading, Matrix, Prose, write_page
 from histoscale.eval.page import Part as Piece
 from histoscale.eval.scores.interval import Interval
 from histoscale.eval.scores.operating import Rate
@@ -165,29 +165,34 @@ def _decisions(found: Study) -> list[Piece]:
             words.insert(0, f"flagged from a score of {at.value:.3f}")
         if len(found.of_trials) > 1:
             words.append("each trial's slides are flagged by that trial's own threshold")
-        rows: list[Sequence[Cell | str]] = [
-            [label, *_rates(part.operating[i]), _drift(part.operating[i])] for label, part in _all(found)
+        parts_ = [(label, part.operating[i]) for label, part in _all(found)]
+        rows: list[Sequence[Cell | str]] = [[label, *_rates(one), _drift(one)] for label, one in parts_]
+        exact: list[Sequence[Cell | str]] = [
+            [label, *(_exact(rate) for rate in (one.found.sensitivity, one.found.specificity, one.found.fnr, one.found.flagged))]
+            for label, one in parts_
         ]
         head = ["set", "sensitivity", "specificity", "missed (FNR)", "flagged", "PPV / NPV as observed",
                 f"PPV / NPV at {found.task.prevalence:g}", "drift (threshold it would need)"]  # fmt: skip
         note = (
-            "Hits of units with Wilson's interval, then Clopper-Pearson's. Drift: achieved minus required sensitivity; the "
+            "Hits of units with Wilson's interval. Drift: achieved minus required sensitivity; the "
             "needed threshold is a diagnosis of the shift, and nothing uses it."
         )
         parts += [Heading(f"Required sensitivity {at.required:g}", "; ".join(words).capitalize()), Grid(head, rows, 1, note)]
+        names = ["set", "sensitivity", "specificity", "missed (FNR)", "flagged"]
+        parts.append(Folded("The same with Clopper-Pearson's exact intervals", [Grid(names, exact, 1, "")]))
     return parts
 
 
 def _rates(at: Operating) -> list[str]:
     done = at.found
-    both = [f"{rate_words(rate)} {_exact(rate)}" for rate in (done.sensitivity, done.specificity, done.fnr)]
+    wilson = [rate_words(rate) for rate in (done.sensitivity, done.specificity, done.fnr, done.flagged)]
     observed = " / ".join("–" if rate.n == 0 else f"{rate.value:.3f}" for rate in (done.ppv, done.npv))
     stated = " / ".join("–" if math.isnan(value) else f"{value:.3f}" for value in done.at_prevalence)
-    return [*both, rate_words(done.flagged), observed, stated]
+    return [*wilson, observed, stated]
 
 
 def _exact(rate: Rate) -> str:
-    return "" if rate.n == 0 else f"[{rate.exact[0]:.2f}, {rate.exact[1]:.2f}]"
+    return "–" if rate.n == 0 else f"{rate.hits}/{rate.n} [{rate.exact[0]:.2f}, {rate.exact[1]:.2f}]"
 
 
 def _drift(at: Operating) -> str:
@@ -258,10 +263,10 @@ def _predictions(found: Study) -> list[Piece]:
         if part.points is not None and isinstance(found.task, SurvivalTask):
             parts.append(_survival(part, found.task))
     rows: list[Sequence[Cell | str]] = [
-        [label, *(f"{rate_words(rate)} {_exact(rate)}" for rate in part.recalls.values())] for label, part in _all(found)
+        [label, *(rate_words(rate) for rate in part.recalls.values())] for label, part in _all(found)
     ]
     if found.train.recalls:
-        note = "Hits of units with Wilson's interval, then Clopper-Pearson's."
+        note = "Hits of units with Wilson's interval; Clopper-Pearson's stands in summary.json."
         parts += [Heading("Recall of every class", ""), Grid(["set", *found.train.recalls], rows, 1, note)]
     return parts
 

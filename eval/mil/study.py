@@ -150,7 +150,9 @@ class _Reads:
         others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
         rarer = found.rarer(task)
         held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != headline(task)}
-        held = {metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer) for metric, one in held.items()}
+        held = {
+            metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer, self.interval.level) for metric, one in held.items()
+        }
         main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
         if isinstance(task, BinaryTask | ClassesTask):
             held |= ece_intervals(found, task, self.config.bins, self.interval)
@@ -270,12 +272,15 @@ def _beside(
         minus = {floor: report_difference(area, 0, i, patients, n, level) for i, floor in enumerate(others, 1)}
         return report_area(area, 0, patients, n, level), beside, minus
     rarer = found.rarer(task)
-    main = cautious(draws.weighted(metric), rarer)
+    main = cautious(draws.weighted(metric), rarer, draws.config.level)
     if math.isnan(main.value):
         return None, {}, {}
     ranked = {floor: ranks_alone(other, task) for floor, other in others.items()}
-    beside = {floor: cautious(draws.weighted(statistic), rarer) for floor, statistic in ranked.items()}
-    minus = {floor: cautious(draws.weighted(_less(metric, statistic)), rarer) for floor, statistic in ranked.items()}
+    beside = {floor: cautious(draws.weighted(statistic), rarer, draws.config.level) for floor, statistic in ranked.items()}
+    minus = {
+        floor: cautious(draws.weighted(_less(metric, statistic)), rarer, draws.config.level)
+        for floor, statistic in ranked.items()
+    }
     return main, beside, minus
 
 
@@ -287,8 +292,8 @@ def _paired_gap(
     def less(one: Metric, other: Metric) -> Metric:
         return lambda weights: one(weights[:, :n]) - other(weights[:, n:])
 
-    rarer = [count for count in (first.rarer(task), second.rarer(task)) if count is not None]
-    found = {name: cautious(draws.weighted(less(a[name], b[name])), min(rarer, default=None)) for name in a if name in b}
+    fewest = min((count for count in (first.rarer(task), second.rarer(task)) if count is not None), default=None)
+    found = {name: cautious(draws.weighted(less(a[name], b[name])), fewest, config.level) for name in a if name in b}
     return {name: interval for name, interval in found.items() if not math.isnan(interval.value)}
 
 

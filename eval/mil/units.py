@@ -30,11 +30,14 @@ class Units:
         return self.target.astype(np.int64)
 
     def rarer(self, task: Task) -> int | None:
-        """Groups that hold a unit of the rarer of two classes, or an event; None for other tasks."""
+        """Groups with a unit of the rarest class that is present (of two classes: of either), or with an event; None for numbers."""
         if isinstance(task, BinaryTask):
             return min(
                 len({group for group, own in zip(self.groups, self.labels == side, strict=True) if own}) for side in (0, 1)
             )
+        if isinstance(task, ClassesTask):
+            labels = self.labels.tolist()
+            return min(len({group for group, own in zip(self.groups, labels, strict=True) if own == c}) for c in set(labels))
         if isinstance(task, SurvivalTask):
             return len({group for group, own in zip(self.groups, self.event, strict=True) if own})
         return None
