@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from histoscale.eval.pool import check_pool, pooled
 from histoscale.eval.stores import StoreConfig, StoreError, copy_path, matches, read_attribute, store_path, write_store
 
 STORE_FORMAT = 2  # 2: tiles row by row
+
+Stores = dict[int, tuple[Path, dict[str, Any]]]  # of a slide, by copy (0 is the plain one): path, and the attributes that make it
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class _NothingLeft(Exception):
 class Embedded:
     """slides: how many have all their stores, kept: of them from before. failed: slide_id -> why its bytes cannot be embedded.
     refused: slide_id -> why the storage would not give it. unnormalised: slide_id -> why it was left as it was scanned.
-    model_s, waiting_s, writing_s: how long the encoder worked, how long it waited for pixels, how long stores were written."""
+    model_s, waiting_s, writing_s: how long the encoder worked, how long it waited for pixels, how long stores were written
+    (meanwhile)."""
 
     mpp: float
     patch_px: int
@@ -115,31 +120,60 @@ def embed_slides(
             found.slides, found.kept = found.slides + 1, found.kept + 1
             _note_unnormalised(found, catalog.slides[slide].slide_id, out)
     parts = SlideParts(catalog, missing, mpp, patch_px, recipe.grid, pipe, normaliser, store)
-    with journal.progress(len(slides), "slides", "slides") as progress:
+    written: deque[tuple[int, int, Future[float]]] = deque()
+    with ThreadPoolExecutor(1, "stores") as writer, journal.progress(len(slides), "slides", "slides") as progress:
+
+        def told() -> None:
+            progress.advance(1, patches=found.patches, failed=len(found.failed) + len(found.refused))
+
+        def finish() -> None:
+            slide, patches, future = written.popleft()
+            slide_id = catalog.slides[slide].slide_id
+            try:
+                found.writing_s += future.result()
+                found.slides, found.patches = found.slides + 1, found.patches + patches
+                _note_unnormalised(found, slide_id, out)
+            except StoreError as error:
+                _give_up(found.failed, slide_id, error, missing[slide], out)
+            told()
+
         if found.kept:
             progress.advance(found.kept, patches=0, failed=0)
         for slide, tiles, read in parts:
-            slide_id = catalog.slides[slide].slide_id
             try:
                 if isinstance(tiles, Exception):
                     raise tiles
-                more = {"encoder": encoder.name, "mpp": tiles.scale.mpp,
-                        "patch_size_level0": round(patch_px * tiles.scale.mpp / float(catalog.level_mpps(slide)[0]))}  # fmt: skip
                 features, coords = _read(encoder, catalog, slide, _timed(read, found), missing[slide], recipe, pipe.batch, found)
-                more |= {"lost_patches": len(tiles) - len(coords),
-                         "unnormalised": normaliser.reason(slide) or "" if normaliser is not None else ""}  # fmt: skip
-                start = time.perf_counter()
-                for copy, (path, attrs) in missing[slide].items():
-                    write_store(path, features[copy], coords, {**attrs, **more}, recipe.store)
-                found.writing_s += time.perf_counter() - start
-                found.slides, found.patches = found.slides + 1, found.patches + len(coords)
-                _note_unnormalised(found, slide_id, out)
-            except (_NothingLeft, Ineligible, DecodeError, Missing, Changed, StoreError) as error:
-                _give_up(found.failed, slide_id, error, missing[slide], out)
+                more = {
+                    "encoder": encoder.name,
+                    "mpp": tiles.scale.mpp,
+                    "patch_size_level0": round(patch_px * tiles.scale.mpp / float(catalog.level_mpps(slide)[0])),
+                    "lost_patches": len(tiles) - len(coords),
+                    "unnormalised": normaliser.reason(slide) or "" if normaliser is not None else "",
+                }
+            except (_NothingLeft, Ineligible, DecodeError, Missing, Changed) as error:
+                _give_up(found.failed, catalog.slides[slide].slide_id, error, missing[slide], out)
+                told()
             except StorageError as error:
-                _give_up(found.refused, slide_id, error, missing[slide], out)
-            progress.advance(1, patches=found.patches, failed=len(found.failed) + len(found.refused))
+                _give_up(found.refused, catalog.slides[slide].slide_id, error, missing[slide], out)
+                told()
+            else:  # while the next slide is embedded
+                written.append((slide, len(coords), writer.submit(_write, features, coords, missing[slide], more, recipe.store)))
+                while len(written) > 1:
+                    finish()
+        while written:
+            finish()
     return found
+
+
+def _write(
+    features: dict[int, np.ndarray], coords: np.ndarray, stores: Stores, more: dict[str, Any], config: StoreConfig
+) -> float:
+    """All stores of a slide; the seconds that it took. Raises StoreError."""
+    start = time.perf_counter()
+    for copy, (path, attrs) in stores.items():
+        write_store(path, features[copy], coords, {**attrs, **more}, config)
+    return time.perf_counter() - start
 
 
 def settle(parts: Sequence[Embedded]) -> Embedded:
@@ -199,10 +233,8 @@ def _magnification(encoder: Encoder, recipe: Recipe) -> tuple[float, int]:
     return mpp, patch_px
 
 
-def _wanted(
-    encoder: Encoder, catalog: Catalog, slide: int, mpp: float, patch_px: int, recipe: Recipe, out: Path
-) -> dict[int, tuple[Path, dict[str, Any]]]:
-    """By copy (0 is the plain store): its path, and the attributes that make it; equal attributes, equal features."""
+def _wanted(encoder: Encoder, catalog: Catalog, slide: int, mpp: float, patch_px: int, recipe: Recipe, out: Path) -> Stores:
+    """The stores that a slide should have; equal attributes, equal features."""
     row, level, grid = catalog.slides[slide], catalog.layout(slide).levels[0], recipe.grid
     attrs = {
         "format": STORE_FORMAT,
@@ -272,12 +304,14 @@ def _batches(parts: Iterator[Part], batch: int) -> Iterator[tuple[Tensor, np.nda
     for part in parts:
         pixels.append(part.pixels)
         corners.append(part.corners)
-        while sum(map(len, pixels)) >= batch:
+        if sum(map(len, pixels)) >= batch:
             joined, at = np.concatenate(pixels), np.concatenate(corners)
-            yield torch.from_numpy(np.ascontiguousarray(joined[:batch])), at[:batch]
-            pixels, corners = [joined[batch:]], [at[batch:]]
+            whole = len(joined) // batch * batch
+            for start in range(0, whole, batch):
+                yield torch.from_numpy(joined[start : start + batch]), at[start : start + batch]
+            pixels, corners = [joined[whole:]], [at[whole:]]
     if sum(map(len, pixels)):
-        yield torch.from_numpy(np.ascontiguousarray(np.concatenate(pixels))), np.concatenate(corners)
+        yield torch.from_numpy(np.concatenate(pixels)), np.concatenate(corners)
 
 
 def jittered(pixels: Tensor, drawn: Tensor, sigma_od: float) -> Tensor:
@@ -302,9 +336,7 @@ def _note_unnormalised(found: Embedded, slide_id: str, out: Path) -> None:
         found.unnormalised[slide_id] = reason
 
 
-def _give_up(
-    reasons: dict[str, str], slide_id: str, error: Exception, stores: dict[int, tuple[Path, dict[str, Any]]], out: Path
-) -> None:
+def _give_up(reasons: dict[str, str], slide_id: str, error: Exception, stores: Stores, out: Path) -> None:
     """Note why, and leave no older store behind that would pass for this one."""
     reasons[slide_id] = scrub(str(error))
     for path, _ in stores.values():
