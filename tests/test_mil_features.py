@@ -8,9 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from mil_fixtures import ABMIL, TASK, cohort, fit_config, parts, quiet
 from store_layouts import grid, write_clam, write_trident
 
+from histoscale.eval.mil.bags import read_bags
 from histoscale.eval.mil.features import Draw, Features, choose
+from histoscale.eval.mil.fit import fit
 from histoscale.eval.stores import StoreConfig, StoreError, read_features, write_store
 
 WIDTH = 6
@@ -140,3 +143,23 @@ def test_a_plan_that_is_left_early_leaves_no_thread(tmp_path: Path) -> None:
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("features")]
+
+
+def test_a_slide_model_of_stores_of_trident_or_clam_is_that_of_ours(tmp_path: Path) -> None:
+    """The same features in another tool's layout train the same model, to the bit."""
+    slides = cohort(tmp_path / "ours", patients=16)
+    for each in slides:
+        features = read_features(tmp_path / f"ours/{each.slide_id}.h5")
+        write_trident(tmp_path / f"trident/{each.slide_id}.h5", features, 64, batched=True)
+        write_clam(tmp_path / f"clam/{each.slide_id}.h5", features, 64)
+    config = fit_config(ABMIL, folds=2, repeats=1, epochs=2)
+    found = {}
+    for layout in ("ours", "trident", "clam"):
+        bags = read_bags(tmp_path / layout, slides, TASK, "patient")
+        assert len(bags.rows) == len(slides) and not bags.left_out and {bag.size_px for bag in bags.rows} == {64}
+        features = Features([[bag.path] for bag in bags.rows], bags.width, 0, 2)
+        fitted = fit(bags, parts(bags).train, features, TASK, config, quiet())
+        found[layout] = np.array([fitted.read(row, features).output[0] for row in range(len(bags.rows))])
+    np.testing.assert_array_equal(found["ours"], found["trident"])
+    np.testing.assert_array_equal(found["ours"], found["clam"])
+    assert found["ours"].std() > 0.01
