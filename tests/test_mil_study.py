@@ -290,3 +290,5 @@ def test_without_an_error_an_interval_still_has_a_width() -> None:
     assert found is not None and found.auc is not None and found.auc.value == found.auc.high == 1
     fewest = min(found.counts.values())
     assert found.auc.low == pytest.approx(0.025 ** (1 / fewest)) and "all agree" in found.auc.note
+    gap = done(BINARY, SITES, noise=0.01).gap["auroc"]
+    assert gap.value == 0 and gap.low is None and "does not vary" in gap.note

@@ -178,7 +178,7 @@ def _differences(runs: Sequence[MilRun], part: str, found: Sequence[Units], inte
                 differences.append(Difference(run.name, part, metric, less, p, adjusted.get(i)))
                 continue
             less = draws.weighted(_less(of[i][metric], of[0][metric]))
-            less = less if metric in OF_EVERY_UNIT else cautious(less, first.rarer(task), interval.level)
+            less = less if metric in OF_EVERY_UNIT else cautious(less, first.rarer(task), None)
             if not math.isnan(less.value):
                 differences.append(Difference(run.name, part, metric, less, None, None))
     return differences

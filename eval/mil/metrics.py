@@ -77,19 +77,23 @@ def metrics(found: Units, task: Task) -> dict[str, Metric]:
     return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
 
 
-def cautious(found: Interval, rarer: int | None, level: float) -> Interval:
+def cautious(found: Interval, rarer: int | None, level: float | None) -> Interval:
     """What a bootstrap of patients does not know. Under 3 groups of the rarest class (or with an event) no interval, under 10 a
-    warning, as `report_area` does. Where nothing went wrong, or all, draws agree, and the ends are Clopper-Pearson's of those
-    groups. rarer: of `Units.rarer`."""
-    if rarer and found.low == found.high == found.value and found.value in (0.0, 1.0):
-        low, high = clopper_pearson(round(found.value) * rarer, rarer, level)
-        found = replace(found, low=low, high=high, note=f"the exact interval of {rarer} groups that all agree")
-    if rarer is None or rarer >= REPORTABLE_PATIENTS or found.low is None:
+    warning, as `report_area` does. Where draws all agree because nothing went wrong, or all: the ends are Clopper-Pearson's of
+    those groups at `level`; of a difference (level None) there are none. rarer: of `Units.rarer`."""
+    if rarer is None or found.low is None:
         return found
     if rarer < REPORTABLE_CLASS:
         return replace(
             found, low=None, high=None, note=f"interval withheld: {rarer} patients of the rarer class or with an event"
         )
+    if found.low == found.high and level is None:
+        return replace(found, low=None, high=None, note="interval withheld: the difference does not vary between patients")
+    if found.low == found.high == found.value and level is not None and found.value in (0.0, 1.0):
+        low, high = clopper_pearson(round(found.value) * rarer, rarer, level)
+        found = replace(found, low=low, high=high, note=f"the exact interval of {rarer} groups that all agree")
+    if rarer >= REPORTABLE_PATIENTS:
+        return found
     return replace(found, note="; ".join(filter(None, [f"warning: {rarer} of the rarer class or with an event", found.note])))
 
 

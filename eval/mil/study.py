@@ -277,10 +277,7 @@ def _beside(
         return None, {}, {}
     ranked = {floor: ranks_alone(other, task) for floor, other in others.items()}
     beside = {floor: cautious(draws.weighted(statistic), rarer, draws.config.level) for floor, statistic in ranked.items()}
-    minus = {
-        floor: cautious(draws.weighted(_less(metric, statistic)), rarer, draws.config.level)
-        for floor, statistic in ranked.items()
-    }
+    minus = {floor: cautious(draws.weighted(_less(metric, statistic)), rarer, None) for floor, statistic in ranked.items()}
     return main, beside, minus
 
 
@@ -293,7 +290,7 @@ def _paired_gap(
         return lambda weights: one(weights[:, :n]) - other(weights[:, n:])
 
     fewest = min((count for count in (first.rarer(task), second.rarer(task)) if count is not None), default=None)
-    found = {name: cautious(draws.weighted(less(a[name], b[name])), fewest, config.level) for name in a if name in b}
+    found = {name: cautious(draws.weighted(less(a[name], b[name])), fewest, None) for name in a if name in b}
     return {name: interval for name, interval in found.items() if not math.isnan(interval.value)}
 
 

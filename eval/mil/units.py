@@ -30,7 +30,7 @@ class Units:
         return self.target.astype(np.int64)
 
     def rarer(self, task: Task) -> int | None:
-        """Groups with a unit of the rarest class that is present (of two classes: of either), or with an event; None for numbers."""
+        """Groups with a unit of the rarest class present (of two classes: of either), or with an event; None for numbers."""
         if isinstance(task, BinaryTask):
             return min(
                 len({group for group, own in zip(self.groups, self.labels == side, strict=True) if own}) for side in (0, 1)
