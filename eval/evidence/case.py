@@ -20,8 +20,8 @@ class EvidenceConfig:
     picture_px: longer side of the page's picture; pyramid_px: at most that of the OME-TIFF's base; quality: of JPEGs; opacity:
     of the colours over the tissue at first. display: `relative`, `rank` or `global` (eval/evidence/display.py). top: share of
     the tiles that count as most attended. patches: how many of the most and of the least attended are shown, patch_px: their
-    side. sample: tiles that the artefacts of the whole slide are estimated from. exclude: groups of annotations that are cut
-    out.
+    side. sample: tiles that artefacts are estimated from, of the most attended and of all. exclude: groups of annotations that
+    are cut out.
     """
 
     slides: int | None

@@ -24,13 +24,15 @@ def measure_deletion(case: Case, config: EvidenceConfig) -> Deletion:
 def measure_artefacts(
     case: Case, white: np.ndarray, config: EvidenceConfig
 ) -> tuple[dict[str, tuple[float, float]], dict[int, list[str]]]:
-    """kind -> (share of the most attended tiles, share of a keyed sample of all), and the kinds of each tile looked at, by row.
+    """kind -> (share of the most attended tiles, share of all), each from a keyed sample where they are many; and the kinds of
+    each tile looked at, by row.
 
     Raises what reading the slide raises.
     """
     assert case.reader is not None
     n, top = len(case.coords), case.top(config.top)
     sample = permutation(key(config.seed, f"artefacts/{case.slide_id}"), n)[: config.sample]
+    top = top[permutation(key(config.seed, f"artefacts/top/{case.slide_id}"), len(top))[: config.sample]]
     shown = np.concatenate(extremes(case, config))
     rows = np.unique(np.concatenate([top, sample, shown]))
     optics = read_optics(case.reader, case.coords[rows], case.size_px, case.mpp, white, config.artefacts)

@@ -33,8 +33,8 @@ def write_geojson(
         share = {"tiles": float(len(rows)), "attention": float(attention[rows].sum())}
         features.append(_feature(rings, "annotation", REGION, [200, 40, 40], share, f"{REGION} {number}"))
     partial = path.with_suffix(".partial")
-    with partial.open("w") as file:
-        json.dump({"type": "FeatureCollection", "features": features}, file, separators=(",", ":"))
+    # dumps, not dump: only the former is compiled, and slides have tens of thousands of tiles.
+    partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")))
     partial.replace(path)
 
 
