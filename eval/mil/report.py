@@ -310,12 +310,13 @@ def _decoded(found: Decodability) -> list[Piece]:
     ]  # fmt: skip
     words = (
         "A linear probe of each slide's mean tile, classes weighing the same. What is read of the hospital is there for a slide "
-        "model to use; what is read of the label with a site left out does not rest on that."
+        "model to use; what is read of the label at a site that was left out does not rest on knowing that hospital. Above chance: "
+        "the share of the way from chance to 1."
     )
     parts: list[Piece] = [Prose(words)]
     if marks:
         parts.append(Drawing(interval_plot(marks, "balanced accuracy", None), "Chance differs: it stands in the table."))
-        head = ["read", "by", "classes", "slides", "patients", "balanced accuracy", "chance", "share of the way from chance to 1"]
+        head = ["read", "by", "classes", "slides", "patients", "balanced accuracy", "chance", "above chance"]
         tied = (
             ""
             if found.association is None

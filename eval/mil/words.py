@@ -202,7 +202,7 @@ def _gap_limits(found: Study) -> list[str]:
         return ["The gap between internal and external slides has no interval."]
     if gap.low <= 0:
         name = NAMES[headline(found.task)]
-        return [f"No loss of {name} outside is shown, and none of up to {max(gap.high, 0):.3f} is excluded."]
+        return [f"No loss of {name} outside is shown, but one of up to {max(gap.high, 0):.3f} is not excluded."]
     return []
 
 
