@@ -1,7 +1,7 @@
-"""PathoROB's code beside ours on the same features: index, paired index, clustering score, performance drop; CRoMa and PLISM.
+"""PathoROB's code beside ours on the same features: index, paired index, clustering score, performance drop; and PLISM's.
 
     git clone https://github.com/bifold-pathomics/PathoROB
-    pip install --target OTHER --no-deps pandas python-dateutil seaborn croma
+    pip install --target OTHER --no-deps pandas python-dateutil seaborn
     git clone https://github.com/owkin/plism-benchmark && pip install --target OTHER --no-deps loguru   # if PLISM is given
     PLISM=plism-benchmark PATHOROB=PathoROB PYTHONPATH=.ns:OTHER python tests/oracle_pathorob.py OUT
 
@@ -9,7 +9,6 @@ OUT takes the features as PathoROB reads them. Prints both numbers and their dif
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -29,7 +28,7 @@ from pathorob.robustness_index.robustness_index import compute as their_index
 from histoscale.eval.robustness.clusters import ClustersConfig, cluster
 from histoscale.eval.robustness.confounding import drop, fit, shares
 from histoscale.eval.robustness.curves import cosine
-from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count, margins, tail_mean
+from histoscale.eval.robustness.neighbours import NeighboursConfig, Where, count
 from histoscale.eval.robustness.registered import counterpart_ranks
 from histoscale.eval.scores.interval import IntervalConfig
 
@@ -111,8 +110,6 @@ def main(out: Path) -> None:
             good.append(show(f"clustering score, {name}", theirs["clustering_score_mean"], ours_.interval.value))
             good.append(show(f"  its SD over trials, {name}", theirs["clustering_score_mean_std"], ours_.spread))
     good += drops()
-    if importlib.util.find_spec("croma") is not None:
-        good += croma_margins()
     if "PLISM" in os.environ:
         good += plism()
     sys.exit(0 if all(good) else 1)
@@ -162,25 +159,6 @@ def plism() -> list[bool]:
     good = [show("PLISM: cosine", CosineSimilarity("cpu", False).compute_metric(a, b), float(cosine(a, b).mean()))]
     return good + [
         show(f"PLISM: top-{k}", float(one), float((ranks < k).mean())) for k, one in zip((1, 3, 5, 10), theirs, strict=True)
-    ]
-
-
-def croma_margins() -> list[bool]:
-    from croma import RI, CRoMa
-
-    table, features = made("tolkach_esca")
-    features, where = features.astype(np.float64), where_of(table)
-    manifest = pd.DataFrame(
-        {"sample_id": [f"s{i}" for i in range(len(table))], "label": table["biological_class"], "center": table["medical_center"],
-         "image_path": table["patch_id"], "group_id": table["slide_id"]}
-    )  # fmt: skip
-    theirs = CRoMa.compute(features, manifest, confounder_column="center")
-    ours = margins(features, where, 5)
-    index = RI.compute(features, manifest, confounder_column="center", k_candidates=[11])
-    return [
-        show("croma: robustness index", index.value, count(features, where, NeighboursConfig(11, 600, False, 5, 0.1)).index),
-        show("croma: median margin", theirs.value, float(np.median(ours))),
-        show("croma: mean of the worst tenth", theirs.ltm_alpha, tail_mean(ours, 0.1)),
     ]
 
 

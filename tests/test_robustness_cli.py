@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,17 @@ def test_it_says_the_same_twice_and_resumes(tissue: Path, run: tuple[Path, dict[
     for measure in ("robustness_index", "margin_median", "cosine", "leaderboard"):
         for name, methods in found[measure].items():
             assert methods == {method: run[1]["measures"][measure][name][method] for method in ("none", "reinhard")}
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_same(tissue: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["histoscale.launch.robustness", *arguments(tissue, tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True, timeout=500)
+    assert (
+        json.loads((tmp_path / "two/summary.json").read_text())["robustness"]
+        == json.loads((run[0] / "summary.json").read_text())["robustness"]
+    )
 
 
 def test_the_page_opens_in_a_browser(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
