@@ -4,7 +4,7 @@
         rocauc-comparison==0.1.1; PYTHONPATH=ORACLE pytest tests/test_oracle_statistics.py
 
 With a clone of yandexdataschool/roc_comparison on PYTHONPATH as well, DeLong runs against the code that others copied. Each
-test skips where its package is absent.
+test skips where its package is absent; CI has all but scikit-survival, whose licence is GPL.
 """
 
 from typing import Any

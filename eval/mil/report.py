@@ -310,8 +310,8 @@ def _decoded(found: Decodability) -> list[Piece]:
     ]  # fmt: skip
     words = (
         "A linear probe of each slide's mean tile, classes weighing the same. What is read of the hospital is there for a slide "
-        "model to use; what is read of the label at a site that was left out does not rest on knowing that hospital. Above chance: "
-        "the share of the way from chance to 1."
+        "model to use; what is read of the label at a site that was left out does not rest on knowing that hospital. Above "
+        "chance: the share of the way from chance to 1."
     )
     parts: list[Piece] = [Prose(words)]
     if marks:
