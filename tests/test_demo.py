@@ -13,7 +13,7 @@ from histoscale.launch.demo_report import worth
 SMALL = [
     "stages.cohort=['cohort=tiny','cohort.cases=2']",
     "stages.pretrain=['recipe=demo','stream.workers=0','optim.global_batch=16','schedule.steps=6','schedule.warmup_steps=2']",
-    "stages.mil=['task=cohort','mil.folds=2','mil.epochs=2','heatmap.slides=2']",
+    "stages.mil=['task=cohort','mil.folds=2','mil.epochs=2','evidence.slides=2']",
     "proof.ceiling.steps=4",
 ]
 

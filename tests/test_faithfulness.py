@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from histoscale.eval.mil.faithfulness import DeletionConfig, deletion, faithfulness
-from histoscale.eval.mil.pointing import area_auroc
+from histoscale.eval.mil.pointing import area_auroc, pointing
 from histoscale.eval.scores.interval import IntervalConfig
 
 CONFIG = DeletionConfig(steps=10, draws=20, seed=0)
@@ -86,3 +86,18 @@ def test_area_auroc_is_the_weighted_one(rows: list[tuple[int, float]]) -> None:
     twice = np.concatenate([np.ones(len(rows)), np.zeros(len(rows))])
     expected = roc_auc_score(twice, np.tile(values, 2), sample_weight=np.concatenate([covered, 1 - covered]))
     assert area_auroc(values, covered) == pytest.approx(expected)
+
+
+def test_pointing_against_chance() -> None:
+    config = IntervalConfig(draws=200, level=0.95, seed=0)
+    rng = np.random.default_rng(0)
+    covered = [np.where(rng.permutation(50) < 5, 0.3, 0.0) for _ in range(40)]
+    patients = [f"p{i}" for i in range(40)]
+    right = pointing([share + 0.01 for share in covered], covered, patients, config)
+    assert right is not None and right.hits == 1 and right.chance == pytest.approx(0.1) and right.gain.low == pytest.approx(0.9)
+    blind = pointing([rng.random(50) for _ in range(40)], covered, patients, config)
+    assert blind is not None and blind.gain.low is not None and blind.gain.high is not None
+    assert blind.gain.low < 0 < blind.gain.high
+    unseen = pointing([np.ones(3)], [np.zeros(3)], ["p"], config)
+    assert unseen is not None and unseen.hits == 0 and unseen.unseen == 1
+    assert pointing([], [], [], config) is None
