@@ -9,7 +9,7 @@ from mil_fixtures import TASK, cohort, slide, write_store
 
 from histoscale.data.splits import SplitError
 from histoscale.eval.mil.bags import BagError, read_bags
-from histoscale.eval.mil.task import SurvivalTask, TaskError
+from histoscale.eval.mil.task import ClassesTask, RegressionTask, SurvivalTask, TaskError
 from histoscale.eval.stores import StoreError
 
 
@@ -59,6 +59,18 @@ def test_bad_labels_and_stores_are_named(tmp_path: Path) -> None:
         read_bags(tmp_path, slides, TASK, "patient")
     with pytest.raises(StoreError, match="leaves|file name"):
         read_bags(tmp_path, [replace(slides[0], slide_id="../s0-0")], TASK, "patient")
+
+
+def test_one_decision_needs_one_target(tmp_path: Path) -> None:
+    """Highest grades and mean numbers make sense; the mean of two times or of two kinds does not, and that is said at once."""
+    slides = cohort(tmp_path, patients=4)
+    kinds = ClassesTask("classes", "t", "grade", {"a": ["a"], "b": ["b"], "c": ["c"]}, False, "patient")
+    for task in (kinds, SurvivalTask("survival", "t", "time", "event", "patient")):
+        with pytest.raises(BagError, match="s0-0 and s0-1 of p0 bear different values"):
+            read_bags(tmp_path, slides, task, "patient")
+        read_bags(tmp_path, slides, replace(task, decision="slide"), "patient")
+    read_bags(tmp_path, slides, replace(kinds, ordered=True), "patient")
+    read_bags(tmp_path, slides, RegressionTask("regression", "t", "number", "patient"), "patient")
 
 
 def test_none_but_corrupt_stores_is_an_error(tmp_path: Path) -> None:

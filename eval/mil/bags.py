@@ -8,7 +8,7 @@ import numpy as np
 
 from histoscale.data.manifest import Slide
 from histoscale.data.splits import groups
-from histoscale.eval.mil.task import Task, read_targets
+from histoscale.eval.mil.task import ClassesTask, SurvivalTask, Task, read_targets
 from histoscale.eval.stores import StoreError, StoreInfo, open_store, store_path
 
 _RATIO = 1.15  # of two mpps: an embedding may take a stored level that is up to 5 % off, either way
@@ -70,7 +70,8 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str) 
 
     unit: `patient`, or `slide` where patients are unknown. Raises SplitError: slides without patient_id. Raises TaskError: labels
     that the task does not name. Raises StoreError: a slide id that leaves the folder. Raises BagError: stores of different
-    encoders or mpps, no store at all.
+    encoders or mpps, no store at all, a patient with two
+    targets of whom one decision is asked.
     """
     names = dict(zip((s.slide_id for s in slides), groups(slides, unit), strict=True))
     targets, left_out = read_targets(slides, task)
@@ -106,7 +107,23 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str) 
         found = f"; {len(corrupt)} are corrupt, such as {corrupt[0]}: embed those slides again" if corrupt else ""
         raise BagError(f"{embeddings} holds no store <slide_id>.h5 of the {len(targets)} labelled slides of the manifest{found}")
     _check_one_encoder(rows, stores)
+    if task.decision == "patient":
+        _check_one_target(rows, task)
     return Bags(tuple(rows), stores[0].width, stores[0].encoder, stores[0].mpp, unit, left_out)
+
+
+def _check_one_target(rows: Sequence[Bag], task: Task) -> None:
+    """Of a patient, where the task cannot tell which of two to take: neither the highest nor the mean makes sense."""
+    if not isinstance(task, SurvivalTask) and not (isinstance(task, ClassesTask) and not task.ordered):
+        return
+    first: dict[str, Bag] = {}
+    for bag in rows:
+        other = first.setdefault(bag.group, bag)
+        if (bag.target, bag.event) != (other.target, other.event):
+            raise BagError(
+                f"the slides {other.slide_id} and {bag.slide_id} of {bag.group} bear different values of {task.label}: give a "
+                "patient one, or set task.decision=slide"
+            )
 
 
 def _check_one_encoder(rows: Sequence[Bag], stores: Sequence[StoreInfo]) -> None:
