@@ -38,7 +38,7 @@ from histoscale.eval.robustness.findings import Finding, RobustnessError, summar
 from histoscale.eval.robustness.perturb import METHODS, MethodsConfig, PerturbationsConfig, UnitNormaliser, normalised, perturbed
 from histoscale.eval.robustness.registered import RegisteredConfig, RegisteredTiles, compare, open_registered
 from histoscale.eval.robustness.report import write_robustness_report
-from histoscale.eval.robustness.suite import STRUCTURE, SuiteConfig, known_of, structure
+from histoscale.eval.robustness.suite import STRUCTURE, SuiteConfig, by_slide, known_of, structure
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.probe import label_of
 
@@ -175,7 +175,7 @@ class Cast:
 
 def _open(config: Config, store: Store) -> LabelledPatches:
     assert config.data_root is not None
-    return open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store)
+    return by_slide(open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store))
 
 
 def _open_registered(config: Config) -> RegisteredTiles:

@@ -15,12 +15,13 @@ from pydantic import TypeAdapter
 from histoscale.data.normalise import macenko, reinhard, vahadane
 from histoscale.data.normalise.slide import apply
 from histoscale.data.stain import HED
-from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
+from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetError, LabelledPatches
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.robustness.curves import asked_rows, cosine, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import RobustnessError
 from histoscale.eval.robustness.perturb import MethodsConfig, Perturbation, UnitNormaliser, normalised, perturbed
 from histoscale.eval.robustness.registered import RegisteredConfig, compare, counterpart_ranks, open_registered
+from histoscale.eval.robustness.suite import by_slide, known_of
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.config import load
 
@@ -145,6 +146,24 @@ def test_a_curve_reads_clean_probes_on_changed_rows() -> None:
     assert len(folds) == 4 and len(asked.rows) == 400 and asked.role == "outer"
     called = fit_probes(x, folds, PROBE, "cpu").predicted(x, asked.rows, "outer")
     assert (called >= 0).all() and (called == labels).mean() > 0.9
+
+
+def test_slides_stand_in_the_place_of_unknown_patients() -> None:
+    slides, labels = np.array([f"S{i // 4}" for i in range(48)]), np.arange(48) % 2
+    roles = np.where(np.arange(48) < 24, "train", "report")
+    single = np.array([f"image {i}" for i in range(48)])
+    patches = replace(made(np.zeros((48, 3, 4, 4), np.uint8), single, roles, labels), slide_ids=slides, groups="none")
+    patches = replace(patches, notes=("groups: none; intervals take every image as independent", "another"))
+    found = by_slide(patches)
+    assert (found.patients == slides).all() and found.groups == "slide" and known_of(found).groups == "slide"
+    assert found.notes[0] == "another" and "slides stand in their place" in found.notes[1]
+    outer = by_slide(replace(patches, roles=np.full(48, "train"), usage=replace(USAGE_OF_OWN, choose="outer")))
+    for question in questions_of(outer, 4, 0):
+        assert not set(slides[question.train]) & set(slides[question.asked["outer"]])
+    torn = replace(patches, roles=np.where(np.arange(48) < 26, "train", "report"))
+    with pytest.raises(DatasetError, match="1 slides stand in both train and report"):
+        by_slide(torn)
+    assert by_slide(replace(patches, groups="patient")).groups == "patient"
 
 
 # Registered tiles.

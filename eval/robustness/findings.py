@@ -17,7 +17,7 @@ WORDS = {
     "balanced_accuracy": "balanced accuracy",
     "cosine_to_clean": "cosine to the clean embedding",
     "cosine": "cosine of registered tiles",
-    "leaderboard": "mean of the four medians",
+    "leaderboard": "mean of PLISM's four medians",
 }
 
 

@@ -1,14 +1,14 @@
 """PathoROB's measures of one labelled set: what is known of its rows, and every measure that has a meaning there."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from histoscale.data.journal import Journal
-from histoscale.eval.datasets.patches import LabelledPatches
+from histoscale.eval.datasets.patches import LabelledPatches, check_roles
 from histoscale.eval.robustness.clusters import ClustersConfig, cluster
 from histoscale.eval.robustness.confounding import ConfoundingConfig, design, performance_drop
 from histoscale.eval.robustness.findings import Finding, RobustnessError
@@ -53,23 +53,37 @@ class Known:
         return self.where.owners
 
 
+def by_slide(patches: LabelledPatches) -> LabelledPatches:
+    """Slides in the place of patients where those are unknown, for folds and intervals: patches of a slide are no strangers.
+
+    Raises DatasetError for a slide in two roles.
+    """
+    if patches.groups != "none" or (patches.slide_ids[patches.roles != ""] == "").any():
+        return patches
+    if patches.usage.choose != "outer":
+        check_roles(patches.roles, patches.slide_ids, "slide")
+    notes = [note for note in patches.notes if not note.startswith("groups: none")]
+    notes.append("no patients are known: slides stand in their place, in folds and in intervals")
+    slides = patches.slide_ids
+    return replace(patches, patients=slides, blocks=slides, groups="slide", notes=tuple(notes))
+
+
 def known_of(patches: LabelledPatches) -> Known:
-    """Raises RobustnessError where sites are unknown, or neither slides nor patients are."""
+    """patches: as `by_slide` gives them. Raises RobustnessError where sites are unknown, or neither slides nor patients are."""
     used = patches.roles != ""
     if (patches.sites[used] == "").any():
         absent = int((patches.sites[used] == "").sum())
         raise RobustnessError(f"{patches.name}: {absent} patches have no site: fill in the column site")
     slides = bool((patches.slide_ids[used] != "").all())
-    if not slides and patches.groups == "none":
+    if patches.groups == "none":
         raise RobustnessError(
             f"{patches.name}: neither slides nor patients are known, and patches of one slide are near each other anyway: "
             "fill in slide_id or patient_id"
         )
-    owners, groups = (patches.slide_ids, "slide") if patches.groups == "none" else (patches.patients, patches.groups)
     names, codes = np.unique(patches.sites, return_inverse=True)
-    where = Where(patches.labels, codes, patches.slide_ids if slides else patches.patients, owners)
+    where = Where(patches.labels, codes, patches.slide_ids if slides else patches.patients, patches.patients)
     external = patches.rows("external")
-    return Known(where, np.setdiff1d(np.flatnonzero(used), external), external, groups, tuple(map(str, names)))
+    return Known(where, np.setdiff1d(np.flatnonzero(used), external), external, patches.groups, tuple(map(str, names)))
 
 
 def structure(
