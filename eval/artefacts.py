@@ -18,9 +18,9 @@ KINDS = ("pen", "fold", "blur", "glass")
 # What is looked for; of the tiles that are half covered, the share that is found, and of clean tiles the share that is flagged:
 # measured on the synthetic cohort by tests/validate_artefacts.py (tests/records/artefacts.md). None: by definition.
 RELIABILITY: dict[str, tuple[str, float | None, float | None]] = {
-    "pen": ("ink of hues that the dyes do not have", 1.0, 0.0),
-    "fold": ("denser than the slide's tissue, in pale and in dark parts", 0.55, 0.014),
-    "blur": ("softer than the slide's own sharp tiles", 0.74, 0.010),
+    "pen": ("ink of hues that the dyes do not have", 0.99, 0.0),
+    "fold": ("denser than the slide's tissue, in pale and in dark parts", 0.54, 0.019),
+    "blur": ("softer than the slide's own sharp tiles", 0.80, 0.010),
     "glass": ("more than half of it is glass", None, None),
 }
 _FAINT = 0.12  # optical density below which a pixel is glass

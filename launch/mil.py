@@ -32,6 +32,7 @@ from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.annotations import coverage
 from histoscale.eval.evidence.case import EvidenceConfig, Measured
+from histoscale.eval.evidence.measure import pooled
 from histoscale.eval.evidence.page import About
 from histoscale.eval.evidence.write import choose, write_slide_pages
 from histoscale.eval.leakage import published_corpora
@@ -149,6 +150,7 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
         "cannot_say": cannot_say(found, checks, decoded),
         "pointing": pointed,
         "slides": {page.slide_id: page.as_dict() for page in pages},
+        "evidence": pooled(pages, config.interval),
         "heatmaps": [f"slides/{page.picture}" for page in pages if page.picture],
     }
     return {"mil": summary}

@@ -137,8 +137,11 @@ def test_pictures_and_their_numbers(studied: tuple[Path, str]) -> None:
         assert np.asarray(Image.open(picture).convert("L")).std() > 10
         tiles = read_table(picture.with_name("tiles.parquet"))
         assert tiles.num_rows == COLUMNS * ROWS and sum(tiles["attention"].to_pylist()) == pytest.approx(1, abs=1e-6)
+        # A tile that raises the logit lowers it when it goes: the two maps have one sign.
+        assert np.corrcoef(tiles["contribution"], tiles["occlusion"])[0, 1] > 0.3
     assert (studied[0] / "slides/index.html").exists()
     found = json.loads((studied[0] / "summary.json").read_text())["mil"]
+    assert found["evidence"]["deletion_gain"]["occlusion"]["value"] > 0 and found["evidence"]["artefacts"]["pen"]["slides"] == 6
     assert found["heatmaps"] and all((studied[0] / name).exists() for name in found["heatmaps"])
 
 

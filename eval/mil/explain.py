@@ -69,7 +69,7 @@ def case_of(
         size_px=bag.size_px,
         attention=reading.attention,
         contribution=reading.contribution[:, explained],
-        occlusion=None if dropped is None else -dropped[:, explained],
+        occlusion=None if dropped is None else dropped[:, explained],
         features=lambda: features.whole(row),
         logit=lambda tiles: float(fitted.ensemble.logits(tiles, members)[explained]),
         reader=None if catalog is None or place is None else catalog.reader(place, store),
@@ -89,7 +89,8 @@ def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence
                 if math.isfinite(at.value)
                 else f"every slide is flagged: {at.note}"
             )
-            return Finding(value, f"score {value:.3f} for {_names(task)[0]}", rule, value >= at.value, 1.0)
+            side = 1.0 if value > 0.5 else -1.0  # what the maps are asked to explain: the side that the model took
+            return Finding(value, f"score {value:.3f} for {_names(task)[0]}", rule, value >= at.value, side)
         case ClassesTask():
             return Finding(value, f"{_names(task)[explained]}, probability {value:.3f}", "", None, 1.0)
         case RegressionTask():
