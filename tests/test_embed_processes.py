@@ -58,7 +58,7 @@ def stores(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_killed_again_and_again_or_by_two_ranks_the_bytes_are_the_same(made: Path) -> None:
     whole = finished(ONE, made, "whole")
     expected = stores(made / "whole")
