@@ -37,7 +37,7 @@ from histoscale.eval.evidence.page import About
 from histoscale.eval.evidence.write import choose, write_slide_pages
 from histoscale.eval.leakage import published_corpora
 from histoscale.eval.mil.aggregators.pooling import MeanConfig
-from histoscale.eval.mil.arms import READ, Arm, Trained, read_rows, reader_of, stores_of, train
+from histoscale.eval.mil.arms import READ, Arm, Trained, read_rows, reader_of, train
 from histoscale.eval.mil.bags import BagError, Bags, read_bags
 from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
 from histoscale.eval.mil.explain import Outlines, case_of
@@ -55,7 +55,7 @@ from histoscale.eval.mil.task import BinaryTask, ClassesTask, TaskConfig
 from histoscale.eval.mil.trials import Check, Plan
 from histoscale.eval.mil.words import cannot_say, show
 from histoscale.eval.scores.interval import IntervalConfig
-from histoscale.eval.stores import StoreError, read_attribute
+from histoscale.eval.stores import StoreError, read_attribute, with_copies
 
 RESULT = (
     "embeddings", "copies", "floor_embeddings", "manifest", "annotations", "pretraining", "corpora", "task", "split", "mil",
@@ -199,7 +199,7 @@ def _arms(config: Config, bags: Bags) -> dict[str, Arm]:
 
 
 def _features(config: Config, bags: Bags, copies: int) -> Features:
-    return Features(stores_of(bags, copies), bags.width, config.cache_bytes, config.readers)
+    return Features(with_copies([bag.path for bag in bags.rows], copies), bags.width, config.cache_bytes, config.readers)
 
 
 def _tissue(catalog: Catalog | None, bags: Bags) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """All trials of a plan: what trains on each, and what every slide is then given by models that never saw its patient."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,6 @@ from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig, Fitted, fit
 from histoscale.eval.mil.task import Task
 from histoscale.eval.mil.trials import Plan
-from histoscale.eval.stores import StoreError, store_path
 
 READ = ("internal", "external")
 
@@ -57,18 +55,6 @@ def train(arm: Arm, plan: Plan, task: Task, progress: Progress) -> Trained:
             outputs[t, row], seeds[:, t, row] = reading.output, found.by_seed(row, reading)
         fitted.append(found)
     return Trained(arm, tuple(fitted), outputs, seeds)
-
-
-def stores_of(bags: Bags, copies: int) -> list[list[Path]]:
-    """Of every row its store, and `copies` stain-jittered ones beside it. Raises StoreError where one is missing."""
-    stores: list[list[Path]] = []
-    for bag in bags.rows:
-        jittered = [store_path(bag.path.parent / f"jitter-{number}", bag.slide_id) for number in range(1, copies + 1)]
-        absent = next((path for path in jittered if not path.exists()), None)
-        if absent is not None:
-            raise StoreError(f"{absent} is missing: embed with jitter.copies={copies} or more, or set copies= lower")
-        stores.append([bag.path, *jittered])
-    return stores
 
 
 def reader_of(plan: Plan, row: int) -> tuple[int, str]:
