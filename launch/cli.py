@@ -14,16 +14,17 @@ ABOUT = {
     "release": "checkpoint -> release directory (timm)",
     "fetch": "public labelled sets -> data_root (resumable, with checksums)",
     "probe": "any encoder -> patch-level table, with floors and intervals",
-    "compare": "several runs of probe -> one table, with paired differences",
+    "compare": "several runs of probe or of mil -> one table, with paired differences",
     "embed": "slides -> embedding stores (one HDF5 a slide)",
     "mil": "embedding stores -> slide-level model, metrics, heatmaps",
+    "robustness": "any encoder -> robustness to site, scanner and stain",
     "bench": "speed of reading, against the decode limit and OpenSlide",
     "doctor": "is this machine ready?",
 }
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:<9} {ABOUT[name]}" for name in COMMANDS)
+    rows = "\n".join(f"  {name:<10} {ABOUT[name]}" for name in COMMANDS)
     return f"usage: histoscale <command> key=value …      (histoscale <command> --help)\n\n{rows}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from histoscale.data.journal import Journal, JournalConfig, scrub
+from histoscale.launch import cli
 from histoscale.launch import config as config_module
 from histoscale.launch import run as run_module
 from histoscale.launch.config import COMMANDS, Composed, ConfigError, load, schema_keys
@@ -85,6 +86,11 @@ def test_changed_speed_keys_are_noted(toy: list[int], tmp_path: Path) -> None:
 def test_two_runs_do_not_share_a_folder(toy: list[int], tmp_path: Path) -> None:
     with run_module._alone(tmp_path / "o", True), pytest.raises(Refused, match="another run"):
         invoke("toy", [f"out={tmp_path / 'o'}"])
+
+
+def test_the_program_alone_lists_every_command() -> None:
+    lines = cli.usage().splitlines()[2:]
+    assert [line.split()[0] for line in lines] == list(COMMANDS) and all(len(line.split()) > 2 for line in lines)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
