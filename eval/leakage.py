@@ -96,6 +96,19 @@ def corpus_of_catalog(catalog: Catalog, rows: Iterable[int] | None) -> Corpus:
     return Corpus(f"the catalog {catalog.hash}", frozenset(slides), frozenset(patients), tuple(sorted(corpora)))
 
 
+def trained_rows(catalog: Catalog, roles: Sequence[str] | None) -> list[int] | None:
+    """Rows that `pretrain roles=` trains on: of those values of the manifest's column `role`; None, all of them, without roles or
+    without that column. Raises ValueError for roles that no slide has."""
+    found = catalog.labels("role")
+    if roles is None or not any(found):
+        return None
+    rows = [i for i, role in enumerate(found) if role in roles]
+    if not rows:
+        known = ", ".join(sorted({str(role) for role in found if role}))
+        raise ValueError(f"pretraining_roles={list(roles)} selects no slide of the pretraining catalog: its roles are {known}")
+    return rows
+
+
 def slide_key(slide_id: str) -> str:
     """The id by which a slide is the same everywhere: without file suffixes, TCGA barcodes without the file's UUID, Camelyon16
     slides by the challenge's own name."""

@@ -74,7 +74,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     stage("colour", "embed", *stages.embed, "encoder=colour", f"catalog={catalog}")
     stage(
         "mil", "mil", *stages.mil, f"embeddings={out / 'embeddings'}", f"floor_embeddings={out / 'colour'}", f"catalog={catalog}",
-        f"manifest={cohort / 'manifest.csv'}", f"annotations={cohort / 'truth'}",
+        f"manifest={cohort / 'manifest.csv'}", f"annotations={cohort / 'truth'}", f"pretraining={catalog}",
+        "pretraining_roles=[train]",
     )  # fmt: skip
     _same_weights(results)
     journal.say("\nIs the cohort neither trivial nor impossible?")

@@ -58,8 +58,8 @@ from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.eval.stores import StoreError, read_attribute, with_copies
 
 RESULT = (
-    "embeddings", "copies", "floor_embeddings", "manifest", "annotations", "pretraining", "corpora", "task", "split", "mil",
-    "interval", "study", "decodability", "evidence",
+    "embeddings", "copies", "floor_embeddings", "manifest", "annotations", "pretraining", "pretraining_roles", "corpora",
+    "task", "split", "mil", "interval", "study", "decodability", "evidence",
 )  # fmt: skip
 
 
@@ -68,8 +68,8 @@ class Config:
     """embeddings: folder of <slide_id>.h5. copies: so many stain-jittered stores of every slide train beside the plain one.
 
     floor_embeddings, catalog, annotations: null where there are none; a manifest's column `annotations` needs no folder.
-    pretraining: the catalog that the encoder was pretrained on; corpora: public collections that it saw. Null where unknown; of
-    published encoders the corpora are then those that their authors name.
+    pretraining: the catalog that the encoder was pretrained on, pretraining_roles: on its slides of these roles alone; corpora:
+    public collections that it saw. Null where unknown; of published encoders the corpora are then those that their authors name.
     cache_bytes: features held in memory; more slides are read again each epoch. readers: threads that read ahead. threads: of
     torch; bags are small, and more than one thread mostly waits.
     """
@@ -81,6 +81,7 @@ class Config:
     catalog: str | None
     annotations: str | None
     pretraining: str | None
+    pretraining_roles: list[str] | None
     corpora: list[str] | None
     task: TaskConfig
     split: SplitConfig
@@ -177,7 +178,9 @@ def _checks(config: Config, bags: Bags, plan: Plan, catalog: Catalog | None, enc
     """What was compared between slides that train and slides that are read. Raises SplitError for one slide on two sides."""
     corpora = published_corpora(encoder) if config.corpora is None else config.corpora
     slides = read_manifest(config.manifest, Store(config.storage))
-    return leakage_checks(bags, plan, slides, catalog, encoder, _catalog(config, config.pretraining), corpora)
+    return leakage_checks(
+        bags, plan, slides, catalog, encoder, _catalog(config, config.pretraining), config.pretraining_roles, corpora
+    )
 
 
 def _arms(config: Config, bags: Bags) -> dict[str, Arm]:

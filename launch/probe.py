@@ -45,6 +45,7 @@ from histoscale.eval.leakage import (
     published_corpora,
     recorded_corpora,
     shared_sources,
+    trained_rows,
 )
 from histoscale.eval.patch_report import ReportConfig, Segmentation, Segmented, SetResults, write_patch_report
 from histoscale.eval.pool import check_pool
@@ -62,8 +63,8 @@ from histoscale.eval.table_text import markdown_table, terminal_table
 from histoscale.eval.within_study import LEAST, prior_outcomes, within_study_scores
 
 RESULT = (
-    "encoder", "precision", "dataset", "data_root", "catalog", "pretraining", "cut", "protocols", "resolution", "probe",
-    "honest", "eva", "segment", "regression", "floors", "scoring", "report",
+    "encoder", "precision", "dataset", "data_root", "catalog", "pretraining", "pretraining_roles", "cut", "protocols",
+    "resolution", "probe", "honest", "eva", "segment", "regression", "floors", "scoring", "report",
 )  # fmt: skip
 PROTOCOLS = ("honest", "eva")
 EVA_INPUT = ResolutionConfig("eva", None)
@@ -76,6 +77,7 @@ class Config:
 
     data_root: the folder of the labelled set. catalog: of its slides (dataset=cohort, tp53). pretraining: a catalog that the
     encoder was pretrained on, whose slides and patients are looked for in the set; null where there is none.
+    pretraining_roles: it was pretrained on the slides of these roles alone; null: on all.
     protocols: honest, eva or both. batch: patches an encoder call. threads: that decode ahead. device: auto, cpu, cuda.
     """
 
@@ -85,6 +87,7 @@ class Config:
     data_root: str
     catalog: str
     pretraining: str | None
+    pretraining_roles: list[str] | None
     cut: CutConfig
     protocols: list[str]
     resolution: ResolutionConfig
@@ -398,7 +401,8 @@ def _leaks(encoder: Encoder, labelled: Sourced, config: Config, store: Store) ->
     """Overlap with what the encoder was pretrained on, by ids and by collections, in sentences."""
     said = []
     if config.pretraining is not None:
-        corpus = corpus_of_catalog(open_catalog(config.pretraining, store), None)
+        pretraining = open_catalog(config.pretraining, store)
+        corpus = corpus_of_catalog(pretraining, trained_rows(pretraining, config.pretraining_roles))
         said += [leak.sentence() for leak in find_leaks(labelled, corpus)]
         said += shared_sources(config.dataset.name, corpus.corpora)
         if not said:

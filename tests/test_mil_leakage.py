@@ -43,10 +43,11 @@ class Study:
         self,
         catalog: Catalog | None = None,
         pretraining: Catalog | None = None,
+        roles: list[str] | None = None,
         corpora: tuple[str, ...] | None = (),
         slides: list[Slide] | None = None,
     ) -> dict[str, Check]:
-        found = leakage_checks(self.bags, self.plan, slides or self.slides, catalog, "the encoder", pretraining, corpora)
+        found = leakage_checks(self.bags, self.plan, slides or self.slides, catalog, "the encoder", pretraining, roles, corpora)
         return {check.name: check for check in found}
 
     def row(self, part: str, place: int = 0) -> int:
@@ -184,6 +185,14 @@ def test_what_pretraining_saw_is_told_by_part(studied: Study, pictured: Callable
         assert f"{part}: {count} of {count} slides, by slides" in checks["pretraining"].found
     assert not checks["pretraining"].holds and not checks["pretraining sites"].holds
     assert f"{len(trial.external)} of out" in checks["pretraining sites"].found
+
+
+def test_pretraining_on_some_roles_saw_those_slides_alone(studied: Study, pictured: Callable[..., Catalog]) -> None:
+    checks = studied.checks(pretraining=pictured({}), roles=["train"])
+    assert checks["pretraining"].holds and checks["pretraining sites"].holds
+    assert checks["pretraining"].found.startswith("train: ") and "internal" not in checks["pretraining"].found
+    with pytest.raises(ValueError, match="selects no slide"):
+        studied.checks(pretraining=pictured({}), roles=["moon"])
 
 
 @pytest.mark.parametrize(

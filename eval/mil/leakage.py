@@ -9,7 +9,7 @@ import numpy as np
 from histoscale.data.catalog import Catalog
 from histoscale.data.manifest import Slide
 from histoscale.data.splits import SplitError
-from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection
+from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection, trained_rows
 from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.lookalikes import Pair, alike, equal_files, equal_tiles
 from histoscale.eval.mil.trials import PARTS, Check, Plan, some
@@ -30,19 +30,21 @@ def leakage_checks(
     catalog: Catalog | None,
     encoder: str,
     pretraining: Catalog | None,
+    roles: Sequence[str] | None,
     corpora: Sequence[str] | None,
 ) -> tuple[Check, ...]:
     """Every line of the page: the plan's own, then equal features, files and looks between two sides, then pretraining.
 
-    catalog: of the slides, for files and thumbnails. encoder: its name in words. pretraining: the catalog that it was trained on.
-    corpora: public collections that it saw; None where that is not known.
+    catalog: of the slides, for files and thumbnails. encoder: its name in words. pretraining: the catalog that it was trained on,
+    or of that the slides of some roles. corpora: public collections that it saw; None where that is not known.
     Raises SplitError when two slides of two sides have the same tiles and features. Raises StoreError.
     """
     checks = [*plan.checks, _tiles(bags, plan)]
     if catalog is not None:
         checks += [_files(bags, plan, catalog), _looks(bags, plan, catalog)]
     if pretraining is not None:
-        checks += [_seen(bags, plan, pretraining), *_seen_sites(bags, plan, pretraining)]
+        rows = trained_rows(pretraining, roles)
+        checks += [_seen(bags, plan, pretraining, rows), *_seen_sites(bags, plan, pretraining, rows)]
     checks.append(_collections(bags, slides, encoder, corpora, pretraining is not None))
     return tuple(checks)
 
@@ -149,24 +151,27 @@ class _Read:
         return np.flatnonzero(self.roles == role)
 
 
-def _seen(bags: Bags, plan: Plan, pretraining: Catalog) -> Check:
-    corpus = corpus_of_catalog(pretraining, None)
+def _seen(bags: Bags, plan: Plan, pretraining: Catalog, rows: Sequence[int] | None) -> Check:
+    """Slides that only train may have been seen: that is said, and leaves the read ones new."""
+    corpus = corpus_of_catalog(pretraining, rows)
     part_of = {role: part for part, role in _ROLE_OF.items()}
-    said = []
+    said, read = [], False
     for leak in find_leaks(_Read.of(bags, plan), corpus):
+        read |= part_of[leak.role] != "train"
         ids = leak.slides or leak.patients
         kind = "slides" if leak.slides else "patients"
         said.append(f"{part_of[leak.role]}: {leak.images} of {leak.total} slides, by {kind} ({some(ids)})")
-    compared = f"slide and patient ids against the {len(pretraining)} slides of {corpus.name}"
-    return Check("pretraining", compared, "; ".join(said) or "none was seen in pretraining", not said)
+    compared = f"slide and patient ids against the {len(corpus.slide_ids)} slides of {corpus.name} that pretraining saw"
+    return Check("pretraining", compared, "; ".join(said) or "none was seen in pretraining", not read)
 
 
-def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog) -> list[Check]:
+def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog, rows: Sequence[int] | None) -> list[Check]:
     """A site may be external to the slide model and not to its encoder."""
     outside = {bags.rows[i].site for trial in plan.trials for i in trial.external}
     if not outside:
         return []
-    known = [site for site in pretraining.texts("site") if site in outside]
+    sites = pretraining.texts("site")
+    known = [str(sites[i]) for i in (range(len(sites)) if rows is None else rows) if sites[i] in outside]
     compared = f"external sites ({some(sorted(outside))}) against the sites of the pretraining catalog"
     if not known:
         return [Check("pretraining sites", compared, "the encoder saw no slide of them", True)]
