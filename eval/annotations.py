@@ -136,7 +136,7 @@ def _read_asap(path: Path) -> list[Polygon]:
             points.append((int(float(attributes["Order"])), float(attributes["X"]), float(attributes["Y"])))
 
     def end(tag: str) -> None:
-        if tag == "Annotation" and current.get("Type") in _AREAS:
+        if tag == "Annotation" and current.get("Type") in _AREAS and len(points) > 2:  # a stray click leaves one or two
             group = current.get("PartOfGroup", "")
             found.append(Polygon("" if group == "None" else group, (_ring([xy[1:] for xy in sorted(points)]),)))
 

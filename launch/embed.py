@@ -26,6 +26,7 @@ from histoscale.eval.encoder import open_encoder
 from histoscale.eval.grid import GridConfig, PipeConfig
 from histoscale.eval.stores import StoreConfig
 
+_PATIENCE_S = 7 * 86400.0  # ranks wait for each other as long as slides take
 RESULT = ("encoder", "precision", "catalog", "pool", "grid", "normalise", "jitter", "store")
 
 
@@ -60,7 +61,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    store, ranks = Store(config.storage), open_ranks(config.device)
+    store, ranks = Store(config.storage), open_ranks(config.device, _PATIENCE_S)
     catalog = open_catalog(config.catalog, store)
     if not catalog.slides:
         raise EmbedError(f"the catalog {config.catalog} holds no slide")

@@ -24,7 +24,7 @@ from histoscale.eval.cohorts.camelyon16 import Camelyon16Config, read_camelyon16
 from histoscale.eval.cohorts.camelyon17 import Camelyon17Config, read_camelyon17
 from histoscale.eval.cohorts.cohort import Cohort, LabelTable, check_rows, digest, with_labels, write_manifest
 from histoscale.eval.cohorts.panda import PandaConfig, read_panda
-from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
+from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, one_name, read_tcga
 
 RESULT = ("collection", "root", "labels")
 REPEATS = True  # slides may have come or gone since
@@ -52,6 +52,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     cohort = with_labels(read(config.collection, Path(config.root).expanduser(), store), config.labels)
     check_rows(cohort)
     if isinstance(config.collection, TcgaConfig):
+        cohort = one_name(cohort)
         check_sites(cohort)
     path = journal.path("manifest.csv")
     write_manifest(path, cohort)

@@ -30,7 +30,7 @@ from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.manifest import read_manifest
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.eval.annotations import coverage
+from histoscale.eval.annotations import Annotations, coverage
 from histoscale.eval.evidence.case import EvidenceConfig, Measured
 from histoscale.eval.evidence.measure import pooled
 from histoscale.eval.evidence.page import About
@@ -38,9 +38,9 @@ from histoscale.eval.evidence.write import choose, write_slide_pages
 from histoscale.eval.leakage import published_corpora
 from histoscale.eval.mil.aggregators.pooling import MeanConfig
 from histoscale.eval.mil.arms import READ, Arm, Trained, read_rows, reader_of, train
-from histoscale.eval.mil.bags import BagError, Bags, read_bags
+from histoscale.eval.mil.bags import BagError, Bags, read_bags, without
 from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
-from histoscale.eval.mil.explain import Outlines, case_of
+from histoscale.eval.mil.explain import Outlines, case_of, place_of
 from histoscale.eval.mil.features import Features
 from histoscale.eval.mil.fit import FitConfig
 from histoscale.eval.mil.floors import plain_floors
@@ -116,12 +116,14 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
 
 def _run(config: Config, journal: Journal) -> dict[str, Any]:
-    bags = _bags(config, config.embeddings)
+    bags, features = _readable(config, _bags(config, config.embeddings), config.copies)
     plan = make_plan(bags, config.split)
     catalog = _catalog(config, config.catalog)
+    outlines = Outlines(Path(config.annotations) if config.annotations else None, Path(config.manifest), config.evidence.exclude)
+    outlined = {row: drawn for row in read_rows(plan) if (drawn := outlines.of(bags.rows[row])) is not None}
     encoder = _encoder(bags)
     checks = _checks(config, bags, plan, catalog, encoder)
-    arms = _arms(config, bags)
+    arms = _arms(config, bags, features)
     with journal.progress(sum(arm.epochs(plan) for arm in arms.values()), "slide models", "epochs") as progress:
         trained = {name: train(arm, plan, config.task, progress) for name, arm in arms.items()}
     model = trained.pop("model")
@@ -134,8 +136,7 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
     rows = score_rows(bags, plan, model.outputs, config.task)
     _save(journal, config, plan, model, found, rows)
 
-    outlines = Outlines(Path(config.annotations) if config.annotations else None, Path(config.manifest), config.evidence.exclude)
-    pointed = _pointing(config, plan, model, outlines)
+    pointed = _pointing(config, plan, model, outlined)
     pages = _pages(config, plan, model, found, outlines, catalog, journal)
     links = {page.slide_id: f"slides/{quote(page.slide_id)}/page.html" for page in pages if page.picture}
     write_mil_page(journal.path("report.html"), found, checks, leakage_chapter(checks), decoded, seeds, links, rows, encoder)
@@ -183,15 +184,32 @@ def _checks(config: Config, bags: Bags, plan: Plan, catalog: Catalog | None, enc
     )
 
 
-def _arms(config: Config, bags: Bags) -> dict[str, Arm]:
+def _readable(config: Config, bags: Bags, copies: int) -> tuple[Bags, Features]:
+    """The bags whose features can be read to the end and are finite, by one pass that the standardisation needs anyway; the
+    others are left out by name. Raises BagError when none is left."""
+    features = _features(config, bags, copies)
+    broken = {}
+    for row, bag in enumerate(bags.rows):
+        try:
+            features.moments(row)
+        except StoreError:
+            broken[bag.slide_id] = "a store whose features cannot be read"
+    if not broken:
+        return bags, features
+    if len(broken) == len(bags.rows):
+        raise BagError(f"no store of {config.embeddings} can be read to its end, such as {bags.rows[0].path}: embed again")
+    return _readable(config, without(bags, broken), copies)
+
+
+def _arms(config: Config, bags: Bags, features: Features) -> dict[str, Arm]:
     """The model, and the floors that are trained like it."""
     mean = replace(config.mil, aggregator=MeanConfig("mean"))
-    features = _features(config, bags, config.copies)
     arms = {"model": Arm(bags, features, config.mil)}
     if config.mil.aggregator.kind != "mean":
         arms["mean_pooling"] = Arm(bags, features, mean)
     if config.floor_embeddings is not None:
         colour = _bags(config, config.floor_embeddings)
+        colour = without(colour, {name: why for name, why in bags.left_out.items() if name not in colour.left_out})
         if [bag.slide_id for bag in colour.rows] != [bag.slide_id for bag in bags.rows]:
             absent = sorted({b.slide_id for b in bags.rows} ^ {b.slide_id for b in colour.rows})
             raise BagError(f"embeddings and floor_embeddings hold different slides, such as {absent[0]}: embed the same ones")
@@ -206,10 +224,12 @@ def _features(config: Config, bags: Bags, copies: int) -> Features:
 
 
 def _tissue(catalog: Catalog | None, bags: Bags) -> dict[str, float]:
-    """Tissue area, µm², by the masks of the catalog."""
+    """Tissue area, µm², by the masks of the catalog; nothing unless it holds every slide: areas of tiles are of another kind."""
     if catalog is None:
         return {}
-    rows = {bag.slide_id: catalog.row(bag.slide_id) for bag in bags.rows}
+    rows = {bag.slide_id: place for bag in bags.rows if (place := place_of(catalog, bag.slide_id)) is not None}
+    if len(rows) < len(bags.rows):
+        return {}
     return {name: float(catalog.mask(row).sum()) * catalog.mask_mpp(row) ** 2 for name, row in rows.items()}
 
 
@@ -225,14 +245,14 @@ def _save(journal: Journal, config: Config, plan: Plan, model: Trained, found: S
         writer.writerows(rows)
 
 
-def _pointing(config: Config, plan: Plan, model: Trained, outlines: Outlines) -> dict[str, Any]:
+def _pointing(config: Config, plan: Plan, model: Trained, outlined: Mapping[int, Annotations]) -> dict[str, Any]:
     """Pointing accuracy by part over the read slides that bear the finding and whose outlines are known."""
     bags, found = model.arm.bags, {}
     for part in READ:
         rows, covered = [], []
-        for row in (row for row in read_rows(plan) if reader_of(plan, row)[1] == part):
-            annotations = outlines.of(bags.rows[row])
-            if annotations is not None and annotations.inside:
+        for row, annotations in outlined.items():
+            bears = bags.rows[row].label == 1 if isinstance(config.task, BinaryTask) else True
+            if reader_of(plan, row)[1] == part and annotations.inside and bears:
                 rows.append(row)
                 covered.append(coverage(model.arm.features.coords(row), bags.rows[row].size_px, annotations))
         attention = [model.read(reader_of(plan, row)[0], row).attention for row in rows]
@@ -263,7 +283,11 @@ def _pages(
     })  # fmt: skip
     with journal.progress(len(chosen), "slide pages", "slides") as progress:
         cases = [case_of(model, plan, row, config.task, found, outlines, catalog, store) for row in chosen]
-        return write_slide_pages(journal.path("slides/index.html").parent, cases, about, config.evidence, progress.advance)
+        pages = write_slide_pages(journal.path("slides/index.html").parent, cases, about, config.evidence, progress.advance)
+    for page in pages:
+        if page.unread:
+            journal.say(f"no page for {page.slide_id}: {page.unread}")
+    return pages
 
 
 def _question(config: Config) -> str:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from histoscale.eval.cohorts.camelyon16 import Camelyon16Config, read_camelyon16
 from histoscale.eval.cohorts.camelyon17 import Camelyon17Config, read_camelyon17
 from histoscale.eval.cohorts.cohort import Cohort, CohortError, LabelTable, check_rows, digest, with_labels, write_manifest
 from histoscale.eval.cohorts.panda import PandaConfig, eva_split, read_panda
-from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, read_tcga
+from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, one_name, read_tcga
 from histoscale.eval.datasets.tcga import plain_hospital, read_hospitals, read_projects
 from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.split import FixedSplit, FoldSplit, SiteSplit, SplitConfig, make_plan
@@ -258,6 +259,11 @@ def test_tcga_refuses_codes_as_sites(tmp_path: Path) -> None:
     coded = with_labels(bare, LabelTable(str(tmp_path / "codes.csv"), columns={"tss": "site"}, **LABELS))
     with pytest.raises(CohortError, match="the sites are the two-letter codes"):
         check_sites(coded)
+    half = replace(coded, rows=(coded.rows[0], {**coded.rows[1], "site": ""}))
+    with pytest.raises(CohortError, match="the sites are the two-letter codes"):
+        check_sites(half)
+    told = replace(coded, rows=({**coded.rows[0], "site": "Mayo Clinic"}, {**coded.rows[1], "site": "Mayo Clinic - Rochester"}))
+    assert len({row["site"] for row in one_name(told).rows}) == 1
 
 
 def test_the_gdc_table_may_name_codes_of_no_barcode(tmp_path: Path) -> None:

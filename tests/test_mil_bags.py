@@ -29,6 +29,14 @@ def test_rows_and_what_is_left_out(tmp_path: Path) -> None:
     assert bag.tiles_um2 == pytest.approx(bag.tiles * 16**2) and bag.columns["role"] == "train"
 
 
+def test_one_patient_has_one_group_however_it_is_spelt(tmp_path: Path) -> None:
+    """Else inner folds would train on a patient and score the same one as never seen."""
+    slides = [replace(one, patient_id=str(one.patient_id).upper() if i % 2 else one.patient_id)
+              for i, one in enumerate(cohort(tmp_path, patients=4))]  # fmt: skip
+    assert len({one.patient_id for one in slides}) == 8
+    assert {bag.group for bag in read_bags(tmp_path, slides, TASK, "patient").rows} == {"p0", "p1", "p2", "p3"}
+
+
 def test_targets_and_events_by_row(tmp_path: Path) -> None:
     slides = cohort(tmp_path, patients=4)
     bags = read_bags(tmp_path, slides, SurvivalTask("survival", "t", "time", "event", "slide"), "patient")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,26 @@ def test_errors_are_one_sentence(
     assert execute("mil", [*arguments(cohort, tmp_path / "out"), *more]) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+def test_what_cannot_be_read_is_left_out_by_name(cohort: Path, tmp_path: Path) -> None:
+    """A store that is no HDF5, one with a feature that is no number, a slide that the catalog lacks, one that is gone: the study
+    goes on."""
+    shutil.copytree(cohort / "stores", tmp_path / "stores")
+    (tmp_path / "stores/s00.h5").write_bytes(b"nothing")
+    with h5py.File(tmp_path / "stores/s01.h5", "r+") as file:
+        file["features"][3, 2] = np.nan
+    rows = (cohort / "manifest.csv").read_text().splitlines()
+    shorter = tmp_path / "shorter.csv"
+    shorter.write_text("\n".join(rows[:-1]).replace("slides/", f"{cohort}/slides/") + "\n")
+    assert execute("index", [f"manifest={shorter}", f"out={tmp_path / 'catalog'}", "logging.progress=off"]) == 0
+    (cohort / "slides/s02.tiff").rename(tmp_path / "s02.tiff")
+    more = (f"catalog={tmp_path / 'catalog'}", f"annotations={cohort / 'truth'}", "evidence.slides=null", "mil.folds=3")
+    few = ("evidence.deletion.steps=2", "evidence.deletion.draws=2", "mil.epochs=2", f"embeddings={tmp_path / 'stores'}")
+    assert execute("mil", [*arguments(cohort, tmp_path / "out"), *more, *few]) == 0
+    (tmp_path / "s02.tiff").rename(cohort / "slides/s02.tiff")
+    found = json.loads((tmp_path / "out/summary.json").read_text())["mil"]
+    assert "cannot be read" in found["slides"]["s02"]["unread"]
+    assert found["left_out"] == {"s00": "a corrupt embedding store", "s01": "a store whose features cannot be read"}
+    last = rows[-1].split(",")[0]
+    assert found["slides"][last]["picture"] == "" and len(found["slides"]) == PATIENTS // 2

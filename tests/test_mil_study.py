@@ -292,3 +292,20 @@ def test_without_an_error_an_interval_still_has_a_width() -> None:
     assert found.auc.low == pytest.approx(0.025 ** (1 / fewest)) and "all agree" in found.auc.note
     gap = done(BINARY, SITES, noise=0.01).gap["auroc"]
     assert gap.value == 0 and gap.low is None and "does not vary" in gap.note
+
+
+def test_intervals_of_perfect_and_of_pooled_numbers_stay_inside_what_they_can_be() -> None:
+    """Two slides a patient, all right: patients resampled all agree, and the exact interval of the patients stands in; few
+    patients: Student's t knows no bound."""
+    found = done(BINARY, FIXED, slides=2, noise=0.01)
+    assert found.internal is not None
+    for each in found.internal.operating:
+        for name, interval in each.clustered.items():
+            assert interval.low is not None and interval.high is not None, name
+            assert 0 <= interval.low < interval.high <= 1, (name, interval)
+    for split in (FIXED, FOLDS, SITES):
+        for part in done(BINARY, split, slides=2).sites.values():
+            for name in ("auroc", "auprc", "balanced_accuracy"):
+                interval = part.metrics.get(name)
+                if interval is not None and interval.low is not None and interval.high is not None:
+                    assert 0 <= interval.low <= interval.high <= 1, (part.name, name, interval)

@@ -87,3 +87,25 @@ def test_one_class_leaves_the_other_rate_empty() -> None:
 def test_nonsense_is_refused(required: float, rule: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         threshold(Y, P, required, rule)
+
+
+def test_positives_of_one_patient_count_as_one() -> None:
+    """Ten patients with eight positive slides each fix no threshold for .95; thirty of unequal size keep it on new patients."""
+    scores = np.linspace(0, 1, 80)
+    few = threshold(np.ones(80), scores, 0.95, "conformal", [f"p{i % 10}" for i in range(80)])
+    assert few.value == -np.inf and "80 positives of 10 patients fix no threshold" in few.note
+    alone = threshold(np.ones(80), scores, 0.9, "conformal", [f"p{i}" for i in range(80)])
+    assert alone == threshold(np.ones(80), scores, 0.9, "conformal")
+    kept = []
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+
+        def patients(count: int, rng: np.random.Generator = rng) -> tuple[np.ndarray, list[str]]:
+            sizes = rng.integers(1, 8, count)
+            own = np.repeat(rng.normal(size=count), sizes)
+            return own + 0.5 * rng.normal(size=len(own)), [f"p{i}" for i in np.repeat(np.arange(count), sizes)]
+
+        seen, groups = patients(30)
+        fresh, _ = patients(50)
+        kept.append((fresh >= threshold(np.ones(len(seen)), seen, 0.95, "conformal", groups).value).mean())
+    assert 0.95 < np.mean(kept) < 0.985

@@ -38,7 +38,7 @@ def test_units_of_two_trials_are_never_compared(units: list[tuple[int, int, int]
     area = found.auroc(ones)[0]
     assert area == pytest.approx(won / len(pairs)) if pairs else np.isnan(area)
     by_trial = [(labels[trials == t], scores[trials == t]) for t in np.unique(trials)]
-    hits = [(y.sum(), average_precision_score(y, s)) for y, s in by_trial if y.any()]
+    hits = [(y.sum(), average_precision_score(y, s)) for y, s in by_trial if y.any() and not y.all()]
     if hits:
         mean = sum(n * value for n, value in hits) / sum(n for n, _ in hits)
         assert found.average_precision(ones)[0] == pytest.approx(mean)
@@ -75,3 +75,11 @@ def test_what_is_no_ranking_is_refused() -> None:
     for labels, scores in (([], []), ([0, 2], [1, 2]), ([0, 1], [1, np.nan]), ([0, 1], [1])):
         with pytest.raises(ValueError, match="expected 0 or 1 and a number a unit"):
             Ranking.of(np.array(labels), np.array(scores))
+
+
+def test_a_trial_of_positives_alone_ranks_nothing() -> None:
+    labels, scores = np.r_[np.ones(20, int), 1, 0, 0, 0], np.linspace(0, 1, 24)
+    trials = np.repeat([0, 1], [20, 4])
+    found = Ranking.of(labels, scores, trials).average_precision(np.ones((1, 24)))
+    assert found[0] == average_precision_score(labels[20:], scores[20:])
+    assert np.isnan(Ranking.of(np.ones(3), np.arange(3.0)).average_precision(np.ones((1, 3)))[0])

@@ -201,6 +201,7 @@ def test_measures_are_pooled_over_patients() -> None:
             {"attention": i % 3 - 0.5},
             {"attention": 1},
             "x",
+            "",
         )  # fmt: skip
         for i in range(50)
     ]

@@ -7,16 +7,18 @@ both sides of a split. Labels come from another table (`labels.path`); without t
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from histoscale.eval.cohorts.cohort import Cohort, CohortError, find
 from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.datasets.tcga import (
+    ONE_HOSPITAL,
     hospital_of,
     is_diagnostic,
     patient_of,
+    plain_hospital,
     read_cases,
     read_hospitals,
     read_projects,
@@ -108,6 +110,13 @@ def _preparation(kind: str, vial: str) -> str:
     return "FFPE" if kind == "DX" else "frozen" if vial == "A" else ""
 
 
+def one_name(cohort: Cohort) -> Cohort:
+    """Sites of a label table under the name that the GDC's hospital has here: `Mayo Clinic` and `Mayo Clinic - Rochester` are
+    one."""
+    named = [ONE_HOSPITAL.get(plain_hospital(row["site"]), row["site"]) for row in cohort.rows]
+    return replace(cohort, rows=tuple({**row, "site": site} for row, site in zip(cohort.rows, named, strict=True)))
+
+
 def check_sites(cohort: Cohort) -> None:
     """Raises CohortError: no site at all, or sites that are the codes of barcodes."""
     sites = {row["site"] for row in cohort.rows}
@@ -116,7 +125,7 @@ def check_sites(cohort: Cohort) -> None:
             "no slide has a site: set collection.hospitals to the GDC's tissueSourceSite.tsv, or name a column of the label "
             "table in labels.columns as site"
         )
-    if sites == {row["patient_id"].split("-")[1] for row in cohort.rows}:
+    if any(row["site"].upper() == row["patient_id"].split("-")[1] for row in cohort.rows):
         raise CohortError(
             "the sites are the two-letter codes of the barcodes: a code belongs to one study and a hospital owns several; set "
             "collection.hospitals to the GDC's tissueSourceSite.tsv"

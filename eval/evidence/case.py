@@ -106,7 +106,7 @@ class Measured:
     artefacts: kind -> (share of the most attended tiles, share of all); None without slides. overlap: map -> area AUROC against
     the annotations, and `pointing`: whether the most attended tile meets them; None without annotations that any tile meets.
     gains: order -> deletion gain in logits; above: order -> share of random orders that it beats. picture: the overlay's name
-    below the folder; "" without slides.
+    below the folder; "" without slides. unread: why a slide that was there has no page, else "".
     """
 
     slide_id: str
@@ -118,9 +118,10 @@ class Measured:
     gains: dict[str, float]
     above: dict[str, float]
     picture: str
+    unread: str
 
     def as_dict(self) -> dict[str, Any]:
         finding = {"value": self.finding.value, "flagged": self.finding.flagged}
         artefacts = None if self.artefacts is None else {k: {"top": t, "all": a} for k, (t, a) in self.artefacts.items()}
         found = {"tiles": self.tiles, **finding, "artefacts": artefacts, "overlap": self.overlap, "deletion_gain": self.gains}
-        return {**found, "beats_random": self.above, "picture": self.picture}
+        return {**found, "beats_random": self.above, "picture": self.picture, "unread": self.unread}

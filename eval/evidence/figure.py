@@ -52,7 +52,7 @@ def draw_figure(
             axis.plot(*(np.concatenate([ring, ring[:1]]) / downsample - 0.5).T, color=_OUTLINE, linewidth=1.4)
         axis.set_xlim(-0.5, width - 0.5)
         axis.set_ylim(height - 0.5, -0.5)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a name may hold $
     figure.savefig(path, format="png", metadata={"Software": None})
 
 

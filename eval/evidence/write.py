@@ -1,14 +1,17 @@
 """Everything a second reader gets of a study's slides, in one call: `slides/<slide_id>/` and an index beside them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from histoscale.data.journal import scrub
 from histoscale.data.keys import key
-from histoscale.data.readers.pyramid import level_mpps
+from histoscale.data.readers.pyramid import DecodeError, level_mpps
 from histoscale.data.readers.scale import choose_scale, read_scaled
+from histoscale.data.storage import StorageError
 from histoscale.eval.artefacts import white_point
 from histoscale.eval.evidence.case import Case, EvidenceConfig, Measured
 from histoscale.eval.evidence.display import attention_shown, common_limit, signed_shown
@@ -52,8 +55,8 @@ def write_slide_pages(
 ) -> list[Measured]:
     """Write `<folder>/<slide_id>/` for every case and `<folder>/index.html`; `progress` is called after each.
 
-    A case without a reader gets its raw files (tiles.parquet, heatmap.geojson) and no page. Raises EvidenceError for an id that
-    leaves the folder, and what reading a slide raises (damaged parts are left white, and their tiles out of the audit).
+    A case without a reader, or whose slide cannot be read, gets its raw files (tiles.parquet, heatmap.geojson) and no page;
+    damaged parts are left white, and their tiles out of the audit. Raises EvidenceError for an id that leaves the folder.
     """
     limit = common_limit([case.attention for case in cases]) if cases else 0.0
     measured = []
@@ -62,7 +65,11 @@ def write_slide_pages(
         if home.resolve().parent != folder.resolve():
             raise EvidenceError(f"the slide id {case.slide_id!r} leaves the folder {folder}: rename it in the manifest")
         home.mkdir(parents=True, exist_ok=True)
-        measured.append(_write_case(home, case, about, config, limit))
+        try:
+            measured.append(_write_case(home, case, about, config, limit))
+        except (DecodeError, StorageError) as error:
+            raw = _write_case(home, replace(case, reader=None), about, config, limit)
+            measured.append(replace(raw, unread=scrub(f"its slide cannot be read: {error}")))
         progress()
     if any(each.picture for each in measured):
         write_index(folder / "index.html", about, [each for each in measured if each.picture])
@@ -85,7 +92,7 @@ def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, li
     above = {name: curves.share_of_draws(name) for name in curves.curves}
     facts = (case.slide_id, case.patient, len(case.coords), case.finding)
     if case.reader is None:
-        return Measured(*facts, None, overlap, gains, above, "")
+        return Measured(*facts, None, overlap, gains, above, "", "")
 
     plan = whole_slide(case.reader, case.mpp, config.pyramid_px)
     picture = read_picture(case.reader, plan)
@@ -100,7 +107,7 @@ def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, li
     rings = None if case.annotations is None else [r for p in case.annotations.inside for r in p.rings]
     title = f"{case.slide_id} · {' · '.join(case.facts.values())} · {case.finding.output}"
     draw_figure(home / "overlay.png", picture, fields["attention"], main, small.across, mpp, rings, title, opacity)
-    measured = Measured(*facts, artefacts, overlap, gains, above, f"{case.slide_id}/overlay.png")
+    measured = Measured(*facts, artefacts, overlap, gains, above, f"{case.slide_id}/overlay.png", "")
     most, least = extremes(case, config)
     patches = (_patches(case, most, small, config, kinds), _patches(case, least, small, config, kinds))
     thumb = _fitting(small, _THUMB_PX)

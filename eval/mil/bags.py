@@ -1,13 +1,14 @@
 """Bags: embedding stores joined with the manifest's target, patient and site."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from histoscale.data.manifest import Slide
 from histoscale.data.splits import groups
+from histoscale.eval.leakage import patient_key
 from histoscale.eval.mil.task import ClassesTask, SurvivalTask, Task, read_targets
 from histoscale.eval.stores import StoreError, StoreInfo, open_store, store_path
 
@@ -73,7 +74,7 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str) 
     encoders or mpps, no store at all, a patient with two
     targets of whom one decision is asked.
     """
-    names = dict(zip((s.slide_id for s in slides), groups(slides, unit), strict=True))
+    names = dict(zip((s.slide_id for s in slides), _one_spelling(groups(slides, unit), unit), strict=True))
     targets, left_out = read_targets(slides, task)
     rows, stores = [], []
     for slide in (s for s in slides if s.slide_id in targets):
@@ -124,6 +125,17 @@ def _check_one_target(rows: Sequence[Bag], task: Task) -> None:
                 f"the slides {other.slide_id} and {bag.slide_id} of {bag.group} bear different values of {task.label}: give a "
                 "patient one, or set task.decision=slide"
             )
+
+
+def without(bags: Bags, why: Mapping[str, str]) -> Bags:
+    """The bags less some slides: slide id -> why."""
+    return replace(bags, rows=tuple(bag for bag in bags.rows if bag.slide_id not in why), left_out={**bags.left_out, **why})
+
+
+def _one_spelling(names: Sequence[str], unit: str) -> list[str]:
+    """One name a patient, the first that the manifest has: `P1` and `p1`, and barcodes of two samples, are one patient."""
+    first: dict[str, str] = {}
+    return [first.setdefault(patient_key(name), name) for name in names] if unit == "patient" else list(names)
 
 
 def _check_one_encoder(rows: Sequence[Bag], stores: Sequence[StoreInfo]) -> None:

@@ -214,7 +214,10 @@ def _gaps(runs: Sequence[MilRun], differences: Sequence[Difference], interval: I
         for metric in names:
             less = _less(_part_of(_less(within[0][metric], within[1][metric]), slice(None, n)),
                          _part_of(_less(beyond[0][metric], beyond[1][metric]), slice(n, None)))  # fmt: skip
-            found.append(Difference(run.name, "gap", metric, draws.weighted(less), None, None))
+            fewest = min((count for each in (*inside, *outside) if (count := each.rarer(run.task)) is not None), default=None)
+            gap = draws.weighted(less)
+            gap = gap if metric in OF_EVERY_UNIT else cautious(gap, fewest, None)
+            found.append(Difference(run.name, "gap", metric, gap, None, None))
     return found
 
 

@@ -57,7 +57,7 @@ def case_of(
     explained = int(np.argmax(reading.output)) if isinstance(task, ClassesTask) else 0
     dropped = fitted.ensemble.occlusion(features.whole(row), members)
     facts = {"patient": bag.group, "site": bag.site or "unknown", "part": part}
-    place = None if catalog is None else catalog.row(bag.slide_id)
+    place = None if catalog is None else place_of(catalog, bag.slide_id)
     return Case(
         slide_id=bag.slide_id,
         patient=bag.group,
@@ -78,12 +78,20 @@ def case_of(
     )
 
 
+def place_of(catalog: Catalog, slide_id: str) -> int | None:
+    """Its row; None where the catalog does not hold the slide: a store may come from elsewhere."""
+    try:
+        return catalog.row(slide_id)
+    except KeyError:
+        return None
+
+
 def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence[Threshold]) -> Finding:
     """output: float64 [K], as a Reading has it. thresholds: of the trial that read the slide, the first of which rules."""
     value = float(output[explained])
     match task:
         case BinaryTask():
-            at = next((each for each in thresholds if math.isfinite(each.value)), thresholds[0])
+            at = thresholds[0]
             rule = (
                 f"flagged from {at.value:.3f}: a threshold fixed on training patients for a sensitivity of {at.required:g}"
                 if math.isfinite(at.value)

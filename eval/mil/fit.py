@@ -20,6 +20,7 @@ from histoscale.eval.mil.optimizer import Optimizer, OptimizerConfig, ScheduleCo
 from histoscale.eval.mil.split import grouped_folds
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 
+_COMPARED = 8  # slides of a batch at least, among which risks are compared: alone a slide teaches nothing
 IMBALANCE = ("balanced", "none")
 
 
@@ -77,6 +78,10 @@ def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config:
     """
     if isinstance(config.aggregator, ClamConfig) and not isinstance(task, BinaryTask | ClassesTask):
         raise ValueError(f"mil.aggregator.kind=clam labels tiles by their slide's class; the task is {task.kind}: take mil=abmil")
+    if isinstance(task, SurvivalTask) and config.batch < _COMPARED:
+        raise ValueError(
+            f"mil.batch is {config.batch} for a task of times: a slide is compared with those of its batch, set mil.batch=32"
+        )
     rows = list(rows)
     models: list[SlideModel] = []
     held_out: dict[int, list[int]] = {row: [] for row in rows}

@@ -12,7 +12,7 @@ from histoscale.data.splits import SplitError
 from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection, trained_rows
 from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.lookalikes import Pair, alike, equal_files, equal_tiles
-from histoscale.eval.mil.trials import PARTS, Check, Plan, some
+from histoscale.eval.mil.trials import PARTS, Check, Plan, plainly, some
 from histoscale.eval.page import Cell, Chapter, Grid, Part, Prose
 
 _SHOWN = 4
@@ -98,7 +98,8 @@ def _tiles(bags: Bags, plan: Plan) -> Check:
 
 def _files(bags: Bags, plan: Plan, catalog: Catalog) -> Check:
     torn = _across(plan, equal_files(bags.rows, catalog))
-    compared = "size and etag (or time of change) of the slides' files, between two sides"
+    held = len({bag.slide_id for bag in bags.rows} & set(catalog.slide_ids))
+    compared = f"size and etag (or time of change) of the files of {held} of {len(bags.rows)} slides, between two sides"
     if not torn:
         return Check("files", compared, "no two agree", True)
     return Check("files", compared, f"{len(torn)} pairs agree and may be one file ({_named(bags.rows, torn)})", False)
@@ -170,13 +171,16 @@ def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog, rows: Sequence[int
     outside = {bags.rows[i].site for trial in plan.trials for i in trial.external}
     if not outside:
         return []
-    sites = pretraining.texts("site")
-    known = [str(sites[i]) for i in (range(len(sites)) if rows is None else rows) if sites[i] in outside]
+    everyone = pretraining.texts("site")
+    sites = [str(everyone[i] or "") for i in (range(len(everyone)) if rows is None else rows)]
+    plain = {plainly(site) for site in outside}
+    known, nameless = [site for site in sites if site and plainly(site) in plain], sum(not site for site in sites)
     compared = f"external sites ({some(sorted(outside))}) against the sites of the pretraining catalog"
+    unknown = f"; the site of {nameless} of {len(sites)} slides is not known" if nameless else ""
     if not known:
-        return [Check("pretraining sites", compared, "the encoder saw no slide of them", True)]
+        return [Check("pretraining sites", compared, f"the encoder saw no slide that is named theirs{unknown}", not nameless)]
     counts = ", ".join(f"{known.count(site)} of {site}" for site in sorted(set(known))[:_SHOWN])
-    return [Check("pretraining sites", compared, f"the encoder saw slides of them: {counts}", False)]
+    return [Check("pretraining sites", compared, f"the encoder saw slides of them: {counts}{unknown}", False)]
 
 
 def _collections(bags: Bags, slides: Sequence[Slide], encoder: str, corpora: Sequence[str] | None, catalog: bool) -> Check:

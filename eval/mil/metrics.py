@@ -1,5 +1,6 @@
 """The numbers of a part by kind of task, each as a function of how often every unit counts, so that all share one bootstrap."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -30,6 +31,14 @@ from histoscale.eval.scores.ranking import Ranking
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
 
+_SHARE, _SIGNED = (0.0, 1.0), (-1.0, 1.0)
+RANGES = {  # what a number can be: intervals by Student's t do not know it
+    **dict.fromkeys(("auroc", "auprc", "balanced_accuracy", "macro_f1", "accuracy", "c_index"), _SHARE),
+    **dict.fromkeys(("sensitivity", "specificity"), _SHARE),
+    "quadratic_kappa": _SIGNED, "pearson": _SIGNED, "brier": (0.0, 2.0), "brier_skill": (-math.inf, 1.0), "r2": (-math.inf, 1.0),
+    "mae": (0.0, math.inf), "rmse": (0.0, math.inf),
+}  # fmt: skip
+PROPORTIONS = tuple(name for name, ends in RANGES.items() if ends == _SHARE)  # Clopper-Pearson's interval where all agree
 OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy", "quadratic_kappa")  # which no rare class decides
 
 NAMES = {
@@ -77,10 +86,19 @@ def metrics(found: Units, task: Task) -> dict[str, Metric]:
     return {"c_index": Concordance.of(found.target, found.event, found.outputs[:, 0], found.trial).index}
 
 
+def bounded(found: Interval, name: str) -> Interval:
+    """The interval inside what the number can be."""
+    if name not in RANGES or found.low is None or found.high is None:
+        return found
+    least, most = RANGES[name]
+    return replace(found, low=max(found.low, least), high=min(found.high, most))
+
+
 def cautious(found: Interval, rarer: int | None, level: float | None) -> Interval:
     """What a bootstrap of patients does not know. Under 3 groups of the rarest class (or with an event) no interval, under 10 a
     warning, as `report_area` does. Where draws all agree because nothing went wrong, or all: the ends are Clopper-Pearson's of
-    those groups at `level`; of a difference (level None) there are none. rarer: of `Units.rarer`."""
+    those groups at `level`; of a difference, or of what is no proportion (level None), there are none. rarer: of
+    `Units.rarer`."""
     if rarer is None or found.low is None:
         return found
     if rarer < REPORTABLE_CLASS:
@@ -88,7 +106,7 @@ def cautious(found: Interval, rarer: int | None, level: float | None) -> Interva
             found, low=None, high=None, note=f"interval withheld: {rarer} patients of the rarer class or with an event"
         )
     if found.low == found.high and level is None:
-        return replace(found, low=None, high=None, note="interval withheld: the difference does not vary between patients")
+        return replace(found, low=None, high=None, note="interval withheld: it does not vary between patients")
     if found.low == found.high == found.value and level is not None and found.value in (0.0, 1.0):
         low, high = clopper_pearson(round(found.value) * rarer, rarer, level)
         found = replace(found, low=low, high=high, note=f"the exact interval of {rarer} groups that all agree")

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 
 from histoscale.eval.mil.bags import Bags
-from histoscale.eval.mil.metrics import OF_EVERY_UNIT, Metric, cautious, chance, ece_intervals, headline, metrics, ranks_alone
+from histoscale.eval.mil.metrics import (
+    OF_EVERY_UNIT,
+    PROPORTIONS,
+    Metric,
+    bounded,
+    cautious,
+    chance,
+    ece_intervals,
+    headline,
+    metrics,
+    ranks_alone,
+)
 from histoscale.eval.mil.part import Operating, Part, confusion, counts, recalls
 from histoscale.eval.mil.split import Plan
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
@@ -150,9 +161,9 @@ class _Reads:
         others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
         rarer = found.rarer(task)
         held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != headline(task)}
-        held = {
-            metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer, self.interval.level) for metric, one in held.items()
-        }
+        level = self.interval.level
+        held = {metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer, level) for metric, one in held.items()}
+        held = {metric: bounded(one, metric) for metric, one in held.items()}
         main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
         if isinstance(task, BinaryTask | ClassesTask):
             held |= ece_intervals(found, task, self.config.bins, self.interval)
@@ -242,8 +253,9 @@ class _Reads:
         for name, side in (("sensitivity", 1), ("specificity", 0)):
             rows = np.flatnonzero(found.labels == side)
             if len(rows):
-                draws = Resampling.of([found.groups[i] for i in rows], self.interval)
-                clustered[name] = draws.weighted(_share(right[rows], np.ones(len(rows), bool)))
+                patients = [found.groups[i] for i in rows]
+                own = Resampling.of(patients, self.interval).weighted(_share(right[rows], np.ones(len(rows), bool)))
+                clustered[name] = bounded(cautious(own, len(set(patients)), self.interval.level), name)
         return clustered
 
 
@@ -254,7 +266,8 @@ def trial_thresholds(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) ->
     found = []
     for t, trial in enumerate(plan.trials):
         known = units(bags, [(t, i) for i in trial.train], outputs, task)
-        found.append([threshold(known.labels, known.outputs[:, 0], required, task.rule) for required in task.sensitivities])
+        scores = known.outputs[:, 0]
+        found.append([threshold(known.labels, scores, at, task.rule, known.groups) for at in task.sensitivities])
     return found
 
 
@@ -271,12 +284,15 @@ def _beside(
         beside = {floor: report_area(area, i, patients, n, level) for i, floor in enumerate(others, 1)}
         minus = {floor: report_difference(area, 0, i, patients, n, level) for i, floor in enumerate(others, 1)}
         return report_area(area, 0, patients, n, level), beside, minus
-    rarer = found.rarer(task)
-    main = cautious(draws.weighted(metric), rarer, draws.config.level)
+    if isinstance(task, ClassesTask) and len(np.unique(found.labels)) < 2:
+        return None, {}, {}
+    rarer, name = found.rarer(task), headline(task)
+    exact = draws.config.level if name in PROPORTIONS else None
+    main = bounded(cautious(draws.weighted(metric), rarer, exact), name)
     if math.isnan(main.value):
         return None, {}, {}
     ranked = {floor: ranks_alone(other, task) for floor, other in others.items()}
-    beside = {floor: cautious(draws.weighted(statistic), rarer, draws.config.level) for floor, statistic in ranked.items()}
+    beside = {floor: bounded(cautious(draws.weighted(one), rarer, exact), name) for floor, one in ranked.items()}
     minus = {floor: cautious(draws.weighted(_less(metric, statistic)), rarer, None) for floor, statistic in ranked.items()}
     return main, beside, minus
 

@@ -66,7 +66,11 @@ def check_trials(rows: Sequence[Bag], trials: Sequence[Trial], unit: str) -> tup
     checks.append(Check("patients", f"{sides}: {how}", found, not nameless))
     held = sorted({rows[i].site for trial in trials for i in trial.external})
     if held:
-        checks.append(Check("sites", "external sites against train and internal", f"none shared ({some(held)})", True))
+        inside = {i for trial in trials if trial.external for i in (*trial.train, *trial.internal)}
+        nameless = sum(not rows[i].site for i in inside)
+        unknown = f"; the site of {nameless} of {len(inside)} slides inside is not known" if nameless else ""
+        found = f"none shared ({some(held)}){unknown}"
+        checks.append(Check("sites", "external sites against train and internal", found, not nameless))
     return (*checks, *_internal_sites(rows, trials))
 
 
@@ -117,8 +121,8 @@ def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
             "fill the manifest's site column"
         )
     inside = {rows[i].site for i in (*trial.train, *trial.internal)}
-    shared = {_plain(site) for site in outside} & {_plain(site) for site in inside} - {""}
-    both = sorted(site for site in outside | inside if _plain(site) in shared)
+    shared = {plainly(site) for site in outside} & {plainly(site) for site in inside} - {""}
+    both = sorted(site for site in outside | inside if plainly(site) in shared)
     if both:
         raise SplitError(
             f"the trial {trial.name} has the sites {some(both)} inside and outside: an external site is never trained on; name "
@@ -126,7 +130,7 @@ def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
         )
 
 
-def _plain(site: str) -> str:
+def plainly(site: str) -> str:
     """A site however it is written: `St. Mary` and `st mary` are one."""
     return " ".join(re.findall(r"\w+", site.casefold()))
 

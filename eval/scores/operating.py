@@ -1,6 +1,7 @@
 """The operating point: a threshold fixed on training patients for a required sensitivity, and what it does elsewhere."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,33 +50,44 @@ class Operation:
     needed: float
 
 
-def threshold(labels: np.ndarray, scores: np.ndarray, required: float, rule: str) -> Threshold:
+def threshold(
+    labels: np.ndarray, scores: np.ndarray, required: float, rule: str, groups: Sequence[str] | None = None
+) -> Threshold:
     """The largest threshold that keeps the required sensitivity, from scores that their model did not train on.
 
     labels: [n], 0 or 1; scores: [n]. rule `conformal`: the k-th largest positive score with k = ceil(s0 (P + 1)), so that the
     expected sensitivity on new exchangeable positives is at least s0; for k > P there is none and everything is flagged.
-    rule `empirical`: k = ceil(s0 P), whose expected sensitivity is only k / (P + 1). Raises ValueError on an unknown rule, on a
-    requirement outside (0, 1) and without positives.
+    rule `empirical`: k = ceil(s0 P), whose expected sensitivity is only k / (P + 1). groups: the patient of each unit: then P
+    counts patients with a positive unit, a patient's positive units share a weight of one, and the share that is kept is that of
+    a new patient's positive units. Raises ValueError on an unknown rule, on a requirement outside (0, 1) and without positives.
     """
     if rule not in RULES:
         raise ValueError(f"the threshold rule is {rule!r}: expected conformal or empirical")
     if not 0 < required < 1:
         raise ValueError(f"the required sensitivity is {required}: expected a number between 0 and 1")
-    positive = np.sort(np.asarray(scores, np.float64)[np.asarray(labels) == 1])[::-1]
-    count = len(positive)
+    chosen = np.flatnonzero(np.asarray(labels) == 1)
+    count = len(chosen)
     if count == 0:
         raise ValueError("a threshold needs scores of positive units: the training part has none")
-    place = math.ceil(required * (count + (rule == "conformal")) - 1e-12)
-    if place > count:
+    names = np.arange(len(labels)) if groups is None else np.asarray(groups)
+    _, patient, units = np.unique(names[chosen], return_inverse=True, return_counts=True)
+    patients = len(units)
+    order = np.argsort(-np.asarray(scores, np.float64)[chosen], kind="stable")
+    kept = np.cumsum(1 / units[patient[order]])
+    wanted = required * (patients + (rule == "conformal"))
+    if groups is None or patients == count:  # whole units
+        wanted = math.ceil(wanted - 1e-12)
+    who = f"{count} positives" + (f" of {patients} patients" if patients < count else "")
+    if wanted > patients + 1e-9:
         enough = math.ceil(required / (1 - required) - 1e-9)
-        note = f"{count} positives fix no threshold for sensitivity {required:g} ({enough} are needed): everything is flagged"
+        note = f"{who} fix no threshold for sensitivity {required:g} ({enough} are needed): everything is flagged"
         return Threshold(-math.inf, required, rule, count, note)
-    expected = place / (count + 1)
-    note = f"threshold from {count} positives, expected sensitivity {expected:.3f}"
+    place = int(np.searchsorted(kept, wanted - 1e-9))
+    note = f"threshold from {who}, expected sensitivity {kept[place] / (patients + 1):.3f}"
     proof = needed_without_miss(required)
-    if count < proof:
+    if patients < proof:
         note += f"; {proof} without a miss would be needed to prove {required:g}"
-    return Threshold(float(positive[place - 1]), required, rule, count, note)
+    return Threshold(float(np.asarray(scores, np.float64)[chosen][order[place]]), required, rule, count, note)
 
 
 def operate(labels: np.ndarray, scores: np.ndarray, at: Threshold, prevalence: float) -> Operation:

@@ -45,9 +45,11 @@ class Ranking:
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
         """Σ (R_k − R_{k−1}) P_k over the distinct scores, as scikit-learn's: inside each trial, meaned by its positives.
 
-        weights: [b, n] -> float64 [b], NaN without a positive. A score without use has the share of positives.
+        weights: [b, n] -> float64 [b], NaN where no trial has both classes; trials of positives alone rank nothing and are left
+        out. A score without use has the share of positives.
         """
         positive, negative = self._runs(weights)
+        positive = np.where(self._spread(self._totals(negative)) > 0, positive, 0.0)
         hits, alarms = (self._spread(self._totals(part)) - self._before(part) for part in (positive, negative))
         with np.errstate(invalid="ignore", divide="ignore"):
             precision = np.where(positive > 0, hits / (hits + alarms), 0.0)
