@@ -20,25 +20,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from histoscale.data.journal import Journal, JournalConfig, write_atomic
-from histoscale.data.ranks import Ranks, open_ranks
+from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import MASKS, SPOTS, AnyDataset, open_dataset
-from histoscale.eval.datasets.patches import LabelledPatches
+from histoscale.eval.datasets.patches import LabelledPatches, hash_of
 from histoscale.eval.encoder import Encoder, open_encoder, random_floor_spec
 from histoscale.eval.features import Vectors, embed_patches
+from histoscale.eval.honest import Question
 from histoscale.eval.pool import check_pool
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.resolution import ResolutionConfig
 from histoscale.eval.robustness.confounding import check_confounding
-from histoscale.eval.robustness.curves import CLEAN, CURVES, CurvesConfig, asked_rows, curve, fit_probes, questions_of
+from histoscale.eval.robustness.curves import CLEAN, CURVES, Asked, CurvesConfig, asked_rows, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import Finding, RobustnessError, summary, text_table
-from histoscale.eval.robustness.perturb import METHODS, MethodsConfig, PerturbationsConfig, UnitNormaliser, normalised, perturbed
+from histoscale.eval.robustness.perturb import (
+    METHODS,
+    MethodsConfig,
+    PerturbationsConfig,
+    UnitNormaliser,
+    changed_rows,
+    normalised,
+)
 from histoscale.eval.robustness.registered import RegisteredConfig, RegisteredTiles, compare, open_registered
 from histoscale.eval.robustness.report import write_robustness_report
-from histoscale.eval.robustness.suite import STRUCTURE, SuiteConfig, by_slide, known_of, structure
+from histoscale.eval.robustness.suite import STRUCTURE, Known, SuiteConfig, by_slide, known_of, structure
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.probe import label_of
 
@@ -47,6 +56,8 @@ RESULT = (
     "methods", "resolution", "robustness", "perturbations", "curves", "probe", "initialisations", "interval",
 )  # fmt: skip
 MEASURES = (*STRUCTURE, "curves")
+FLOORS = ("random", "colour")
+_PATIENCE_S = 7 * 86400.0  # ranks wait for the slowest share of the embedding; one that dies ends all of them
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,22 @@ class Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The bytes behind the names: weights and data. Raises RobustnessError for a configuration that means nothing."""
+    """The bytes behind the names: weights, data, and what tables say of it.
+
+    Raises RobustnessError for a configuration that means nothing.
+    """
     check(config)
     store = Store(config.storage)
     found = {"encoder_hash": open_encoder(config.encoder, store, "cpu", config.precision).hash}
     if config.data_root is not None:
-        found["data_hash"] = _open(config, store).hash
+        patches = _open(config, store)
+        found["data_hash"] = patches.hash
+        found["known_hash"] = hash_of(*(column.tolist() for column in (patches.sites, patches.slide_ids, patches.patients)))
     if config.registered is not None:
-        found["registered_hash"] = _open_registered(config).patches.hash
+        held = _open_registered(config)
+        found["registered_hash"] = held.patches.hash
+        columns = (held.conditions, held.tiles, held.owners)
+        found["registered_known_hash"] = hash_of(held.slides, *(column.tolist() for column in columns))
     return found
 
 
@@ -106,8 +125,12 @@ def check(config: Config) -> None:
         raise RobustnessError(
             "nothing to look at: give data_root= (labelled patches with sites), registered= (registered tiles), or both"
         )
-    if config.encoder == "colour":
-        raise RobustnessError("encoder is colour, which stands beside every encoder as a floor: give another encoder")
+    name = label_of(config.encoder)
+    if name in FLOORS:
+        raise RobustnessError(
+            f"encoder={config.encoder} is called {name}, which stands beside every encoder as a floor: give another encoder, or "
+            "rename its folder"
+        )
     if config.initialisations < 1:
         raise RobustnessError(f"initialisations is {config.initialisations}: expected at least 1")
     check_confounding(config.robustness.confounding)
@@ -120,42 +143,10 @@ def check(config: Config) -> None:
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Raises RobustnessError, DatasetError for a set, and what encoders raise."""
     check(config)
-    store, ranks = Store(config.storage), open_ranks(config.device)
-    encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
-    floor = random_floor_spec(config.encoder)
-    numbers = range(config.initialisations if floor is not None else 0)
-    untrained = [open_encoder(str(floor), store, ranks.device, config.precision, seed=number) for number in numbers]
-    cast = Cast(label_of(config.encoder), encoder, untrained, open_encoder("colour", store, ranks.device))
-    found: list[Finding] = []
-    remarks: list[str] = []
-    about: dict[str, Any] = {
-        "encoder": encoder.name,
-        "label": cast.name,
-        "encoder_hash": encoder.hash,
-        "precision": config.precision,
-    }
-    if config.data_root is not None:
-        patches = _open(config, store)
-        about |= {"dataset": patches.name, "data_hash": patches.hash, "classes": list(patches.classes)}
-        remarks += [f"data set: {note}" for note in patches.notes]
-        found += _labelled(cast, patches, config, journal, ranks, remarks)
-    if config.registered is not None:
-        held = _open_registered(config)
-        about |= {"registered": held.patches.name, "registered_hash": held.patches.hash, "slides": len(held.slides)}
-        found += _registered(cast, held, config, journal, ranks)
-    if not ranks.main:
-        return {}
-    if not untrained:
-        remarks.append("no random floor: this encoder has no architecture that could be left untrained")
-    said = ["", *(f"! {remark}" for remark in remarks)]
-    brief = [one for one in found if one.measure not in CURVES or (one.condition.endswith(CLEAN) and not one.minus)]
-    more = ["", "curves under perturbation stand in report.html and table.txt"] if len(brief) < len(found) else []
-    journal.say("\n".join([text_table(brief), *more, *said]).rstrip())
-    write_atomic(journal.path("table.txt"), "\n".join([text_table(found), *said]).rstrip() + "\n")
-    write_atomic(journal.path("findings.jsonl"), "".join(json.dumps(asdict(one)) + "\n" for one in found))
-    title = f"Robustness of {cast.name}"
-    write_robustness_report(journal.path("report.html"), title, cast.name, found, remarks, config.interval.level)
-    return {"robustness": {**about, "remarks": remarks, "measures": summary(found)}}
+    ranks = open_ranks(config.device, _PATIENCE_S)
+    seen = _embedded(config, journal, ranks)
+    close_ranks()
+    return _measured(seen, config, journal, ranks.device) if ranks.main else {}
 
 
 @dataclass(frozen=True)
@@ -171,6 +162,62 @@ class Cast:
     def single(self) -> dict[str, Encoder]:
         """One of each by name."""
         return {self.name: self.encoder, **({"random": self.untrained[0]} if self.untrained else {}), "colour": self.colour}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """All that is measured: of each set None where it is not given. registered: by normalisation, of each of Cast.single."""
+
+    cast: Cast
+    labelled: "Labelled | None"
+    held: RegisteredTiles | None
+    registered: dict[str, list[Vectors]]
+
+
+def _embedded(config: Config, journal: Journal, ranks: Ranks) -> Seen:
+    """All ranks share it; nothing is measured before they are done."""
+    store = Store(config.storage)
+    encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
+    floor = random_floor_spec(config.encoder)
+    numbers = range(config.initialisations if floor is not None else 0)
+    untrained = [open_encoder(str(floor), store, ranks.device, config.precision, seed=number) for number in numbers]
+    cast = Cast(label_of(config.encoder), encoder, untrained, open_encoder("colour", store, ranks.device))
+    patches = _open(config, store) if config.data_root is not None else None
+    held = _open_registered(config) if config.registered is not None else None
+    labelled = _look_labelled(cast, patches, config, journal, ranks) if patches is not None else None
+    return Seen(cast, labelled, held, _look_registered(cast, held, config, journal, ranks) if held is not None else {})
+
+
+def _measured(seen: Seen, config: Config, journal: Journal, device: torch.device) -> dict[str, Any]:
+    """One rank measures and writes."""
+    cast, labelled, held = seen.cast, seen.labelled, seen.held
+    found: list[Finding] = []
+    remarks: list[str] = []
+    about: dict[str, Any] = {
+        "encoder": cast.encoder.name,
+        "label": cast.name,
+        "encoder_hash": cast.encoder.hash,
+        "precision": config.precision,
+    }
+    if labelled is not None:
+        patches = labelled.patches
+        about |= {"dataset": patches.name, "data_hash": patches.hash, "classes": list(patches.classes)}
+        remarks += [f"data set: {note}" for note in patches.notes]
+        found += _labelled(cast, labelled, config, journal, device, remarks)
+    if held is not None:
+        about |= {"registered": held.patches.name, "registered_hash": held.patches.hash, "slides": len(held.slides)}
+        found += _registered(cast, held, seen.registered, config, device)
+    if not cast.untrained:
+        remarks.append("no random floor: this encoder has no architecture that could be left untrained")
+    said = ["", *(f"! {remark}" for remark in remarks)]
+    brief = [one for one in found if one.measure not in CURVES or (one.condition.endswith(CLEAN) and not one.minus)]
+    more = ["", "curves under perturbation stand in report.html and table.txt"] if len(brief) < len(found) else []
+    journal.say("\n".join([text_table(brief), *more, *said]).rstrip())
+    write_atomic(journal.path("table.txt"), "\n".join([text_table(found), *said]).rstrip() + "\n")
+    write_atomic(journal.path("findings.jsonl"), "".join(json.dumps(asdict(one)) + "\n" for one in found))
+    title = f"Robustness of {cast.name}"
+    write_robustness_report(journal.path("report.html"), title, cast.name, found, remarks, config.interval.level)
+    return {"robustness": {**about, "remarks": remarks, "measures": summary(found)}}
 
 
 def _open(config: Config, store: Store) -> LabelledPatches:
@@ -190,52 +237,38 @@ def _embed(
     return embed_patches(encoders, patches, config.resolution, config.batch, config.threads, folder, journal, ranks)
 
 
-# A labelled set with sites. All ranks embed first; then one of them measures.
+# A labelled set with sites.
 
 
 @dataclass(frozen=True)
-class Seen:
+class Looked:
     """Of one normalisation: features of every row, by encoder (of a floor: each initialisation), and of the rows that are tested,
-    by perturbation and encoder. normaliser: what fitted the slides; None without."""
+    by perturbation and encoder. normalisers: what fitted the slides, by perturbation, "" for clean patches; empty without."""
 
     clean: dict[str, list[Vectors]]
     changed: dict[str, dict[str, Vectors]]
-    normaliser: UnitNormaliser | None
+    normalisers: dict[str, UnitNormaliser]
 
 
-def _labelled(
-    cast: Cast, patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks, remarks: list[str]
-) -> list[Finding]:
+@dataclass(frozen=True)
+class Labelled:
+    """looked: by normalisation. rows: int64, sorted, those that are perturbed: of all `asked`, which the probes are tested on."""
+
+    patches: LabelledPatches
+    known: Known
+    questions: list[Question]
+    asked: list[Asked]
+    rows: np.ndarray
+    looked: dict[str, Looked]
+
+
+def _look_labelled(cast: Cast, patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks) -> Labelled:
     known = known_of(patches)
     questions = questions_of(patches, config.curves.folds, config.probe.seed) if "curves" in config.measures else []
     asked = asked_rows(patches, questions, known.owners, known.groups, config.curves.rows, config.interval)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *(one.rows for one in asked)]))
-    seen = {method: _look(cast, patches, known.units, method, rows, config, journal, ranks) for method in config.normalisations}
-    if not ranks.main:
-        return []
-    found: list[Finding] = []
-    measures = [measure for measure in config.measures if measure in STRUCTURE]
-    for method, looked in seen.items():
-        remarks += _refused(method, looked.normaliser)
-        for name, each in looked.clean.items():
-            floor = name != cast.name
-            features = [vectors.pooled(config.probe.pool) for vectors in each]
-            # clusters and training sets take long: those of floors stand beside the encoder's without normalisation
-            wanted = [m for m in measures if m == "index" or method == "none" or not floor]
-            more, left_out = structure(
-                name, floor, method, features, known, wanted, config.robustness, config.interval, ranks.device, journal
-            )
-            found += more
-            remarks += left_out
-            if not asked:
-                continue
-            probed = fit_probes(features[0], questions, config.probe, str(ranks.device))
-            changed = {condition: by[name].pooled(config.probe.pool) for condition, by in looked.changed.items()}
-            for one in asked:
-                place = np.searchsorted(rows, one.rows)
-                moved = {condition: x[place] for condition, x in changed.items()}
-                found += curve(name, floor, method, probed, one, features[0][one.rows], moved, len(patches.classes))
-    return found
+    looked = {method: _look(cast, patches, known.units, method, rows, config, journal, ranks) for method in config.normalisations}
+    return Labelled(patches, known, questions, asked, rows, looked)
 
 
 def _look(
@@ -247,45 +280,83 @@ def _look(
     config: Config,
     journal: Journal,
     ranks: Ranks,
-) -> Seen:
+) -> Looked:
     """rows: those that are perturbed; each slide is then normalised by its own colours after the perturbation."""
     clean, normaliser = normalised(patches, units, method, config.methods)
     own, *untrained, colour = _embed([cast.encoder, *cast.untrained, cast.colour], clean, config, journal, ranks)
     held = {cast.name: [own], **({"random": untrained} if untrained else {}), "colour": [colour]}
+    normalisers = {} if normaliser is None else {"": normaliser}
     changed: dict[str, dict[str, Vectors]] = {}
-    part = patches.only(rows)
     for perturbation in config.perturbations.each() if len(rows) else ():
-        pictures, _ = normalised(perturbed(part, perturbation), units[rows], method, config.methods)
+        pictures, normaliser = changed_rows(patches, rows, units, perturbation, method, config.methods)
         made = _embed(list(cast.single.values()), pictures, config, journal, ranks)
         changed[str(perturbation)] = dict(zip(cast.single, made, strict=True))
-    return Seen(held, changed, normaliser)
+        normalisers |= {} if normaliser is None else {str(perturbation): normaliser}
+    return Looked(held, changed, normalisers)
 
 
-def _refused(method: str, normaliser: UnitNormaliser | None) -> list[str]:
-    refused = normaliser.refused() if normaliser is not None else {}
-    if not refused:
-        return []
-    first, why = next(iter(refused.items()))
-    return [f"{method} cannot be fitted on {len(refused)} slides, which pass as they are ({first}: {why})"]
+def _refused(method: str, looked: Looked, seen: Labelled) -> list[str]:
+    said = []
+    for condition, normaliser in looked.normalisers.items():
+        refused = normaliser.refused(seen.rows if condition else np.arange(len(seen.patches)))
+        if refused:
+            first, why = next(iter(refused.items()))
+            when = f" under {condition}" if condition else ""
+            said.append(f"{method} cannot be fitted on {len(refused)} slides{when}, which pass as they are ({first}: {why})")
+    return said
+
+
+def _labelled(
+    cast: Cast, seen: Labelled, config: Config, journal: Journal, device: torch.device, remarks: list[str]
+) -> list[Finding]:
+    found: list[Finding] = []
+    measures = [measure for measure in config.measures if measure in STRUCTURE]
+    for method, looked in seen.looked.items():
+        remarks += _refused(method, looked, seen)
+        for name, each in looked.clean.items():
+            floor = name != cast.name
+            features = [vectors.pooled(config.probe.pool) for vectors in each]
+            # clusters and training sets take long: those of floors stand beside the encoder's without normalisation
+            wanted = [m for m in measures if m == "index" or method == "none" or not floor]
+            more, said = structure(
+                name, floor, method, features, seen.known, wanted, config.robustness, config.interval, device, journal
+            )
+            found += more
+            remarks += [one for one in said if one not in remarks]
+            if not seen.asked:
+                continue
+            probed = fit_probes(features[0], seen.questions, config.probe, str(device))
+            changed = {condition: by[name].pooled(config.probe.pool) for condition, by in looked.changed.items()}
+            for one in seen.asked:
+                place = np.searchsorted(seen.rows, one.rows)
+                moved = {condition: x[place] for condition, x in changed.items()}
+                found += curve(name, floor, method, probed, one, features[0][one.rows], moved, len(seen.patches.classes))
+    return found
 
 
 # Registered tiles.
 
 
-def _registered(cast: Cast, held: RegisteredTiles, config: Config, journal: Journal, ranks: Ranks) -> list[Finding]:
+def _look_registered(
+    cast: Cast, held: RegisteredTiles, config: Config, journal: Journal, ranks: Ranks
+) -> dict[str, list[Vectors]]:
     seen: dict[str, list[Vectors]] = {}
     for method in config.normalisations:
         pictures, _ = normalised(held.patches, held.patches.slide_ids, method, config.methods)
         seen[method] = _embed(list(cast.single.values()), pictures, config, journal, ranks)
-    if not ranks.main:
-        return []
+    return seen
+
+
+def _registered(
+    cast: Cast, held: RegisteredTiles, seen: dict[str, list[Vectors]], config: Config, device: torch.device
+) -> list[Finding]:
     return [
         one
         for method, made in seen.items()
         for name, vectors in zip(cast.single, made, strict=True)
         for one in compare(
             name, name != cast.name, method, vectors.pooled(config.probe.pool), held, config.registration, config.interval,
-            str(ranks.device),
+            str(device),
         )
     ]  # fmt: skip
 

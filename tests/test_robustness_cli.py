@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from histoscale.data.cohort.write import CohortConfig, render_region
+from histoscale.launch import robustness
 from histoscale.launch.config import load
 from histoscale.launch.run import execute, invoke
 
@@ -78,8 +79,8 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
         "dataset.mpp=0.5", "initialisations=2", "interval.draws=100", "robustness.neighbours.most_k=20",
         "robustness.clusters.most=3", "robustness.clusters.trials=2", "robustness.clusters.choosing_starts=2",
         "robustness.confounding.resamplings=2", "robustness.confounding.penalties=[-2,0]", "robustness.confounding.splits=3",
-        "perturbations.haematoxylin=[-0.2,0.2]", "perturbations.eosin=[]", "perturbations.blur_px=[2]", "perturbations.jpeg=[20]",
-        "perturbations.downscale=[4]", "registration.top=[1,10]", "methods.macenko.light.pixels=200",
+        "perturbations.haematoxylin=[-0.2,0.2]", "perturbations.eosin=[0]", "perturbations.blur_px=[2]",
+        "perturbations.jpeg=[20]", "perturbations.downscale=[4]", "registration.top=[1,10]", "methods.macenko.light.pixels=200",
         "methods.reinhard.light.pixels=200", "normalisations=[none,macenko,reinhard]", "probe.penalties=[1,0.1,0.01]",
         "logging.progress=off", "device=cpu", f"out={out}", *more,
     ]  # fmt: skip
@@ -116,6 +117,10 @@ def test_curves_are_paired_with_clean_patches(run: tuple[Path, dict[str, Any]]) 
     clean, changed = accuracy["report, clean"], accuracy["report, blur_px 2"]
     assert changed["minus"]["clean"]["value"] == pytest.approx(changed["value"] - clean["value"])
     assert {f"{role}, jpeg 20" for role in ("report", "external")} <= set(accuracy)
+    for method in ("none", "macenko", "reinhard"):  # no strength, no difference: both are normalised by one fit
+        accuracy = run[1]["measures"]["balanced_accuracy"]["release"][method]["report, eosin 0"]["minus"]["clean"]
+        assert (accuracy["value"], accuracy["low"], accuracy["high"]) == (0, 0, 0)
+        assert run[1]["measures"]["cosine_to_clean"]["release"][method]["report, eosin 0"]["value"] == pytest.approx(1, abs=1e-6)
     near = run[1]["measures"]["cosine_to_clean"]["colour"]
     for condition in ("report, haematoxylin -0.2", "external, haematoxylin 0.2"):
         assert near["reinhard"][condition]["value"] > near["none"][condition]["value"]  # a shift of stain is taken out again
@@ -131,6 +136,59 @@ def test_registered_tiles_are_compared_by_what_differs(run: tuple[Path, dict[str
     four = [measures["cosine"]["release"]["none"]["all"], *(ten[kind] for kind in ("scanner", "stain", "both"))]
     mean = np.mean([round(one["value"], 3) for one in four])
     assert measures["leaderboard"]["release"]["none"]["value"] == pytest.approx(mean)
+
+
+def test_all_is_embedded_before_anything_is_measured_and_ranks_wait(
+    tissue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    waits: list[float] = []
+
+    def noted(name: str) -> None:
+        real = getattr(robustness, name)
+        monkeypatch.setattr(robustness, name, lambda *given: calls.append(name) or real(*given))
+
+    for name in ("embed_patches", "structure", "compare"):
+        noted(name)
+    real = robustness.open_ranks
+    monkeypatch.setattr(robustness, "open_ranks", lambda device, wait: waits.append(wait) or real(device, wait))
+    more = ["measures=[index,curves]", "normalisations=[reinhard]", "perturbations.haematoxylin=[-5]", "initialisations=1"]
+    more += [f"perturbations.{kind}=[]" for kind in ("eosin", "blur_px", "jpeg", "downscale")]
+    found = invoke("robustness", arguments(tissue, tmp_path / "out", *more))["robustness"]
+    assert calls == ["embed_patches"] * 3 + ["structure"] * 3 + ["compare"] * 3 and waits == [7 * 86400.0]
+    refused = [remark for remark in found["remarks"] if "cannot be fitted" in remark]  # glass, after such a shift
+    assert len(refused) == 1 and refused[0].startswith("reinhard cannot be fitted on 20 slides under haematoxylin -5")
+
+
+def test_what_is_known_of_a_set_is_part_of_the_result(tissue: Path, tmp_path: Path) -> None:
+    for name, table, columns in (
+        ("labelled", "labels.csv", ("site", "slide_id", "patient_id")),
+        ("registered", "registered.csv", ("scanner", "stain", "tile_id")),
+    ):
+        root = tmp_path / name
+        shutil.copytree(tissue / name, root)
+        with (root / table).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        key = "data_root" if name == "labelled" else "registered"
+        config = load("robustness", [*arguments(tissue, tmp_path / "out"), f"{key}={root}"]).config
+        facts = [robustness.identity(config)]
+        assert robustness.identity(config) == facts[0]
+        for column in columns:
+            write(root / table, [{**row, column: f"{row[column]} of old"} for row in rows])
+            facts.append(robustness.identity(config))
+        assert len({json.dumps(one, sort_keys=True) for one in facts}) == 4
+        assert len({one["encoder_hash"] for one in facts}) == 1
+
+
+@pytest.mark.parametrize("name", ["random", "colour"])
+def test_an_encoder_called_as_a_floor_is_refused(
+    tissue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    shutil.copytree(tissue / "release", tmp_path / name)
+    base = [text for text in arguments(tissue, tmp_path / "out") if not text.startswith("encoder=")]
+    assert execute("robustness", [*base, f"encoder={tmp_path / name}"]) == 2
+    said = capsys.readouterr().err
+    assert f"is called {name}, which stands beside every encoder as a floor" in said and "Traceback" not in said
 
 
 def test_it_says_the_same_twice_and_resumes(tissue: Path, run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

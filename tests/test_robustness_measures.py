@@ -1,6 +1,7 @@
 """Robustness of features: every measure against a restatement in loops and against what it must say."""
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from histoscale.eval.robustness.neighbours import (
 )
 from histoscale.eval.robustness.suite import STRUCTURE, Known, SuiteConfig, structure
 from histoscale.eval.scores.interval import IntervalConfig
+from histoscale.launch.config import load
 
 INTERVAL = IntervalConfig(draws=200, level=0.95, seed=0)
 NEIGHBOURS = NeighboursConfig(k=5, most_k=50, pairs=False, margin=3, tail=0.1)
@@ -195,6 +197,36 @@ def test_patients_have_one_part_in_a_design() -> None:
         ends = sets.train[-1]
         assert len(set(zip(where.biology[ends].tolist(), where.sites[ends].tolist(), strict=True))) == 2
     assert not np.array_equal(found.sets[0].test, found.sets[1].test)
+
+
+def test_a_patient_at_two_sites_has_one_part() -> None:
+    _, where = made(1, 1, slides=20)
+    both = np.array([owner.split()[3] if int(owner.split()[3]) < 5 else owner for owner in where.owners])  # half of them
+    found = design(Where(where.biology, where.sites, where.units, both), CONFOUNDING)
+    for sets in found.sets:
+        owners = [set(both[rows]) for rows in (np.concatenate(sets.train), sets.choose, sets.test)]
+        assert all(owners) and not any(a & b for a, b in itertools.combinations(owners, 2))
+
+
+def test_seventeen_slides_of_a_class_at_a_site_reach_the_splits_of_camelyon() -> None:
+    values = load("robustness", ["encoder=unused", "data_root=unused", "robustness=pathorob_camelyon"]).values
+    config = ConfoundingConfig(**values["robustness"]["confounding"])
+    _, where = made(1, 1, slides=17, each=config.patches)
+    found = design(Where(where.biology, where.sites, where.units, where.units), config)
+    assert found.slides == 7 and found.patches == 300 and len(found.tables) == 8
+    assert all(np.sort(found.tables[split].ravel()).tolist() == [7 - split] * 2 + [7 + split] * 2 for split in range(8))
+    assert all(len(np.unique(where.units[sets.test])) == 8 for sets in found.sets)
+
+
+def test_fewer_splits_than_asked_for_are_said(journal: Journal) -> None:
+    x, where = made(1, 1, slides=10)
+    known = Known(where, np.arange(len(x)), np.empty(0, np.int64), "patient", ("here", "there"))
+    suite = SuiteConfig(NEIGHBOURS, CLUSTERS, replace(CONFOUNDING, splits=9))
+    found, remarks = structure("e", False, "none", [x], known, ["confounding"], suite, INTERVAL, "cpu", journal)
+    splits = len(found[0].about["tables"])
+    assert len(remarks) == 1 and remarks[0].startswith(f"confounding has {splits} splits where 9 were asked for")
+    suite = replace(suite, confounding=replace(CONFOUNDING, splits=splits))
+    assert structure("e", False, "none", [x], known, ["confounding"], suite, INTERVAL, "cpu", journal)[1] == []
 
 
 def test_the_drop_is_a_mean_of_ratios_and_shows_confounding() -> None:

@@ -19,7 +19,7 @@ from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetError, Labelle
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.robustness.curves import asked_rows, cosine, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import RobustnessError
-from histoscale.eval.robustness.perturb import MethodsConfig, Perturbation, UnitNormaliser, normalised, perturbed
+from histoscale.eval.robustness.perturb import MethodsConfig, Perturbation, UnitNormaliser, changed_rows, normalised, perturbed
 from histoscale.eval.robustness.registered import RegisteredConfig, compare, counterpart_ranks, open_registered
 from histoscale.eval.robustness.suite import by_slide, known_of
 from histoscale.eval.scores.interval import IntervalConfig
@@ -89,7 +89,8 @@ def test_normalisation_is_fitted_by_slide_on_what_is_seen(method: str) -> None:
     seen, normaliser = normalised(patches, units, method, methods())
     got = np.asarray(seen.read(np.arange(9))).astype(int)
     assert np.abs(pictures[:4].astype(int) - pictures[4:8]).mean() > 3 * np.abs(got[:4] - got[4:8]).mean()  # one strength of two
-    assert (got[8] == 250).all() and normaliser is not None and list(normaliser.refused()) == ["glass"]
+    assert (got[8] == 250).all() and normaliser is not None and list(normaliser.refused(np.arange(9))) == ["glass"]
+    assert not normaliser.refused(np.arange(8))
     assert (np.asarray(seen.read(np.array([5, 1]))) == got[[5, 1]]).all()  # whatever is read beside it
     paler = perturbed(patches, Perturbation("haematoxylin", -0.1))
     again, _ = normalised(paler, units, method, methods())
@@ -102,6 +103,28 @@ def test_normalisation_is_fitted_by_slide_on_what_is_seen(method: str) -> None:
         len({patches.hash, seen.hash, paler.hash, again.hash}) == 4
         and normalised(patches, units, "none", methods())[0] is patches
     )
+
+
+@pytest.mark.parametrize("method", ["none", "macenko", "vahadane", "reinhard"])
+def test_a_perturbation_of_no_strength_changes_nothing_whatever_is_asked(method: str) -> None:
+    pictures = np.stack([picture(i, stain=0.5 + 0.1 * i) for i in range(8)])
+    units, asked, read = np.repeat(["one", "two"], 4), np.array([1, 2, 3]), list[int]()
+    patches = replace(
+        made(pictures, units, np.full(8, "train"), np.arange(8) % 2), read=lambda rows: read.extend(rows) or pictures[rows]
+    )
+    clean = np.asarray(normalised(patches, units, method, methods())[0].read(asked))
+    read.clear()
+    part, _ = changed_rows(patches, asked, units, Perturbation("eosin", 0.0), method, methods())
+    assert (np.asarray(part.read(np.arange(3))) == clean).all() and len(part) == 3
+    assert set(read) <= {0, 1, 2, 3}  # nothing of a slide that nobody asks for
+    moved, _ = changed_rows(patches, asked, units, Perturbation("eosin", 0.1), "none", methods())
+    assert not (np.asarray(moved.read(np.arange(3))) == pictures[asked]).all()
+
+
+def test_slides_whose_names_run_together_are_normalised_anew() -> None:
+    patches = made(np.stack([picture(i) for i in range(2)]), np.array(["1", "11"]), np.full(2, "train"), np.arange(2))
+    first, other = (normalised(patches, np.array(units), "reinhard", methods())[0] for units in (["1", "11"], ["11", "1"]))
+    assert first.hash != other.hash
 
 
 def test_a_fit_sees_at_most_the_pictures_of_its_sample() -> None:
@@ -182,7 +205,21 @@ def test_ranks_are_those_of_a_loop_and_norms_do_not_overflow() -> None:
     large = (a * 300).astype(np.float16)
     assert np.linalg.norm(large.astype(float), axis=1).max() > 256 and np.isfinite(cosine(large, large)).all()
     assert (counterpart_ranks(large, large) == 0).all()
-    assert (counterpart_ranks(np.ones((4, 3)), np.ones((4, 3))) == 0).all()  # where all are equal, none is nearer
+    assert (counterpart_ranks(np.ones((4, 3)), np.ones((4, 3))) == 3).all()  # where all are equal, half of 6 are nearer
+    twice = np.array([[1.0, 0], [1.0, 0], [0, 1]])  # the counterpart ties with two others, which have no tie of their own
+    assert counterpart_ranks(twice, twice).tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def test_features_that_are_all_equal_find_nothing(tmp_path: Path) -> None:
+    registered(tmp_path, [("s1", "a"), ("s2", "a")], 24)
+    config = RegisteredConfig([1, 10], None)
+    held = open_registered(tmp_path, config, 1)
+    found = compare("e", False, "none", np.ones((48, 4)), held, config, INTERVAL)
+    assert {one.measure: one.interval.value for one in found if one.condition == "all"} == {
+        "cosine": pytest.approx(1),
+        "top-1": 0,
+        "top-10": 0,
+    }
 
 
 def registered(root: Path, conditions: list[tuple[str, str]], tiles: int) -> None:
@@ -244,6 +281,13 @@ def test_a_table_of_registered_tiles_that_cannot_be_used_is_refused(tmp_path: Pa
         write(tmp_path, [{**rows[0], **change}, *rows[1:]])
         with pytest.raises(RobustnessError, match=words):
             open_registered(tmp_path, config, 1)
+    write(tmp_path, [*rows[:2], rows[3]])
+    with pytest.raises(RobustnessError, match="the slides s1 / a and s2 / a share 1 tiles: expected at least two"):
+        open_registered(tmp_path, config, 1)
+    with (tmp_path / "registered.csv").open("w") as file:
+        file.write("tile_id,scanner,stain,path\nT0,s1,a\n")
+    with pytest.raises(RobustnessError, match="line 2: the image '' is missing or leaves the folder"):
+        open_registered(tmp_path, config, 1)
     write(tmp_path, rows[:3])
     with pytest.raises(RobustnessError, match="1 combinations of scanner and stain"):
         open_registered(tmp_path, config, 1)

@@ -24,8 +24,9 @@ PARTS = ("train", "choose", "test")
 @dataclass(frozen=True)
 class ConfoundingConfig:
     """splits: training sets from balanced to confounded, at most as many as slides allow. resamplings: of patients, and of which
-    class goes with which site. train, choose: shares of a site's patients; the rest is tested. patches: drawn of a slide and
-    class, slides with fewer are left out; null: the quantile of what slides have. penalties: scikit-learn's C = 10^ these."""
+    class goes with which site. train, choose: shares of the patients who have the same classes at the same sites; the rest is
+    tested. patches: drawn of a slide and class, slides with fewer are left out; null: the quantile of what slides have.
+    penalties: scikit-learn's C = 10^ these."""
 
     splits: int
     resamplings: int
@@ -172,22 +173,24 @@ def _pools(
     config: ConfoundingConfig,
     number: int,
 ) -> dict[tuple[str, int, int], list[np.ndarray]]:
-    """(part, site, class) -> drawn rows of each slide, in keyed order. A patient has one part with all classes and slides."""
+    """(part, site, class) -> drawn rows of each slide, in keyed order. A patient has one part, with all sites and classes."""
     pools: dict[tuple[str, int, int], list[np.ndarray]] = {(p, s, c): [] for p in PARTS for s in sites for c in classes}
-    for place, s in enumerate(sites):
-        kinds: dict[str, set[int]] = {}
+    has: dict[str, set[tuple[int, int]]] = {}
+    for s in sites:
         for c in classes:
             for rows in cells[s, c]:
-                kinds.setdefault(str(where.owners[rows[0]]), set()).add(c)
-        part_of: dict[str, str] = {}
-        for number_of_kind, kind in enumerate(sorted({tuple(sorted(each)) for each in kinds.values()})):  # alike in their classes
-            owners = sorted(owner for owner, each in kinds.items() if tuple(sorted(each)) == kind)
-            order = permutation(key(config.seed, "robustness/patients", number, place, number_of_kind), len(owners)).tolist()
-            few = min(1, max(len(owners) - 2, 0))  # one patient chooses and one is tested wherever there are three
-            tested = max(round(len(owners) * (1 - config.train - config.choose)), few)
-            chooses = max(round(len(owners) * config.choose), few)
-            for rank, i in enumerate(order):
-                part_of[owners[i]] = "test" if rank < tested else "choose" if rank < tested + chooses else "train"
+                has.setdefault(str(where.owners[rows[0]]), set()).add((s, c))
+    kinds = {owner: tuple(sorted(each)) for owner, each in has.items()}
+    part_of: dict[str, str] = {}
+    for place, kind in enumerate(sorted(set(kinds.values()))):  # alike in sites and classes
+        owners = sorted(owner for owner, own in kinds.items() if own == kind)
+        order = permutation(key(config.seed, "robustness/patients", number, place), len(owners)).tolist()
+        few = min(1, max(len(owners) - 2, 0))  # one patient chooses and one is tested wherever there are three
+        tested = max(round(len(owners) * (1 - config.train - config.choose)), few)
+        chooses = max(round(len(owners) * config.choose), few)
+        for rank, i in enumerate(order):
+            part_of[owners[i]] = "test" if rank < tested else "choose" if rank < tested + chooses else "train"
+    for place, s in enumerate(sites):
         for c in classes:
             slides = cells[s, c]
             for i in permutation(key(config.seed, "robustness/slides", number, place, c), len(slides)).tolist():

@@ -1,6 +1,5 @@
 """Pictures as another laboratory or scanner would have made them, and normalised as a pipeline would: deterministic, by level."""
 
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -130,9 +129,18 @@ def normalised(
     if method == "none":
         return patches, None
     config: Methods = getattr(methods, method)
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode() + b"".join(str(u).encode() for u in units))
+    digest = hash_of(json.dumps(asdict(config), sort_keys=True), [str(unit) for unit in units])
     normaliser = UnitNormaliser(patches, units, config)
-    return _changed(patches, normaliser, f"{method} {digest.hexdigest()[:16]}"), normaliser
+    return _changed(patches, normaliser, f"{method} {digest}"), normaliser
+
+
+def changed_rows(
+    patches: LabelledPatches, rows: np.ndarray, units: np.ndarray, perturbation: Perturbation, method: str, methods: MethodsConfig
+) -> tuple[LabelledPatches, "UnitNormaliser | None"]:
+    """The `rows` of the patches, perturbed and then normalised as `normalised` does with all of them: a slide's fit sees the same
+    patches as without the perturbation, so that nothing but the perturbation differs. Only what is read is changed."""
+    pictures, normaliser = normalised(perturbed(patches, perturbation), units, method, methods)
+    return pictures.only(rows), normaliser
 
 
 def _changed(
@@ -158,9 +166,9 @@ class UnitNormaliser:
         """pictures: uint8 [3, h, w] of the rows -> the like."""
         return [self._one(picture, self.fitted(int(self.codes[row]))) for row, picture in zip(rows, pictures, strict=True)]
 
-    def refused(self) -> dict[str, str]:
-        """Slides that cannot be fitted, and why; fits all."""
-        found = {str(name): self.fitted(code) for code, name in enumerate(self.names)}
+    def refused(self, rows: np.ndarray) -> dict[str, str]:
+        """Slides of these rows that cannot be fitted, and why; fits them all."""
+        found = {str(self.names[code]): self.fitted(code) for code in np.unique(self.codes[rows]).tolist()}
         return {name: str(fitted) for name, fitted in found.items() if isinstance(fitted, NotFitted)}
 
     def fitted(self, code: int) -> Stains | Colours | NotFitted:

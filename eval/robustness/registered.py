@@ -51,7 +51,7 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
     """registered.csv with path, tile_id, scanner, stain, and patient_id where known.
 
     Raises RobustnessError: a column is missing, an image is missing or leaves the folder, a tile stands twice under a scanner and
-    stain, or there are fewer than two slides that share tiles; DatasetError for a file that is no image.
+    stain, there are fewer than two slides, or two that share fewer than two tiles; DatasetError for a file that is no image.
     """
     path = root / TABLE
     if not path.is_file():
@@ -64,6 +64,7 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
         rows = list(reader)
     seen: set[tuple[str, str, str]] = set()
     for number, row in enumerate(rows, start=2):
+        row["path"] = row["path"] or ""  # of a line that ends early
         image, place = (root / row["path"]).resolve(), (row["tile_id"], row["scanner"], row["stain"])
         if not image.is_relative_to(root.resolve()) or not image.is_file():
             raise RobustnessError(f"{path} line {number}: the image {row['path']!r} is missing or leaves the folder")
@@ -78,6 +79,7 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
         raise RobustnessError(f"{path} holds {len(slides)} combinations of scanner and stain: expected at least two to compare")
     conditions = np.array([slides.index((row["scanner"], row["stain"])) for row in rows])
     tiles = np.array([row["tile_id"] for row in rows])
+    _check_shared(slides, conditions, tiles)
     known = all(row.get("patient_id") for row in rows)
     owners = np.array([row["patient_id"] for row in rows]) if known else tiles
     paths = [root / row["path"] for row in rows]
@@ -92,11 +94,25 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
     return RegisteredTiles(patches, tuple(slides), conditions, tiles, owners, "patient" if known else "tile")
 
 
-def counterpart_ranks(a: np.ndarray, b: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
-    """Of the 2n stacked tiles a, b [n, D]: how many others are nearer by cosine than the counterpart, int64 [2n]; ties are not.
+def _check_shared(slides: Sequence[tuple[str, str]], conditions: np.ndarray, tiles: np.ndarray) -> None:
+    """Raises RobustnessError for two slides that share fewer than two tiles."""
+    codes = np.unique(tiles, return_inverse=True)[1]
+    has = np.zeros((len(slides), int(codes.max()) + 1), np.float32)
+    has[conditions, codes] = 1
+    shared = has @ has.T
+    for a, b in combinations(range(len(slides)), 2):
+        if shared[a, b] < 2:
+            raise RobustnessError(
+                f"the slides {' / '.join(slides[a])} and {' / '.join(slides[b])} share {shared[a, b]:.0f} tiles: expected at "
+                "least two tile_ids that stand under both; add them, or leave one of the slides out"
+            )
 
-    Lengths are taken out in float32 first: in half precision norms above 256 overflow. The tile itself is left out by its place,
-    whatever stands at rank 0.
+
+def counterpart_ranks(a: np.ndarray, b: np.ndarray, device: str | torch.device = "cpu") -> np.ndarray:
+    """Of the 2n stacked tiles a, b [n, D]: how many others are nearer by cosine than the counterpart, float64 [2n].
+
+    A tie is half nearer: features that are all equal find nothing. Lengths are taken out in float32 first: in half precision
+    norms above 256 overflow. The tile itself is left out by its place, whatever stands at rank 0.
     """
     x = unit(torch.from_numpy(np.concatenate([a, b]).astype(np.float32)).to(device))
     n = len(a)
@@ -104,9 +120,9 @@ def counterpart_ranks(a: np.ndarray, b: np.ndarray, device: str | torch.device =
     for rows in torch.arange(2 * n, device=x.device).split(max(SIMILARITIES // (2 * n), 1)):
         similarity = x[rows] @ x.T
         own = similarity.gather(1, ((rows + n) % (2 * n))[:, None])
-        nearer = similarity > own
-        nearer[torch.arange(len(rows), device=x.device), rows] = False
-        ranks.append(nearer.sum(1).cpu())
+        similarity[torch.arange(len(rows), device=x.device), rows] = -torch.inf
+        ties = (similarity == own).sum(1) - 1  # the counterpart is one
+        ranks.append((similarity > own).sum(1).double().cpu() + ties.double().cpu() / 2)
     return torch.cat(ranks).numpy()
 
 
@@ -123,7 +139,7 @@ def compare(
     """Median cosine and median top-k over pairs of slides, all and by what differs; and PLISM's leaderboard where it is defined:
     the mean of four medians, each rounded to three decimals, of top-10 and of the cosine over all pairs.
 
-    features: [n, D] of all rows. Pairs are of the tiles that both slides have. Raises RobustnessError for two without one.
+    features: [n, D] of all rows. Pairs are of the tiles that both slides have.
     """
     draws = Resampling.of(held.owners, interval)
     owners = int(draws.codes.max()) + 1
@@ -132,8 +148,6 @@ def compare(
     differ, sums = [], []
     for a, b in combinations(range(len(held.slides)), 2):
         shared = sorted(rows_of[a].keys() & rows_of[b].keys())
-        if len(shared) < 2:
-            raise RobustnessError(f"{held.slides[a]} and {held.slides[b]} share {len(shared)} tiles: expected at least two")
         first, second = (np.array([rows_of[c][tile] for tile in shared]) for c in (a, b))
         ranks = counterpart_ranks(features[first], features[second], device).reshape(2, -1)
         values = [cosine(features[first], features[second]), *((ranks < k).mean(0) for k in config.top), np.ones(len(shared))]

@@ -98,7 +98,7 @@ def structure(
     device: str | torch.device,
     journal: Journal,
 ) -> tuple[list[Finding], list[str]]:
-    """Findings of `measures` (of STRUCTURE), and sentences of those that have no meaning on this set.
+    """Findings of `measures` (of STRUCTURE), and sentences of those that have no meaning on this set or not all of it.
 
     features: [n, D] of all rows, of equal encoders; the index is their mean, the others are of the first.
     """
@@ -108,16 +108,16 @@ def structure(
     asked: dict[str, Callable[[], list[Finding]]] = {
         "index": lambda: _index(inside, here, base, suite.neighbours, interval, device),
         "clusters": lambda: _clusters(inside[0], here, base, suite.clusters, interval, journal),
-        "confounding": lambda: _drops(features[0], known, base, suite.confounding, interval, journal),
+        "confounding": lambda: _drops(features[0], known, base, suite.confounding, interval, journal, remarks),
     }
     found: list[Finding] = []
-    left_out: list[str] = []
+    remarks: list[str] = []
     for measure in measures:
         try:
             found += asked[measure]()
         except RobustnessError as error:
-            left_out.append(f"{measure} of {name}, normalisation {normalise}, is left out: {error}")
-    return found, left_out
+            remarks.append(f"{measure} of {name}, normalisation {normalise}, is left out: {error}")
+    return found, remarks
 
 
 def _index(
@@ -162,9 +162,15 @@ def _drops(
     config: ConfoundingConfig,
     interval: IntervalConfig,
     journal: Journal,
+    remarks: list[str],
 ) -> list[Finding]:
     here = known.where.only(known.inside)
     made = design(here, config)
+    if len(made.tables) < config.splits:
+        remarks.append(
+            f"confounding has {len(made.tables)} splits where {config.splits} were asked for: a class has {made.slides} training "
+            "slides at a site in the balanced one; more slides, or a larger confounding.train, give more"
+        )
     outside = (x[known.external], known.where.only(known.external)) if len(known.external) else None
     total = config.resamplings * len(made.tables)
     with journal.progress(total, f"training sets of {base['encoder']}, {base['normalise']}", "fits") as progress:
