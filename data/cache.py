@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-_ABANDONED_S = 3600.0  # an unfinished copy that nothing wrote to for so long belongs to a process that is gone
+from histoscale.data.living import orphaned, signature
+
 _PARTIAL = ".partial"
 
 
@@ -24,7 +24,7 @@ class FileCache:
         entry = self.root / hashlib.sha256(name.encode()).hexdigest()[:32]
         if self._used(entry):
             return entry
-        partial = entry.with_name(f"{entry.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        partial = _beside(entry)
         partial.mkdir(parents=True)
         try:
             fill(partial)
@@ -51,18 +51,22 @@ class FileCache:
         total = sum(entry.size for entry in entries)
         for entry in entries:
             copying = entry.path.name.endswith(_PARTIAL)
-            stale = copying and time.time() - entry.used > _ABANDONED_S
-            if stale or (total > self.limit_bytes and not copying and entry.path != keep):
+            if orphaned(entry.path.name) or (total > self.limit_bytes and not copying and entry.path != keep):
                 self._remove(entry)
                 total -= entry.size
 
     def _remove(self, entry: "_Entry") -> None:
         """Out of sight by a rename, then gone: nobody sees half an entry. One that was used since it was looked at stays."""
-        gone = entry.path.with_name(f"{entry.path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        gone = _beside(entry.path)
         with contextlib.suppress(FileNotFoundError):
             if entry.path.stat().st_mtime <= entry.used:
                 entry.path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+
+
+def _beside(entry: Path) -> Path:
+    """A new name that says whose it is, and is no entry's."""
+    return entry.with_name(f"{entry.name[:32]}.{signature()}.{uuid.uuid4().hex}{_PARTIAL}")
 
 
 class _Entry:
@@ -72,9 +76,8 @@ class _Entry:
         self.path, self.size, self.used = path, 0, 0.0
         for stat in _stats(path):
             self.size += stat.st_size
-            self.used = max(self.used, stat.st_mtime) if path.name.endswith(_PARTIAL) else self.used
         with contextlib.suppress(FileNotFoundError):
-            self.used = max(self.used, path.stat().st_mtime)
+            self.used = path.stat().st_mtime
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:

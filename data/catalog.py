@@ -1,15 +1,19 @@
 """The catalog: what `index` learned about the slides, packed so that opening a slide costs no request.
 
-A directory of `catalog.json` (format, version, hash, counts, tissue settings, file sizes), tables for people (`slides.parquet`,
-`rejected.parquet`, `catalog.html`), and the folder that catalog.json names: Arrow tables and files of independent blocks (tile
-tables, tissue masks, thumbnails), memory-mapped, so that all processes of a machine share them.
+A directory of `catalog.json` (format, version, hash, counts, tissue settings, sizes and hashes of files), tables for people
+(`slides.parquet`, `rejected.parquet`, `catalog.html`), and the folder that catalog.json names: Arrow tables and files of
+independent blocks (tile tables, tissue masks, thumbnails), memory-mapped, so that all processes of a machine share them.
+
+Nothing damaged is used: catalog.json holds its own checksum, the Arrow tables are compared with their hashes when they are
+opened, and they hold a checksum of every block, which is compared when the block is read: opening reads no block.
 """
 
+import hashlib
 import json
 import mmap
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
@@ -20,14 +24,16 @@ import pyarrow
 import pyarrow.ipc
 
 from histoscale.data.bitmap import Bitmap
+from histoscale.data.fingerprint import content
 from histoscale.data.manifest import Slide
-from histoscale.data.parts import BOX, KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of
+from histoscale.data.parts import BOX, KNOWN, LEVEL, VERSION, Known, Rejected, Row, known_of, rejected_of
 from histoscale.data.readers.pyramid import Layout, Level, Reader
 from histoscale.data.readers.region import open_reader
 from histoscale.data.readers.vendor import FREE, Gate
 from histoscale.data.storage import Changed, Fingerprint, Missing, Store, join
 from histoscale.data.tables import Levels, unpack_table
 from histoscale.data.tissue import TissueConfig
+from histoscale.data.windows import SIDES
 
 FORMAT = "histoscale-catalog"
 _MAPPED_BYTES = 8 << 20  # pages of blocks that a process keeps mapped: more say nothing and look like a leak
@@ -35,6 +41,23 @@ _MAPPED_BYTES = 8 << 20  # pages of blocks that a process keeps mapped: more say
 
 class CatalogError(ValueError):
     """The directory is no catalog, or a damaged one."""
+
+
+def checksum(info: Mapping[str, Any]) -> str:
+    """Of what catalog.json says beside it."""
+    said = {name: value for name, value in info.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file of a catalog."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_name(files: Mapping[str, Sequence[Any]]) -> str:
+    """Of the folder of a catalog's files: by the size and sha256 of each."""
+    return f"data-{hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def open_catalog(uri: str, store: Store) -> "Catalog":
@@ -62,15 +85,19 @@ class Catalog:
             self.info: dict[str, Any] = json.loads(self.store.read(join(self.uri, "catalog.json")))
             found = (self.info["format"], self.info["version"])
             self.hash: str = self.info["hash"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CatalogError(f"{self.uri}/catalog.json is damaged: {error!r}") from error
         if found != (FORMAT, VERSION):
             raise CatalogError(f"{self.uri} has format {found}: expected {(FORMAT, VERSION)}; index the manifest again")
+        if self.info.get("checksum") != checksum(self.info):
+            raise CatalogError(f"{self.uri}/catalog.json is damaged: it is not as `index` wrote it; index the manifest again")
         self._table, self._level = self._arrow("slides.arrow"), self._arrow("levels.arrow")
         self._first_level = _starts(self._table["levels"])
-        self._level_starts = _starts(self._level["block"])
-        self._blocks = {name: Blocks(self._file(f"{name}s.bin")) for name in ("table", "mask", "thumbnail")}
-        self._block_starts = {name: _starts(self._table[f"{name}_bytes"]) for name in ("mask", "thumbnail")}
+        self._blocks = {
+            "table": Blocks(self._file("tables.bin"), self._level["block"], self._level["block_crc"]),
+            "mask": Blocks(self._file("masks.bin"), self._table["mask_bytes"], self._table["mask_crc"]),
+            "thumbnail": Blocks(self._file("thumbnails.bin"), self._table["thumbnail_bytes"], self._table["thumbnail_crc"]),
+        }
 
     def __reduce__(self) -> tuple[type["Catalog"], tuple[str, Store, str]]:
         return Catalog, (self.uri, self.store, self.hash)
@@ -90,8 +117,7 @@ class Catalog:
     @cached_property
     def rejected(self) -> list[Rejected]:
         """Slides that `index` refused, with the reason."""
-        rows = self._arrow("rejected.arrow").to_pylist()
-        return [Rejected(row["slide_id"], row["reason"], known_of(row)) for row in rows]
+        return [rejected_of(row) for row in self._arrow("rejected.arrow").to_pylist()]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -123,7 +149,7 @@ class Catalog:
     def windows(self) -> np.ndarray:
         """The most tissue in square windows, mask px: int32 [slides, len(windows.SIDES)]."""
         column = self._table["windows"].combine_chunks()
-        return column.flatten().to_numpy().reshape(len(self), -1)
+        return column.flatten().to_numpy().reshape(len(self), len(SIDES))
 
     def levels(self, column: str) -> np.ndarray:
         """A column of numbers over all levels (width, height, downsample, …): [slides, most levels], 0 where there is none."""
@@ -171,6 +197,14 @@ class Catalog:
         """An open slide; costs no request where it is read by range. decoding: held while pixels are decoded."""
         return open_reader(self._table["uri"][i].as_py(), self.layout(i), store, decoding)
 
+    def content(self) -> str:
+        """Names all of its bytes, which are read: what is known of the slides, wherever they lie, and the files themselves where
+        they are not as `index` wrote them."""
+        said = {name: value for name, value in self.info.items() if name not in ("folder", "files", "checksum")}
+        files = {name: [size, content(self._file(name), belongs=False)] for name, (size, _) in self.info["files"].items()}
+        said |= {} if folder_name(files) == self.info["folder"] else {"changed": files}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+
     def same_tissue(self, tissue: TissueConfig) -> bool:
         """Whether its masks were made with these settings."""
         return self.info["tissue"] == asdict(tissue)
@@ -185,13 +219,12 @@ class Catalog:
         first, stop = self._span(i)
         row = self._table.slice(i, 1).to_pylist()[0]
         level = self._level.slice(first, stop - first).to_pylist()
-        table = self._blocks["table"].read(self._level_starts[first], self._level_starts[stop])
+        table = b"".join(self._blocks["table"].read(number) for number in range(first, stop))
         return {**row, "level": level, "table": table, "mask": self._block("mask", i), "thumbnail": self._block("thumbnail", i)}
 
     def _unpacked(self, number: int) -> Level:
         values = {name: self._level[name][number].as_py() for name in LEVEL}
-        block = self._blocks["table"].read(self._level_starts[number], self._level_starts[number + 1])
-        offsets, counts = unpack_table(block, self._level["tiles"][number].as_py())
+        offsets, counts = unpack_table(self._blocks["table"].read(number), self._level["tiles"][number].as_py())
         return Level(**values, offsets=offsets, counts=counts)
 
     def _span(self, i: int) -> tuple[int, int]:
@@ -201,19 +234,18 @@ class Catalog:
 
     def _block(self, name: str, i: int) -> bytes:
         self._span(i)
-        return self._blocks[name].read(self._block_starts[name][i], self._block_starts[name][i + 1])
+        return self._blocks[name].read(i)
 
     def _arrow(self, name: str) -> pyarrow.Table:
         path = self._file(name)
-        try:
-            return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-        except pyarrow.ArrowInvalid as error:
-            raise CatalogError(f"{self.uri}: {name} is damaged ({error}); index the manifest again") from error
+        if sha256_of(path) != self.info["files"][name][1]:
+            raise CatalogError(f"{path} is damaged: it is not as `index` wrote it; index the manifest again")
+        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
 
     def _file(self, name: str) -> Path:
         """A file of the catalog on a local disk, its size as catalog.json has it."""
         try:
-            uri, expected = join(self.uri, f"{self.info['folder']}/{name}"), self.info["files"][name]
+            uri, expected = join(self.uri, f"{self.info['folder']}/{name}"), self.info["files"][name][0]
         except KeyError as error:
             raise CatalogError(f"{self.uri}/catalog.json is damaged: it lacks {error}") from error
         path = self.store.local(uri)
@@ -273,21 +305,29 @@ class Texts(Sequence[str]):
 
 
 class Blocks:
-    """A file of independent blocks, mapped; threads may share it. Its pages are the system's, so they are let go now and then."""
+    """A file of independent blocks, mapped; threads may share it. Its pages are the system's, so they are let go now and then.
 
-    def __init__(self, path: Path) -> None:
+    sizes, crcs: bytes and CRC-32 of every block, one behind the other.
+    """
+
+    def __init__(self, path: Path, sizes: pyarrow.ChunkedArray, crcs: pyarrow.ChunkedArray) -> None:
+        self.path, self._starts, self._crcs = path, _starts(sizes), _numbers(crcs)
         self._touched = 0
         self._lock = threading.Lock()
         with path.open("rb") as file:  # an empty file cannot be mapped
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
-    def read(self, start: int, stop: int) -> bytes:
+    def read(self, number: int) -> bytes:
+        """Raises CatalogError for a block that is not as it was written."""
+        start, stop = self._starts[number], self._starts[number + 1]
         found = self._map[start:stop]
         with self._lock:
             self._touched += _PAGES + len(found)
             if self._touched > _MAPPED_BYTES and isinstance(self._map, mmap.mmap):
                 self._touched = 0
                 self._map.madvise(mmap.MADV_DONTNEED)
+        if zlib.crc32(found) != self._crcs[number]:
+            raise CatalogError(f"{self.path} is damaged in its bytes {start} to {stop}; index the manifest again")
         return found
 
 

@@ -1,11 +1,13 @@
 """From a manifest to a catalog: look at every slide once, accept it or say why not."""
 
 import io
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,19 @@ from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import Slide, mpp_problem
 from histoscale.data.masks import MaskError, drawn_mask
-from histoscale.data.merge import write_catalog
+from histoscale.data.merge import NoneAccepted, write_catalog
 from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, row_of, slide_columns, write_part
-from histoscale.data.processes import settle, worker_context
+from histoscale.data.processes import follow, settle, worker_context
 from histoscale.data.ranks import Ranks
 from histoscale.data.readers.layout import read_layout
-from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Reader, level_mpps
+from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Level, Reader, level_mpps
 from histoscale.data.readers.region import open_reader
 from histoscale.data.storage import Missing, Store
 from histoscale.data.tissue import NoTissue, TissueConfig, tissue_mask
 
 _STRIP_PX = 1 << 22  # pixels decoded at once while a level is shrunk
+_WIDEST_PX = 1 << 26  # of a strip that is whole tiles high: above, tiles are decoded once for each of their parts
+_MOST_MASK_PX = 1 << 27  # pixels of a mask: 90 mm square at 8 µm/px, half a gigabyte while it is found
 _WORST_DAMAGE = 0.5  # a slide with more of its thumbnail undecodable is refused; single bad tiles are the visits' business
 _PART_SLIDES = 16  # examined together and written as one part: what a kill costs each process
 _AHEAD = 4  # parts a process has in its queue
@@ -43,16 +47,19 @@ def build_catalog(
     journal: Journal,
     threads: int = 1,
     ranks: Ranks | None = None,
+    refused: Sequence[Rejected] = (),
 ) -> Catalog:
     """Examine the slides in `workers` processes (0: in this one) of `threads` threads each and write the catalog into `out`.
+    refused: rows of the manifest that stand in it as rejected.
 
     Slides that were examined before, for `previous` or by a run of this that was stopped, are not read again where neither their
     file nor the manifest's mpp nor the tissue settings have changed. Of several ranks each takes a share, the first one merges.
     Raises StorageError when the store fails: an outage must not look like bad slides. What was examined until then is kept.
+    Raises NoneAccepted where not one slide can be used, and leaves the catalog that is in `out` as it is.
     """
     ordered = sorted(slides, key=lambda slide: slide.slide_id)
     before = previous if previous is not None and previous.same_tissue(tissue) else None
-    folder, main = out / "parts", ranks is None or ranks.main
+    folder = out / "parts"
     run = next_run(folder) if ranks is None else ranks.first(lambda: next_run(folder))
     known = {**(before.known() if before is not None else {}), **Parts(folder, tissue).known}
     if ranks is not None:
@@ -66,11 +73,19 @@ def build_catalog(
             progress.advance(done.slides, unchanged=str(unchanged), rejected=str(rejected))
     if ranks is not None:
         ranks.barrier()
-    if main:
-        write_catalog(out, _rows(ordered, Parts(folder, tissue), before), tissue)
+
+    def write() -> None:
+        try:
+            write_catalog(out, chain(_rows(ordered, Parts(folder, tissue), before), map(row_of, refused)), tissue)
+        except NoneAccepted:  # nothing here to go on from
+            shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
-    if ranks is not None:
-        ranks.barrier()
+
+    if ranks is None:
+        write()
+    else:
+        ranks.first(write)
     return open_catalog(str(out), store)
 
 
@@ -130,7 +145,7 @@ def _examined(look: _Look, chunks: Sequence[_Chunk], workers: int) -> Iterator[_
         yield from map(look, chunks)
         return
     waiting = iter(chunks)
-    with ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=settle) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker_context(), initializer=follow, initargs=(settle,)) as pool:
         under_way: dict[Future[_Done], _Chunk] = {}
         try:
             while True:
@@ -143,7 +158,8 @@ def _examined(look: _Look, chunks: Sequence[_Chunk], workers: int) -> Iterator[_
                     del under_way[future]
         except BrokenProcessPool as error:
             left = ", ".join(slide.slide_id for chunk in under_way.values() for slide in chunk.slides)[:300]
-            raise OSError(f"a worker died (out of memory, or a slide crashed its decoder); among these: {left}") from error
+            died = f"a worker died (out of memory, or a slide crashed its decoder) over one of {left}"
+            raise OSError(f"{died}; the same command goes on, with fewer workers= where memory is short") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -192,6 +208,7 @@ def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | Non
             return Rejected(slide.slide_id, str(problem), source)
         level, factor = mask_level(layout, full.mpp, tissue.mpp)
         mask_mpp = full.mpp * layout.levels[level].downsample * factor
+        _check_size(layout.levels[level], factor, mask_mpp)
         picture = thumbnail(open_reader(slide.uri, layout, store), level, factor)
         if slide.mask_uri is None:
             mask = tissue_mask(picture, mask_mpp, tissue)
@@ -232,21 +249,36 @@ def mask_level(layout: Layout, mpp: float, mask_mpp: float) -> tuple[int, int]:
     return level, max(1, int(mask_mpp / mpps[level]))
 
 
+def _check_size(level: Level, factor: int, mask_mpp: float) -> None:
+    """Raises LayoutError for a slide so large that its mask is held by no machine."""
+    sides = -(-level.width // factor), -(-level.height // factor)
+    if sides[0] * sides[1] > _MOST_MASK_PX:
+        told = " x ".join(f"{side * mask_mpp / 1e3:.0f}" for side in sides)
+        raise LayoutError(
+            f"its tissue mask is {sides[0]} x {sides[1]} px for {told} mm: expected at most {_MOST_MASK_PX}; where it is that "
+            "large raise tissue.mpp, else set mpp in the manifest"
+        )
+
+
 def thumbnail(reader: Reader, level: int, factor: int) -> np.ndarray:
-    """uint8 [ceil(height / factor), ceil(width / factor), 3]: a level shrunk by area, read in strips.
+    """uint8 [ceil(height / factor), ceil(width / factor), 3]: a level shrunk by area, read in strips, of wide levels in blocks.
 
     Undecodable tiles are white. Raises DecodeError when they are more than half of the level.
     """
     table = reader.layout.levels[level]
-    width = -(-table.width // factor) * factor
-    high = max(1, _STRIP_PX // width // (table.tile_height * factor)) * table.tile_height * factor
-    parts, lost = [], 0
-    for top in range(0, table.height, high):
+    wide = -(-table.width // factor) * factor
+    high = max(1, _STRIP_PX // wide // (table.tile_height * factor)) * table.tile_height * factor
+    if wide * min(high, table.height) > _WIDEST_PX:
+        wide = high = max(1, math.isqrt(_STRIP_PX) // factor) * factor
+    shrunk = np.empty((-(-table.height // factor), -(-table.width // factor), 3), np.uint8)
+    lost = 0
+    for top, left in product(range(0, table.height, high), range(0, table.width, wide)):
+        rows, columns = (-(-side // factor) * factor for side in (min(high, table.height - top), min(wide, table.width - left)))
         damage: list[Damage] = []
-        rows = -(-min(high, table.height - top) // factor) * factor
-        strip = reader.region(level, 0, top, width, rows, damage)
+        strip = reader.region(level, left, top, columns, rows, damage)
         lost += sum((part.right - part.left) * (part.bottom - part.top) for part in damage)
-        parts.append(np.asarray(Image.fromarray(strip).reduce(factor)))
+        y, x = top // factor, left // factor
+        shrunk[y : y + rows // factor, x : x + columns // factor] = np.asarray(Image.fromarray(strip).reduce(factor))
     if lost > _WORST_DAMAGE * table.width * table.height:
         raise DecodeError(f"{lost / (table.width * table.height):.0%} of level {level} cannot be decoded")
-    return np.concatenate(parts)
+    return shrunk

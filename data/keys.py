@@ -1,12 +1,16 @@
 """Counter hashes: every random choice is a pure function of a seed, a purpose and counters, the same on every device."""
 
+from __future__ import annotations  # torch is imported by those who have tensors, not by those who only draw by key
+
 import hashlib
 import math
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea, Flood 2014, doi 10.1145/2660193.2660195)
@@ -108,11 +112,11 @@ def fork(parents: Tensor, purpose: str) -> Tensor:
 
 def uniform(parents: Tensor, columns: int) -> Tensor:
     """float32 [*parents.shape, columns] in [0, 1), on a grid of 2^-24 so that every device agrees to the bit."""
-    counters = torch.arange(1, columns + 1, device=parents.device) * _signed(_GOLDEN)
+    counters = parents.new_ones(columns).cumsum(0) * _signed(_GOLDEN)
     return _shift(_mix_tensor(parents[..., None] + counters), 40).float() * 2.0**-24
 
 
 def normal(parents: Tensor, columns: int) -> Tensor:
     """float32 [*parents.shape, columns], standard normal by Box-Muller (computed in float64, so devices agree to rounding)."""
-    radius = (-2 * torch.log1p(-uniform(fork(parents, "radius"), columns).double())).sqrt()
-    return (radius * torch.cos(2 * math.pi * uniform(fork(parents, "angle"), columns).double())).float()
+    radius = (-2 * (-uniform(fork(parents, "radius"), columns).double()).log1p()).sqrt()
+    return (radius * (2 * math.pi * uniform(fork(parents, "angle"), columns).double()).cos()).float()

@@ -1,20 +1,24 @@
 """The manifest: which slides there are, of which patients and sites, with which labels."""
 
-import csv
-import io
 import math
-from collections import Counter
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from histoscale.data.storage import Store, check_uri, resolve
+from histoscale.data.delimited import TableError, cleaned, damage, read_delimited, shown
+from histoscale.data.journal import scrub
+from histoscale.data.names import NamesError, one_spelling, patient_key
+from histoscale.data.storage import Store, check_uri, names_user, resolve
 
 MPP_RANGE = (0.05, 20.0)  # µm per pixel; outside is a unit error or no microscope slide
 _UNSAFE = set('/\\:*?"<>|')
 _SHOWN = 20  # rows listed in an error
+_LONGEST = 200  # bytes of an id
+_BATCH = 1024  # rows of a Parquet file that are unpacked at a time
+_MOST_ROWS, _MOST_BYTES = 10_000_000, 1 << 29  # of a Parquet file: a hundred thousand slides with fifty labels take 100 MB
 
 
 class ManifestError(ValueError):
@@ -23,7 +27,8 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Slide:
-    """One row. mpp: µm per pixel at level 0 (overrides the header). labels: every other column that is not empty.
+    """One row. patient_id, site: in one spelling each, however the rows write them. mpp: µm per pixel at level 0 (overrides the
+    header). labels: every other column that is not empty.
 
     mask_uri: the column `mask`, a drawn tissue mask (masks.py) in place of the automatic one.
     """
@@ -44,80 +49,162 @@ class Slide:
 
 
 _COLUMNS = tuple(field.name for field in fields(Slide) if field.name not in ("labels", "mask_uri"))
+_NEEDED = ("slide_id", "uri")
 _NUMBERS = ("mpp", "objective")
 
 
-def read_manifest(uri: str, store: Store) -> list[Slide]:
-    """The rows of a CSV or Parquet file, relative slide URIs resolved against its folder.
+class Refused(NamedTuple):
+    """A row that costs its slide. row: its number. slide_id: as far as it can be shown."""
 
-    Raises ManifestError for missing columns, empty or duplicate or unsafe ids, URIs that carry a token, numbers that are none.
+    row: int
+    slide_id: str
+    reason: str
+
+
+def read_manifest(uri: str, store: Store, say: Callable[[str], None] | None = None) -> list[Slide]:
+    """The slides of `parse_manifest`; `say` is told of the rows that were refused too."""
+    slides, refused = parse_manifest(uri, store, say)
+    if refused and say is not None:
+        listed = "".join(f"\n  row {one.row} ({one.slide_id}): {one.reason}" for one in refused[:_SHOWN])
+        say(f"{uri}: {len(refused)} rows are left out:{listed}")
+    return slides
+
+
+def parse_manifest(uri: str, store: Store, say: Callable[[str], None] | None = None) -> tuple[list[Slide], list[Refused]]:
+    """The rows of a CSV (commas, semicolons or tabs; UTF-8 or UTF-16) or Parquet file, relative slide URIs resolved against its
+    folder, and the rows that no person typed: control characters, ids that are no file names, cells of more than a spreadsheet
+    holds. `nan`, `NA`, `null` and the like are missing values; patients and sites that differ by case, blanks or Unicode form
+    are one, in the spelling that most rows have.
+
+    say: is told which names were joined. Raises ManifestError for missing columns, empty or duplicate ids, URIs that carry a
+    token or a password, numbers that are none, patients or sites that a blank inside tells apart, and where no row is left.
     An absurd mpp is not an error here: `index` rejects that slide and keeps the others.
     """
-    columns, rows = _read_parquet(uri, store) if uri.lower().endswith((".parquet", ".pq")) else _read_csv(uri, store)
-    missing = [name for name in ("slide_id", "uri") if name not in columns]
-    if missing:
-        raise ManifestError(f"{uri} lacks the column {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
+    parquet = uri.lower().endswith((".parquet", ".pq"))
+    rows = _read_parquet(uri, store) if parquet else _read_csv(uri, store)
     if not rows:
         raise ManifestError(f"{uri} has no rows")
-    slides, problems = [], []
+    slides, problems, refused = [], [], []
+    counts: dict[str, list[int]] = {}
     for number, row in rows:
+        name = row.get("slide_id", "")
         try:
+            _check_secrets(row)
+            damaged = _damaged(row)
+            if damaged:
+                refused.append(Refused(number, shown(name) or "no slide_id", damaged))
+                continue
+            counts.setdefault(name, []).append(number)
             slides.append(_slide(row, uri))
         except ValueError as error:
-            problems.append(f"row {number} ({row.get('slide_id') or 'no slide_id'}): {error}")
-    counts = Counter(row.get("slide_id") for _, row in rows if row.get("slide_id"))
-    for name, count in counts.items():
-        if count > 1:
-            where = ", ".join(str(number) for number, row in rows if row.get("slide_id") == name)
-            problems.append(f"slide_id {name} stands in rows {where}")
-    if problems:
+            problems.append(f"row {number} ({scrub(shown(name)) or 'no slide_id'}): {error}")
+    for name, numbers in counts.items():
+        if name and len(numbers) > 1:
+            problems.append(f"slide_id {name} stands in rows {', '.join(map(str, numbers))}")
+    if problems or not slides:
+        problems += [f"row {one.row} ({one.slide_id}): {one.reason}" for one in refused]
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ManifestError(f"{uri} has {len(problems)} bad rows:\n  " + "\n  ".join(problems[:_SHOWN]) + more)
-    return slides
+    try:
+        patients, joined = one_spelling([slide.patient_id or "" for slide in slides], "patients", patient_key)
+        sites, more_joined = one_spelling([slide.site or "" for slide in slides], "sites")
+    except NamesError as error:
+        raise ManifestError(f"{uri}: {error}") from error
+    if say is not None:
+        for sentence in (*joined, *more_joined):
+            say(f"{uri}: {sentence}")
+    whole = zip(slides, patients, sites, strict=True)
+    return [replace(slide, patient_id=patient or None, site=site or None) for slide, patient, site in whole], refused
 
 
 Rows = list[tuple[int, dict[str, str]]]
 
 
-def _read_csv(uri: str, store: Store) -> tuple[list[str], Rows]:
+def _read_csv(uri: str, store: Store) -> Rows:
     """Row numbers are those that a spreadsheet shows: the header is row 1."""
     try:
-        text = store.read(uri).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{uri} is not UTF-8 text ({error}); expected .csv or .parquet") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
-    try:
-        lines = list(reader)
-    except csv.Error as error:
-        raise ManifestError(f"{uri} is no CSV file: {error}") from error
-    columns = [name.strip() for name in lines[0]] if lines else []
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
-    if repeated:
-        raise ManifestError(f"{uri} has the column {repeated[0]!r} twice")
+        return read_delimited(store.read(uri), uri, _NEEDED, (*_COLUMNS, "mask")).rows
+    except TableError as error:
+        raise ManifestError(str(error)) from error
+
+
+def _read_parquet(uri: str, store: Store) -> Rows:
+    """Batch by batch, texts by their dictionaries: a value that is repeated is held once."""
+    data = pyarrow.py_buffer(store.read(uri))
     rows: Rows = []
-    long: list[int] = []
-    for number, cells in enumerate(lines[1:], 2):
-        if any(cell.strip() for cell in cells):
-            rows.append((number, {name: cell.strip() for name, cell in zip(columns, cells, strict=False)}))
-            if len(cells) > len(columns):
-                long.append(number)
-    if long:
-        listed = ", ".join(map(str, long[:_SHOWN]))
-        raise ManifestError(f"{uri}: rows {listed} have more cells than the header; quote cells that hold commas")
-    return columns, rows
-
-
-def _read_parquet(uri: str, store: Store) -> tuple[list[str], Rows]:
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(store.read(uri)))
-    except pyarrow.ArrowException as error:
+        schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(data))
+        texts = [field.name for field in schema if _is_text(field.type)]
+        with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data), read_dictionary=texts) as file:
+            _check_schema(uri, file)
+            for batch in file.iter_batches(_BATCH, use_threads=False):
+                columns = [_texts(column) for column in batch.columns]
+                rows += [
+                    (len(rows) + i, dict(zip(batch.schema.names, row, strict=True)))
+                    for i, row in enumerate(zip(*columns, strict=True), 1)
+                ]
+    except ManifestError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError) as error:  # by what is damaged in it
         raise ManifestError(f"{uri} is no Parquet file: {error}") from error
-    rows = [(i, {k: _text(v) for k, v in row.items()}) for i, row in enumerate(table.to_pylist(), 1)]
-    return table.column_names, rows
+    return rows
+
+
+def _check_schema(uri: str, file: pyarrow.parquet.ParquetFile) -> None:
+    names, held = file.schema_arrow.names, file.metadata
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise ManifestError(f"{uri} lacks the column {' and '.join(missing)}; it has {', '.join(map(shown, names)) or 'none'}")
+    for name in names:
+        if damage(name) or names.count(name) > 1:
+            raise ManifestError(f"{uri}: the name of the column {shown(name)} {damage(name) or 'stands there twice'}")
+    size = sum(held.row_group(i).total_byte_size for i in range(held.num_row_groups))
+    if held.num_rows > _MOST_ROWS or size > _MOST_BYTES:
+        raise ManifestError(
+            f"{uri} has {held.num_rows} rows in {size} bytes: expected at most {_MOST_ROWS} rows in {_MOST_BYTES} of a manifest"
+        )
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+
+
+def _texts(column: pyarrow.Array) -> list[str]:
+    """The cells of a column. Texts that are no UTF-8 keep what is damaged as halves of characters, which `damage` finds."""
+    if isinstance(column, pyarrow.DictionaryArray):
+        held = [*_texts(column.dictionary), ""]
+        return [held[-1 if i is None else i] for i in column.indices.to_pylist()]
+    if _is_text(column.type):
+        column = column.cast(pyarrow.large_binary() if pyarrow.types.is_large_string(column.type) else pyarrow.binary())
+        return ["" if value is None else cleaned(value.decode("utf-8", "surrogateescape")) for value in column.to_pylist()]
+    return [_text(value) for value in column.to_pylist()]
 
 
 def _text(value: Any) -> str:
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else cleaned(str(value))
+
+
+def _check_secrets(row: Mapping[str, str]) -> None:
+    """Raises ValueError for a row with a password in any cell; what it says has nothing of it."""
+    for name, value in row.items():
+        if name not in ("uri", "mask") and "://" in value and names_user(value):
+            raise ValueError(f"{name} holds a URI that names a user or a password, which is how they leak into files: drop them")
+
+
+def _damaged(row: Mapping[str, str]) -> str | None:
+    """Why a row costs its slide, None: it does not."""
+    for name, value in row.items():
+        wrong = damage(value)
+        if wrong:
+            return f"its {name} {wrong}"
+    for name in ("uri", "mask"):
+        if set(row.get(name, "")) & set("\t\n\r"):
+            return f"its {name} holds a line break or a tab"
+    try:
+        check_slide_id(row.get("slide_id") or "none")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _slide(row: dict[str, str], manifest: str) -> Slide:
@@ -126,15 +213,15 @@ def _slide(row: dict[str, str], manifest: str) -> Slide:
     if not uri:
         raise ValueError("no uri")
     check_uri(uri)
-    known: dict[str, Any] = {name: row.get(name) or None for name in _COLUMNS}
+    told: dict[str, Any] = {name: row.get(name) or None for name in _COLUMNS}
     for name in _NUMBERS:
-        known[name] = _number(name, known[name])
+        told[name] = _number(name, told[name])
     labels = {name: value for name, value in row.items() if name not in (*_COLUMNS, "mask") and value}
     mask = row.get("mask") or None
     if mask is not None:
         check_uri(mask)
         mask = resolve(manifest, mask)
-    return Slide(**{**known, "uri": resolve(manifest, uri)}, labels=labels, mask_uri=mask)
+    return Slide(**{**told, "uri": resolve(manifest, uri)}, labels=labels, mask_uri=mask)
 
 
 def _number(name: str, text: str | None) -> float | None:
@@ -151,9 +238,15 @@ def check_slide_id(slide_id: str) -> None:
     if not slide_id:
         raise ValueError("no slide_id")
     bad = sorted(set(slide_id) & _UNSAFE) + [repr(c) for c in slide_id if not c.isprintable()]
-    if bad or slide_id.startswith(".") or len(slide_id.encode()) > 200:
-        why = f"holds {' '.join(bad)}" if bad else "starts with a dot" if slide_id.startswith(".") else "is longer than 200 bytes"
-        raise ValueError(f"slide_id {slide_id!r} {why}; it becomes a file name")
+    if bad or slide_id.startswith(".") or len(slide_id.encode()) > _LONGEST:
+        why = (
+            f"holds {' '.join(bad)}"
+            if bad
+            else "starts with a dot"
+            if slide_id.startswith(".")
+            else f"is longer than {_LONGEST} bytes"
+        )
+        raise ValueError(f"slide_id {scrub(slide_id[:_LONGEST])!r} {why}; it becomes a file name")
 
 
 def mpp_problem(mpp: float | None) -> str | None:

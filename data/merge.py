@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,25 +13,37 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from histoscale.data.catalog import FORMAT
-from histoscale.data.journal import write_atomic
+from histoscale.data.catalog import FORMAT, checksum, folder_name, sha256_of
+from histoscale.data.journal import write_json
 from histoscale.data.manifest import Slide
-from histoscale.data.parts import BLOCKS, KNOWN, LEVEL_COLUMNS, SLIDE_COLUMNS, VERSION, Row
+from histoscale.data.parts import BLOCKS, KNOWN, LEVEL_COLUMNS, SLIDE_COLUMNS, VERSION, Rejected, Row, rejected_of
 from histoscale.data.tissue import TissueConfig
 
 _WRITING = "writing.partial"
 _REPEATED = ("compression", "colour", "tables", "kind", "site", "cohort", "organ", "stain", "scanner", "preparation")
-_WIDTHS = {"levels": pyarrow.int64(), **{f"{name}_bytes": pyarrow.int64() for name in BLOCKS}}
+_WIDTHS = {"levels": pyarrow.int64(), **{f"{name}_{what}": pyarrow.int64() for name in BLOCKS for what in ("bytes", "crc")}}
 _REJECTED = {"slide_id": pyarrow.string(), "reason": pyarrow.string(), **KNOWN}
 _PEOPLE_SKIP = ("windows", "digest")
 _PEOPLE_REJECTED = ("slide_id", "uri", "reason")
+
+
+class NoneAccepted(ValueError):
+    """Not one slide can be used. rejected: why."""
+
+    def __init__(self, rejected: list[Rejected]) -> None:
+        super().__init__(rejected)
+        self.rejected = rejected
+
+    def __str__(self) -> str:
+        return f"none of the {len(self.rejected)} slides was accepted"
 
 
 def write_catalog(out: Path, rows: Iterable[Row], tissue: TissueConfig) -> None:
     """Write a catalog of rows (as parts.py packs them, in the order of their ids) into `out`.
 
     Its files go into a folder named by their content, then `catalog.json` is replaced, then the old folder removed: a reader, and
-    a stop or a full disk at any point, finds the old catalog or the new one. Raises OSError.
+    a stop or a full disk at any point, finds the old catalog or the new one. Raises OSError, and NoneAccepted where a catalog
+    without slides would take another's place.
 
     The hash covers what decides about pixels: ids, metadata, labels, levels, tile tables and masks, sizes of files. URIs, etags
     and times of change are not in it: the same files at another place are the same catalog.
@@ -40,6 +53,9 @@ def write_catalog(out: Path, rows: Iterable[Row], tissue: TissueConfig) -> None:
     writing.mkdir(parents=True)
     try:
         info = _write(writing, rows, tissue)
+        if not info["slides"] and (out / "catalog.json").exists():
+            table = pyarrow.ipc.open_file(str(writing / "rejected.arrow")).read_all()
+            raise NoneAccepted([rejected_of(row) for row in table.to_pylist()])
         for name in ("slides", "rejected"):
             _for_people(writing, name)
     except BaseException:
@@ -50,7 +66,7 @@ def write_catalog(out: Path, rows: Iterable[Row], tissue: TissueConfig) -> None:
         shutil.rmtree(writing)
     else:
         writing.rename(folder)
-    write_atomic(out / "catalog.json", json.dumps(info, indent=2) + "\n")
+    write_json(out / "catalog.json", info)
     for path in folder.glob("*.parquet"):
         path.replace(out / path.name)
     for old in out.glob("data-*"):
@@ -70,6 +86,7 @@ def _write(folder: Path, rows: Iterable[Row], tissue: TissueConfig) -> dict[str,
                 continue
             digest.update(_identity(row))
             widths = {f"{name}_bytes": files[name].write(row[name]) for name in BLOCKS}
+            widths |= {f"{name}_crc": zlib.crc32(row[name]) for name in BLOCKS}
             slides.add({**row, **widths, "levels": len(row["level"])})
             for level in row["level"]:
                 levels.add(level)
@@ -79,12 +96,12 @@ def _write(folder: Path, rows: Iterable[Row], tissue: TissueConfig) -> dict[str,
     counts = {"slides": slides.count, "rejected": rejected.count}
     for name, columns in (("slides", slides), ("levels", levels), ("rejected", rejected)):
         columns.write(folder / f"{name}.arrow")
-    content = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(folder.iterdir())}
-    named = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return {
+    content = {path.name: [path.stat().st_size, sha256_of(path)] for path in sorted(folder.iterdir())}
+    info = {
         "format": FORMAT, "version": VERSION, "hash": digest.hexdigest()[:32], **counts, "tissue": asdict(tissue),
-        "folder": f"data-{named}", "files": {name: size for name, (size, _) in content.items()},
+        "folder": folder_name(content), "files": content,
     }  # fmt: skip
+    return {**info, "checksum": checksum(info)}
 
 
 class _Columns:
@@ -130,8 +147,3 @@ def _identity(row: Row) -> bytes:
     """What of a slide enters the hash."""
     known = {name: row[name] for name in Slide.__dataclass_fields__ if name not in ("uri", "mask_uri")}
     return hashlib.sha256(json.dumps([known, row["size"], row["digest"]], sort_keys=True).encode()).digest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

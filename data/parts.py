@@ -21,7 +21,7 @@ from histoscale.data.tables import pack_table
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.windows import SIDES, tissue_windows
 
-VERSION = 2  # of the catalog and of its parts
+VERSION = 3  # of the catalog and of its parts: 3 has a checksum for every block
 LEVEL = ("width", "height", "tile_width", "tile_height", "downsample", "compression", "colour", "predictor", "tables")
 BLOCKS = ("table", "mask", "thumbnail")  # bytes that a slide has one of; files are named by the plural
 BOX = ("height", "width", "left", "top", "rows", "columns")  # of a Bitmap
@@ -75,7 +75,7 @@ def row_of(found: Entry | Rejected) -> Row:
     layout, bitmap = found.layout, Bitmap.of(found.mask)
     blocks = [pack_table(level.offsets, level.counts) for level in layout.levels]
     levels = [
-        {**{name: getattr(level, name) for name in LEVEL}, "tiles": len(level.offsets), "block": len(block)}
+        {**{name: getattr(level, name) for name in LEVEL}, "tiles": len(level.offsets), **_block(block)}
         for level, block in zip(layout.levels, blocks, strict=True)
     ]
     return {
@@ -85,6 +85,11 @@ def row_of(found: Entry | Rejected) -> Row:
         "mask_mpp": found.mask_mpp, "tissue_px": int(found.mask.sum()), "windows": tissue_windows(found.mask).tolist(),
         "thumbnail": found.thumbnail, "digest": _digest(found, bitmap),
     }  # fmt: skip
+
+
+def _block(data: bytes) -> dict[str, int]:
+    """Size and checksum of one level's table."""
+    return {"block": len(data), "block_crc": zlib.crc32(data)}
 
 
 def slide_columns(slide: Slide) -> Row:
@@ -105,7 +110,8 @@ def _digest(entry: Entry, bitmap: Bitmap) -> str:
 
 
 class Parts:
-    """The journal of an index that is not finished: parts written with the same tissue settings; others are removed.
+    """The journal of an index that is not finished: parts written with the same tissue settings, and as they were written (their
+    names hold a checksum); others are removed, and their slides examined again.
 
     known: what the slides in it were examined from. A slide that was examined again in a later run counts as that run saw it.
     """
@@ -117,7 +123,7 @@ class Parts:
         self._open: dict[Path, list[Row]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.arrow")):
-            table = _read(path)
+            table = _read(path) if path.stem.endswith(_checksum(path)) else None
             if table is None or table.schema.metadata != self._mark:
                 path.unlink(missing_ok=True)
                 continue
@@ -145,21 +151,34 @@ def next_run(folder: Path) -> int:
 
 def write_part(folder: Path, run: int, chunk: int, rows: Sequence[Row], tissue: TissueConfig) -> None:
     """One part, whole or not at all. chunk: its number in this run, over all processes."""
-    path = folder / f"{run:06d}-{chunk:08d}.arrow"
-    partial = path.with_suffix(".partial")
+    partial = folder / f"{run:06d}-{chunk:08d}.partial"
     schema = SCHEMA.with_metadata(_mark(tissue))
     with partial.open("wb") as file:
         with pyarrow.ipc.new_file(file, schema) as writer:
             writer.write_table(pyarrow.Table.from_pylist(list(rows), schema))
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(path)
+    partial.replace(folder / f"{run:06d}-{chunk:08d}-{_checksum(partial)}.arrow")
+
+
+def _checksum(path: Path) -> str:
+    """Of a part; "none" where another process has removed it."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except FileNotFoundError:
+        return "none"
 
 
 def known_of(row: Mapping[str, Any]) -> Known:
     """What the slide of a row was examined from."""
     mark = None if row["size"] is None else Fingerprint(row["size"], row["tag"])
     return Known(row["uri"], row["manifest_mpp"], mark, row["mask_tag"])
+
+
+def rejected_of(row: Mapping[str, Any]) -> Rejected:
+    """The rejected slide of a row."""
+    return Rejected(row["slide_id"], row["reason"], known_of(row))
 
 
 def _mark(tissue: TissueConfig) -> dict[bytes, bytes]:
@@ -179,7 +198,7 @@ _TEXT, _WHOLE, _REAL, _BYTES = pyarrow.string(), pyarrow.int64(), pyarrow.float6
 KNOWN = {"uri": _TEXT, "manifest_mpp": _REAL, "size": _WHOLE, "tag": _TEXT, "mask_tag": _TEXT}
 LEVEL_COLUMNS = {
     "width": _WHOLE, "height": _WHOLE, "tile_width": _WHOLE, "tile_height": _WHOLE, "downsample": _REAL, "compression": _TEXT,
-    "colour": _TEXT, "predictor": _WHOLE, "tables": _BYTES, "tiles": _WHOLE, "block": _WHOLE,
+    "colour": _TEXT, "predictor": _WHOLE, "tables": _BYTES, "tiles": _WHOLE, "block": _WHOLE, "block_crc": _WHOLE,
 }  # fmt: skip
 SLIDE_COLUMNS = {
     **{field.name: _REAL if field.name in ("mpp", "objective") else _TEXT for field in fields(Slide)}, **KNOWN,

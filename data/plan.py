@@ -1,7 +1,7 @@
 """The pure plan: which patch of which visit to which slide stands in slot g of step b. No rank, worker or file in it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ ATTEMPTS = 8  # a visit that fails is replaced by attempts 1 … 8
 _ONE = 1 << 32  # a whole visit in the fixed-point arithmetic of a pass
 _WEIGHTINGS = ("patients", "slides", "area", "organ", "site", "cohort")
 _MAGNIFICATIONS = ("discrete", "log_uniform")
+_UNSERVABLE = ("error", "drop")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SamplerConfig:
     max_upsample: how far a slide may be enlarged to serve a finer mpp.
     slide_weighting: patients (uniform over patients, then over their slides), slides (uniform), area (tissue area ** exponent),
     or organ, site, cohort (group ** exponent in patients, then as patients; exponent 0 balances the groups).
+    unservable: what becomes of a target that no slide can serve: error, or drop (its visits go to the others).
     slide_budget: keep so many slides, nested over budgets. patch_budget: distinct patches in all, repeated in epochs.
     """
 
@@ -40,6 +42,7 @@ class SamplerConfig:
     max_upsample: float
     slide_weighting: str
     weighting_exponent: float
+    unservable: str
     slide_budget: int | None
     patch_budget: int | None
     pixel_filter: PixelFilterConfig
@@ -194,24 +197,30 @@ class Plan:
     """The plan of one run: a function of the seed, the global batch G, the sampler and the slides. Pickled, it holds two arrays a
     target and no name of a slide.
 
-    Raises ValueError on an inconsistent sampler, a magnification that no slide can serve, or a budget that does not come out.
+    dropped: targets that no slide can serve, under sampler.unservable=drop. place: the sampler's key, for errors (of a later
+    phase another). Raises ValueError on an inconsistent sampler, a magnification that no slide can serve, or a budget that does
+    not come out.
     """
 
-    def __init__(self, seed: int, global_batch: int, sampler: SamplerConfig, table: SlideTable) -> None:
+    def __init__(self, seed: int, global_batch: int, sampler: SamplerConfig, table: SlideTable, place: str = "sampler") -> None:
         _check(sampler, table)
         self.seed, self.global_batch, self.sampler = seed, global_batch, sampler
         self.lanes, self.per_visit = sampler.lanes_per_slot, sampler.grid**2
         self.epoch_visits = _epoch_visits(sampler.patch_budget, global_batch, self.lanes * self.per_visit)
         self.targets = targets(sampler)
-        self.cycle = np.repeat(np.arange(len(self.targets)), sampler.weights)
-        self.first = np.cumsum([0, *sampler.weights])
         kept = budgeted(seed, table, sampler.slide_budget)
+        served = (kept[:, None] & table.eligible).any(axis=0)
+        self.dropped = [target for target, able in zip(self.targets, served.tolist(), strict=True) if not able]
+        if self.dropped and (sampler.unservable == "error" or not served.any()):
+            raise ValueError(_unservable(sampler, self.dropped, int(kept.sum()), len(kept), place))
+        # Only those that are served have a number in the keys, so that dropping one is the mix without it.
+        self.served = np.flatnonzero(served).tolist()
+        self.weights = [sampler.weights[target] for target in self.served]
+        self.cycle = np.repeat(np.arange(len(self.served)), self.weights)
+        self.first = np.cumsum([0, *self.weights])
         self.passes = []
-        for target, wanted in enumerate(self.targets):
+        for target in self.served:
             rows = np.flatnonzero(kept & table.eligible[:, target])
-            if not len(rows):
-                served = f"none of {int(kept.sum())} slides can serve {target_name(wanted)} um/px"
-                raise ValueError(f"{served}: take it out of sampler.mpps")
             weights = slide_weights(table, rows, sampler.slide_weighting, sampler.weighting_exponent)
             self.passes.append(Passes(rows, weights))
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
@@ -225,6 +234,11 @@ class Plan:
         turn, i = divmod(age, self.per_visit)
         return Place(slot, lane, turn, int(self._numbers(slot, lane, turn)[i]), i == self.per_visit - 1)
 
+    def numbers_left(self, place: Place) -> list[int]:
+        """The patches of the visit that a place is in, from that of the place on, in the order in which they are taken."""
+        numbers = self._numbers(place.slot, place.lane, place.turn).tolist()
+        return numbers[numbers.index(place.number) :]
+
     def visit(self, slot: int, lane: int, turn: int, attempt: int = 0) -> Visit:
         """The visit at a turn of a lane; an attempt > 0 replaces its slide by one drawn by weight."""
         number = turn
@@ -234,13 +248,14 @@ class Plan:
         ordinal = (number * self.global_batch + slot) * self.lanes + lane
         round_, within = divmod(ordinal, len(self.cycle))
         index = permute(key(self.seed, "cycle", round_), len(self.cycle), within)
-        target = int(self.cycle[index])
+        served = int(self.cycle[index])
         k = key(self.seed, "visit", slot, lane, number, attempt)
         if attempt:
-            slide = self.passes[target].draw(key(self.seed, "replacement", slot, lane, number, attempt))
+            slide = self.passes[served].draw(key(self.seed, "replacement", slot, lane, number, attempt))
         else:
-            place = round_ * self.sampler.weights[target] + index - int(self.first[target])
-            slide = self.passes[target].at(self.seed, target, place)
+            place = round_ * self.weights[served] + index - int(self.first[served])
+            slide = self.passes[served].at(self.seed, served, place)
+        target = self.served[served]
         low, high = self.targets[target]
         mpp = low * (high / low) ** unit(key(self.seed, "mpp", slot, lane, number))
         return Visit(slot, lane, number, attempt, slide, target, k, mpp)
@@ -273,6 +288,8 @@ def _check(sampler: SamplerConfig, table: SlideTable) -> None:
         rising = all(low < high for low, high in zip(sampler.mpps, sampler.mpps[1:], strict=False))
         if not rising or len(sampler.mpps) != len(sampler.weights) + 1:
             raise ValueError(f"{given}: log_uniform expects rising edges of ranges, and one count less than edges")
+    if sampler.unservable not in _UNSERVABLE:
+        raise ValueError(f"sampler.unservable is {sampler.unservable!r}: expected one of {', '.join(_UNSERVABLE)}")
     for name in ("patch_px", "grid", "lanes_per_slot"):
         if getattr(sampler, name) < 1:
             raise ValueError(f"sampler.{name} is {getattr(sampler, name)}: expected at least 1")
@@ -281,6 +298,30 @@ def _check(sampler: SamplerConfig, table: SlideTable) -> None:
     expected = (len(table.slide_ids), len(sampler.weights))
     if table.eligible.shape != expected:
         raise ValueError(f"eligible is {table.eligible.shape}: expected {expected[0]} slides x {expected[1]} targets")
+
+
+def without(sampler: SamplerConfig, dropped: Sequence[Target]) -> SamplerConfig | None:
+    """The sampler whose mix is the same but for some targets; None where none is left, or ranges that are no longer joined."""
+    kept = [(target, weight) for target, weight in zip(targets(sampler), sampler.weights, strict=True) if target not in dropped]
+    joined = all(one[0][1] == other[0][0] for one, other in zip(kept, kept[1:], strict=False))
+    if not kept or (sampler.magnification == "log_uniform" and not joined):
+        return None
+    edges = [kept[-1][0][1]] if sampler.magnification == "log_uniform" else []
+    return replace(sampler, mpps=[low for (low, _), _ in kept] + edges, weights=[weight for _, weight in kept])
+
+
+def _unservable(sampler: SamplerConfig, dropped: Sequence[Target], usable: int, slides: int, place: str) -> str:
+    """In words, with the overrides to paste."""
+    named = " or ".join(target_name(target) for target in dropped)
+    if not usable or len(dropped) == len(sampler.weights):
+        return f"none of {slides} slides can serve {named} um/px, and {place}.mpps has no other: the log says what they can"
+    rest = without(sampler, dropped)
+    drop = f"{place}.unservable=drop goes on without it, whatever the slides are"
+    if rest is None:
+        return f"none of {usable} slides can serve {named} um/px: {drop}"
+    mpps, weights = (",".join(f"{value:g}" for value in values) for values in (rest.mpps, rest.weights))
+    taken = f"take it out with {place}.mpps=[{mpps}] {place}.weights=[{weights}]"
+    return f"none of {usable} slides can serve {named} um/px: {taken}, or {drop}"
 
 
 def _epoch_visits(budget: int | None, global_batch: int, per_slot: int) -> int | None:

@@ -2,7 +2,9 @@
 
 import gc
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -11,7 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from histoscale.data.processes import RankLost, detached
+
 T = TypeVar("T")
+
+# What the transports of gloo and NCCL say when the process at the other end is gone, or does not answer any more.
+_GONE = re.compile(r"(?i)(closed|reset) by (the )?(remote )?peer|connection (was )?(reset|closed|refused)|broken pipe|timed out")
+
+_CONNECTS_S = 60.0  # torchrun's store is on this machine, and there before its ranks are
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -117,11 +127,18 @@ def open_ranks(device: str = "auto", timeout_s: float = 1800.0) -> Ranks:
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
         backend, waits = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_s)
-        store = _store_of_this_attempt(waits)
-        if store is None:
-            dist.init_process_group(backend, timeout=waits)
-        else:
-            dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
+
+        def meet() -> None:
+            store = _store_of_this_attempt(waits)
+            if store is None:
+                dist.init_process_group(backend, timeout=waits)
+            else:
+                dist.init_process_group(backend, timeout=waits, store=store, rank=rank, world_size=world)
+
+        meeting, outcome = detached(meet)
+        while meeting.is_alive():  # others may never come, and then this one must hear that it should stop
+            meeting.join(_LOOK_S)
+        outcome()
     return Ranks(rank, world, local, place, "TORCHELASTIC_RUN_ID" in os.environ)
 
 
@@ -134,7 +151,9 @@ def _store_of_this_attempt(timeout: timedelta) -> dist.Store | None:
     said = {name: os.environ.get(name) for name in ("TORCHELASTIC_USE_AGENT_STORE", "GROUP_WORLD_SIZE")}
     if said != {"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"}:
         return None
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    soon = timedelta(seconds=_CONNECTS_S)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=soon)
+    store.set_timeout(timeout)
     return dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
@@ -169,3 +188,23 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     Each rank's loss is over the joined rows; the gradients that reach a row from all ranks are summed.
     """
     return x if group is None else _Gather.apply(x, group)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether torch.distributed raised it, or something that repeats its words, because another process has gone."""
+    return (isinstance(error, dist.DistError) or "gloo" in str(error)) and _GONE.search(str(error)) is not None
+
+
+@contextmanager
+def survivors(where: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Inside, what a collective raises when another process has gone is RankLost, in one sentence. where: words for its place."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RankLost) or not _lost(error):
+            raise
+        rank, place = os.environ.get("RANK", "0"), where()
+        raise RankLost(
+            f"rank {rank} stops{f' {place}' if place else ''}: another rank has gone (killed, out of memory, its machine lost) "
+            "or does not answer; the same command goes on"
+        ) from error

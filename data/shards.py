@@ -3,7 +3,6 @@
 import json
 import posixpath
 import re
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -15,13 +14,17 @@ import pyarrow
 import pyarrow.parquet
 
 from histoscale.data.cache import FileCache
+from histoscale.data.delimited import damage, shown
+from histoscale.data.fingerprint import sketch_of
+from histoscale.data.pictures import SUFFIXES
 from histoscale.data.readers.rangefile import RangeFile
 from histoscale.data.storage import Changed, Fingerprint, Missing, Store, join
+from histoscale.data.tarmembers import BLOCK, Member, TarError, members
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 ABOUT = ("patient_id", "site", "organ", "cohort", "scanner")
 _BLOCK = 1 << 20  # bytes a request while the headers of a shard are walked
 _MOST_JSON = 1 << 20
+_MOST_IMAGE = 1 << 28  # bytes of an encoded image: it is fetched whole
 _MOST_PADDING = 1 << 20  # zeros after the last member: tar fills its last record, of 10 KB unless told otherwise
 _MOST_SHARDS = 100_000
 _AT_ONCE = 8  # shards that are indexed at a time
@@ -72,16 +75,17 @@ class Shards:
 
     def __init__(self, uris: Sequence[str], pattern: str, store: Store) -> None:
         self.uris, self.store = list(uris), store
+        self.notes: tuple[str, ...] = ()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             marks = list(pool.map(store.fingerprint, self.uris))
             tables = list(pool.map(self._indexed, self.uris, marks))
         self.identity: Sequence[Any] = [
-            (posixpath.basename(uri), mark.size, mark.tag) for uri, mark in zip(self.uris, marks, strict=True)
+            (posixpath.basename(uri), sketch_of(uri, store, mark)) for uri, mark in zip(self.uris, marks, strict=True)
         ]
         whole = pyarrow.concat_tables(tables)
         if not len(whole):
             others = f" and {len(tables) - 1} more shards hold" if len(tables) > 1 else " holds"
-            raise TilesError(f"{self.uris[0]}{others} no images ({', '.join(IMAGES)}; a key ends at the first dot of its name)")
+            raise TilesError(f"{self.uris[0]}{others} no images ({', '.join(SUFFIXES)}; a key ends at the first dot of its name)")
         self.shard = np.repeat(np.arange(len(tables), dtype=np.int32), [len(table) for table in tables])
         self.offset, self.size = (whole[name].to_numpy() for name in ("offset", "size"))
         self.columns: dict[str, list[Any]] = {name: whole[name].to_pylist() for name in ("slide_id", "mpp", *ABOUT)}
@@ -136,44 +140,44 @@ def index(uri: str, size: int, store: Store) -> pyarrow.Table:
     file = RangeFile(uri, size, store, _BLOCK, size + (1 << 30))
     samples: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", errorlevel=2) as archive:
-            for member in archive:
-                if not member.isreg() or member.issparse():
-                    continue
-                folder, name = posixpath.split(member.name)
-                stem, _, extension = name.partition(".")
-                sample = samples.setdefault(posixpath.join(folder, stem), {})
-                kind = f".{extension.lower()}"
-                if kind in IMAGES:
-                    if "offset" in sample:
-                        raise TilesError(f"{uri} has two images of the key {stem!r}: a key ends at the first dot of its name")
-                    sample |= {"offset": member.offset_data, "size": member.size}
-                elif kind == ".json":
-                    sample |= _about(uri, member, file)
-            end = archive.offset
-        file.seek(end)
+        for member in members(cast("IO[bytes]", file), size):
+            folder, name = posixpath.split(member.name)
+            stem, _, extension = name.partition(".")
+            sample = samples.setdefault(posixpath.join(folder, stem), {})
+            kind = f".{extension.lower()}"
+            if kind in SUFFIXES:
+                if "offset" in sample:
+                    raise TilesError(f"{uri} has two images of the key {stem!r}: a key ends at the first dot of its name")
+                if member.size > _MOST_IMAGE:
+                    raise TilesError(
+                        f"{uri}: {shown(member.name)} has {member.size} bytes: expected at most {_MOST_IMAGE} of an image"
+                    )
+                sample |= {"offset": member.offset, "size": member.size}
+            elif kind == ".json":
+                sample |= _about(uri, member, file)
+        end = file.tell()
         rest = file.read(_MOST_PADDING)
-        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or end + len(rest) < size:
-            raise tarfile.ReadError(f"at byte {end} of {size} it should end in zeros: it was cut, or others were appended")
-    except tarfile.TarError as error:
+        if len(rest) < BLOCK or rest.strip(b"\0") or end + len(rest) < size:
+            raise TarError(f"at byte {end} of {size} it should end in zeros: it was cut, or others were appended")
+    except TarError as error:
         raise TilesError(f"{uri} is damaged, or no tar file ({error})") from error
     rows = [{"key": key, **sample} for key, sample in samples.items() if "offset" in sample]
     return pyarrow.Table.from_pylist(rows, _SCHEMA)
 
 
-def _about(uri: str, member: tarfile.TarInfo, file: RangeFile) -> dict[str, Any]:
+def _about(uri: str, member: Member, file: RangeFile) -> dict[str, Any]:
     """What the JSON of a sample says of its slide; everything else in it is not ours."""
     if member.size > _MOST_JSON:
-        raise TilesError(f"{uri}: {member.name} has {member.size} bytes: expected at most {_MOST_JSON} of JSON")
-    place = file.tell()
-    file.seek(member.offset_data)
+        raise TilesError(f"{uri}: {shown(member.name)} has {member.size} bytes: expected at most {_MOST_JSON} of JSON")
+    file.seek(member.offset)
     try:
         held = json.loads(file.read(member.size))
         if not isinstance(held, dict):
             return {}
         known: dict[str, Any] = {name: str(held[name]) for name in ("slide_id", *ABOUT) if held.get(name) is not None}
+        for name, text in known.items():
+            if damage(text):
+                raise ValueError(f"its {name} {damage(text)}")
         return known if held.get("mpp") is None else {**known, "mpp": float(held["mpp"])}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise TilesError(f"{uri}: {member.name} cannot be read: {error}") from error
-    finally:
-        file.seek(place)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise TilesError(f"{uri}: {shown(member.name)} cannot be read: {error}") from error

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from histoscale.data.keys import key
 from histoscale.data.manifest import Slide
+from histoscale.data.names import fold, patient_key
 
 UNITS = ("patient", "slide")
 
@@ -68,8 +69,9 @@ def nested_subset(names: Sequence[str], size: int, seed: int) -> list[int]:
 
 
 def ordered(names: Iterable[str], seed: int, purpose: str) -> list[str]:
-    """The distinct names in an order that depends on the seed and on each name alone: adding names keeps the others' order."""
-    return sorted(set(names), key=lambda name: (key(seed, purpose, name_key(name)), name))
+    """The distinct names in an order that depends on the seed and on each name alone, however it is written: adding names keeps
+    the others' order."""
+    return sorted(set(names), key=lambda name: (key(seed, purpose, name_key(fold(name))), name))
 
 
 def name_key(name: str) -> int:
@@ -78,14 +80,14 @@ def name_key(name: str) -> int:
 
 
 def check_disjoint(parts: dict[str, Sequence[str]]) -> None:
-    """Raises SplitError when a group stands in two of the named parts."""
-    owner: dict[str, str] = {}
+    """Raises SplitError when a group, however it is written, stands in two of the named parts."""
+    owner: dict[str, tuple[str, str]] = {}
     shared: dict[str, set[str]] = {}
     for part, names in parts.items():
         for name in set(names):
-            if name in owner:
-                shared.setdefault(name, {owner[name]}).add(part)
-            owner.setdefault(name, part)
+            first, before = owner.setdefault(patient_key(name), (part, name))
+            if first != part:
+                shared.setdefault(before, {first}).add(part)
     if shared:
         listed = "; ".join(f"{name} in {' and '.join(sorted(where))}" for name, where in sorted(shared.items())[:5])
         raise SplitError(f"{len(shared)} groups stand in more than one part ({listed}): a patient belongs to one part only")

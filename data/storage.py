@@ -1,6 +1,7 @@
 """Bytes from anywhere: ranges, sizes, fingerprints and whole local copies of files behind any URI."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -14,18 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
-
 from histoscale.data.cache import FileCache
 from histoscale.data.clients import Client, Info
-from histoscale.data.clients.azure import Azure
 from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told
-from histoscale.data.clients.filesystem import S3, Filesystem, Google, Http
-from histoscale.data.journal import hide_options, scrub
+from histoscale.data.secrets import hide_options, scrub
 
 Result = TypeVar("Result")
 
 BLOCK = 16 << 20  # whole files are copied in ranges of so many bytes, each with its own repeats
+_NEVER_THERE = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)  # of a path: the slide's own fault, none of the disk
+_SHOWN = 300  # characters of such a path
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _TELL_S = 30.0  # a store that does not answer is told so often
 _AZURE, _GOOGLE, _HTTP = ("az", "abfs", "abfss"), ("gs", "gcs"), ("http", "https")
@@ -35,6 +34,10 @@ _TOKENS = {
     "s3": "key and storage.options.s3.secret", "gs": "token", "gcs": "token",
 }  # fmt: skip
 _PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
+_CONTAINER = re.compile(r"[\w$.-]+@[\w.-]+(:\d+)?")  # of Azure, with its account
+_PORT = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:]*)(:\d*)?")  # a host and a port
+_CREDENTIAL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/+[^/:@]*:[^/@]*@")  # user:password@ behind any number of slashes
+_ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
 _log = logging.getLogger("histoscale.storage")
 
 
@@ -44,7 +47,7 @@ class StorageConfig:
 
     options: by scheme, with the names of fsspec's filesystems. backend: `fsspec`, or `obstore` for az, abfs, s3, gs and http.
     cache_dir, cache_bytes: whole copies of remote files. deadline_s: how long what may pass by itself is repeated.
-    request_timeout_s: when one request is given up and repeated.
+    request_timeout_s: when one request is given up and repeated. decode_s: when decoding a visit or a region is given up.
     """
 
     options: dict[str, Any]
@@ -53,6 +56,7 @@ class StorageConfig:
     cache_bytes: int
     deadline_s: float
     request_timeout_s: float
+    decode_s: float
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,56 @@ class Fingerprint:
     tag: str
 
 
-def check_uri(uri: str) -> None:
-    """Raises ValueError for a URI that carries a credential, or whose scheme nothing reads."""
-    scheme = _scheme(uri)
-    if not scheme:
-        return
-    if "?" in uri:
+def check_secret(uri: str) -> None:
+    """Raises ValueError for a URI that carries a credential; the text has nothing of it."""
+    scheme = uri.split(":/", 1)[0].lower()
+    if _CREDENTIAL.match(uri) or any(map(_names_someone, _authorities(uri))):
+        raise ValueError(
+            f"the URI {scheme}://*** names a user or a password, which is how they leak into files and logs: drop them and set "
+            f"storage.options.{scheme} instead"
+        )
+    if _scheme(uri) and "?" in uri:
         raise ValueError(
             f"the URI {scrub(uri.split('?')[0])}?… has a query string, which is how tokens leak into files and logs: "
             f"drop it and set storage.options.{scheme}.{_TOKENS.get(scheme, 'token')} instead"
         )
+
+
+def check_uri(uri: str) -> None:
+    """Raises ValueError for a URI that carries a credential, or whose scheme nothing reads."""
+    check_secret(uri)
+    if _ONE_SLASH.match(uri):
+        raise ValueError(f"the URI {scrub(uri)} has one slash behind its scheme: expected ://, or a path")
+    scheme = _scheme(uri)
+    if not scheme:
+        return
+    import fsspec  # nothing on a disk needs it
+
     if scheme not in fsspec.available_protocols():
         raise ValueError(
             f"the URI {scrub(uri)} has the unknown scheme {scheme!r}: expected a path, az://, s3://, gs:// or http(s)://"
         )
+
+
+def names_user(text: str) -> bool:
+    """Whether a text, of a label say, holds a URI with a user or a password."""
+    return any(_names_someone(place) for word in text.split() if "@" in word for place in _authorities(word))
+
+
+def _authorities(uri: str) -> Iterator[tuple[str, str]]:
+    """(scheme, what stands between :// and the next slash), of every URI in a chain such as zip://a::https://host."""
+    parts = uri.split("://")
+    for before, behind in zip(parts, parts[1:], strict=False):
+        yield re.split(r"[^a-z0-9+.-]", before.lower())[-1], re.split(r"[/\\?#]", behind, maxsplit=1)[0]
+
+
+def _names_someone(place: tuple[str, str]) -> bool:
+    """Whether an authority holds more than a host and its port: user@, user:password@, or the beginning of a password that a
+    slash cuts. az://container@account names nobody."""
+    scheme, text = place
+    if scheme in _AZURE and _CONTAINER.fullmatch(text):
+        return False
+    return "@" in text or _PORT.fullmatch(text) is None
 
 
 def resolve(base: str, uri: str) -> str:
@@ -313,6 +353,9 @@ class Store:
                 from histoscale.data.clients.objects import Objects  # an extra, and its threads do not survive a fork
 
                 return Objects(scheme, options, min(self.config.request_timeout_s, self.config.deadline_s))
+            from histoscale.data.clients.azure import Azure  # half a second of imports that local slides do not need
+            from histoscale.data.clients.filesystem import S3, Filesystem, Google, Http
+
             if scheme in _AZURE:
                 return Azure(scheme, {"account_name": account.split(".")[0], **options} if account else options)
             if scheme in _HTTP:
@@ -332,9 +375,10 @@ class Store:
 
         Errors of clients do not travel on: their texts may hold what a credential was made of.
         """
-        start, count = time.monotonic(), 0
+        start, count, said = time.monotonic(), 0, ""
         while True:
             left = self.config.deadline_s - (time.monotonic() - start)
+            hurried = left < self.config.request_timeout_s  # the last try may be cut short by us: what the store said counts
             try:
                 return attempt(max(min(left, self.config.request_timeout_s), 0.05))
             except StorageError:
@@ -348,11 +392,12 @@ class Store:
                 asked = retry_after_s(error)
                 pause, count = max(pause, asked), count + 1
                 left = self.config.deadline_s - (time.monotonic() - start)
+                said = said if said and hurried and isinstance(error, TimeoutError) else told(error)
                 if left <= pause:
                     spent = f"after {count} tries in {time.monotonic() - start:.0f} s"
                     wish = f"; the store asks to wait {asked:.0f} s" if asked else ""
                     limit = f"storage.deadline_s={self.config.deadline_s:g}"
-                    raise StorageError(f"{scrub(uri)} could not be read {spent} ({limit}): {told(error)}{wish}") from None
+                    raise StorageError(f"{scrub(uri)} could not be read {spent} ({limit}): {said}{wish}") from None
                 self._count(0, 0, 1)
                 self._tell(uri, error, left)
             time.sleep(pause)
@@ -371,5 +416,9 @@ def _local_errors(uri: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise Missing(f"{uri}: no such file") from error
+    except ValueError as error:  # a NUL, or half of a character
+        raise Missing(f"{uri!r}: no such file ({error})") from error
     except OSError as error:
+        if error.errno in _NEVER_THERE:
+            raise Missing(f"{uri[:_SHOWN]!r}: no such file ({error.strerror})") from error
         raise StorageError(f"{uri}: {error.strerror or error}") from error

@@ -1,15 +1,17 @@
 """The stream: owners read the visits of their slots ahead; whole uint8 batches are put together by slot, never by arrival."""
 
 import json
-import math
-import os
+import pickle
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
+from signal import Signals
 from types import TracebackType
 
 import numpy as np
@@ -18,31 +20,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from histoscale.data.journal import scrub
+from histoscale.data.catalog import CatalogError
+from histoscale.data.journal import append_rows, keep_rows
+from histoscale.data.memory import StreamConfig, budget, fitted, steps_ahead
 from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
-from histoscale.data.processes import settle, worker_context
+from histoscale.data.processes import follow, out_of_the_way, settle, worker_context
+from histoscale.data.secrets import scrub
 from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
-from histoscale.data.visit import HELD, Patches, Source, VisitFailed
+from histoscale.data.visit import Patches, Source, VisitFailed
 
-IN_FLIGHT = 4.0  # of a visit that is being read: the pixels of its regions and their encoded bytes
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """How patches are read; nothing here changes which.
-
-    workers: processes a rank (0: none). In each of them: prefetch, batches that are ready ahead; in_flight, visits that are read
-    at a time, most of them waiting for bytes; threads, how many of those decode at a time. memory_gb: what a rank may hold.
-    max_lost: the run stops when failed visits pass this share of all.
-    """
-
-    workers: int
-    prefetch: int
-    in_flight: int
-    threads: int
-    memory_gb: float
-    max_lost: float
+_SEEN_S = 2.0  # until the server of the workers tells that one ended
+_NOTICED_S = 12.0  # DataLoader looks after its workers every five seconds
 
 
 class StreamError(OSError):
@@ -84,10 +73,11 @@ class Lost:
 
 @dataclass(frozen=True)
 class _Read:
-    """A visit that was read, after its failed attempts."""
+    """A visit that was read, after its failed attempts. left: the pixels of `patches` by number, until they are taken."""
 
     visit: Visit
     patches: Patches
+    left: dict[int, np.ndarray]
     lost: list[Lost]
 
 
@@ -111,8 +101,8 @@ class _Fault:
     reason: str
 
 
-def read_visit(plan: Plan, source: Source, place: Place) -> _Read:
-    """The visit of a place, or the first of its replacements that can be read.
+def read_visit(plan: Plan, source: Source, place: Place, numbers: list[int]) -> _Read:
+    """The visit of a place, or the first of its replacements that can be read; of its patches those `numbers` that are to come.
 
     Raises StreamError when every attempt failed, or when the store does not answer.
     """
@@ -120,7 +110,8 @@ def read_visit(plan: Plan, source: Source, place: Place) -> _Read:
     for attempt in range(ATTEMPTS + 1):
         visit = plan.visit(place.slot, place.lane, place.turn, attempt)
         try:
-            return _Read(visit, source.read(visit), lost)
+            patches = source.read(visit)
+            return _Read(visit, replace(patches, pixels=()), {number: patches.pixels[number] for number in numbers}, lost)
         except VisitFailed as failed:
             reason = scrub(str(failed))
             lost.append(Lost(place.slot, place.lane, visit.number, attempt, visit.slide, visit.target, failed.tested, reason))
@@ -128,22 +119,6 @@ def read_visit(plan: Plan, source: Source, place: Place) -> _Read:
             raise StreamError(f"slide {source.slide_ids[visit.slide]}: {scrub(str(error))}") from error
     slides = ", ".join(source.slide_ids[one.slide] for one in lost)
     raise StreamError(f"{ATTEMPTS + 1} slides in a row could not be read ({slides}); the last one: {lost[-1].reason}")
-
-
-def steps_ahead(plan: Plan, slots: int, config: StreamConfig) -> int:
-    """How many steps ahead an owner of so many slots opens visits: `prefetch` are ready while `in_flight` visits are read."""
-    return config.prefetch + math.ceil(config.in_flight * plan.per_visit / slots)
-
-
-def memory_bytes(plan: Plan, slots: int, config: StreamConfig) -> int:
-    """What a rank's reading holds at most: open visits, those read ahead (with the parts of regions that no patch uses), regions
-    and bytes of those that are read, and batches that are handed over."""
-    owners = max(1, min(config.workers, slots))
-    share = math.ceil(slots / owners)
-    patch = 3 * plan.sampler.patch_px**2
-    early = steps_ahead(plan, share, config) * slots / plan.per_visit
-    visits = HELD * (slots * plan.lanes + early) + IN_FLIGHT * config.in_flight * owners
-    return int(patch * (plan.per_visit * visits + slots * (config.prefetch + 2)))
 
 
 class Buffers:
@@ -169,7 +144,7 @@ class Owner:
 
     def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig, shared: bool) -> None:
         self.plan, self.source, self.slots, self.config = plan, source, slots, config
-        self.ahead = steps_ahead(plan, len(slots), config)
+        self.ahead = steps_ahead(plan.sampler, len(slots), config)
         self.buffers = Buffers((len(slots), plan.sampler.patch_px, plan.sampler.patch_px, 3), config.prefetch + 2, shared)
 
     def parts(self, start: int) -> Iterator[_Part]:
@@ -187,7 +162,8 @@ class Owner:
                     for place in ahead[future_step]:
                         name = (place.slot, place.lane, place.turn)
                         if name not in reading:
-                            reading[name] = pool.submit(read_visit, self.plan, self.source, place)
+                            numbers = self.plan.numbers_left(place)
+                            reading[name] = pool.submit(read_visit, self.plan, self.source, place, numbers)
                 part = self._part(step, ahead.pop(step), reading, seen)
                 now = self.source.traffic()
                 part.traffic[:] = np.subtract(now, traffic)
@@ -210,7 +186,7 @@ class Owner:
                 seen.add(name)
                 opened.append((visit.slide, visit.target, patches.tested, patches.passed, patches.repeated))
                 lost += read.lost
-            image[i] = patches.pixels[place.number]
+            image[i] = read.left.pop(place.number)
             where[i] = place.slot, visit.slide, visit.target, patches.level, patches.x[place.number], patches.y[place.number]
             mpp[i] = patches.mpp
             if place.last:
@@ -224,21 +200,69 @@ class _Owners(IterableDataset[_Part | _Fault]):
     """One owner a worker: the slots of the rank by slot mod workers."""
 
     def __init__(self, plan: Plan, source: Source, slots: range, config: StreamConfig, start: int) -> None:
-        self.plan, self.source, self.slots, self.config, self.start = plan, source, slots, config, start
+        self.plan, self.slots, self.config, self.start = plan, slots, config, start
+        self.source: Source | bytes = source
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "source": pickle.dumps(self.source)}  # what opening it again says is for `__iter__` to tell
 
     def __iter__(self) -> Iterator[_Part | _Fault]:
         worker = get_worker_info()
         slots = self.slots if worker is None else self.slots[worker.id :: worker.num_workers]
         try:
-            yield from Owner(self.plan, self.source, slots, self.config, worker is not None).parts(self.start)
-        except StreamError as error:
+            source: Source = pickle.loads(self.source) if isinstance(self.source, bytes) else self.source
+            self.source = source
+            yield from Owner(self.plan, source, slots, self.config, worker is not None).parts(self.start)
+        except (StreamError, StorageError, CatalogError) as error:
             yield _Fault(str(error))  # a plain value: the main process raises it without a worker's traceback around it
+
+
+def _begin(worker: int) -> None:
+    follow(settle)
+
+
+def _dead(loading: _BaseDataLoaderIter) -> str | None:
+    """What ended a worker and how to go on, in words; None while all live."""
+    workers = loading._workers  # type: ignore[attr-defined]
+    wait([worker.sentinel for worker in workers], _SEEN_S)  # a torn message comes before the word that its writer is gone
+    for worker in workers:
+        if worker.exitcode is not None:
+            by = f"was killed by {Signals(-worker.exitcode).name}" if worker.exitcode < 0 else f"ended with {worker.exitcode}"
+            why = ", as the system does when memory runs out" if worker.exitcode == -Signals.SIGKILL else ""
+            less = " (where memory is short, with less stream.workers or stream.memory_share)" if why else ""
+            return f"the reading worker {worker.pid} {by}{why}; the same command goes on from the newest checkpoint{less}"
+    return None
+
+
+def _end_broken(loading: _BaseDataLoaderIter, closing: threading.Event) -> None:
+    """A worker that is killed in the middle of a message leaves half of it in the pipe, and whoever reads waits for the rest for
+    ever: when one has gone and the loader does not notice, the others are ended and the pipe is closed, which it must."""
+    workers = loading._workers  # type: ignore[attr-defined]
+    wait([worker.sentinel for worker in workers])
+    if not closing.wait(_NOTICED_S):
+        for worker in workers:
+            worker.kill()
+        loading._worker_result_queue._writer.close()  # type: ignore[attr-defined]
+
+
+def forget_lost(path: Path, step: int) -> None:
+    """Take out of lost.jsonl what a stream that begins with `step` writes again."""
+    keep_rows(path, lambda row: row["step"] < step)
+
+
+def _told(path: Path, since: int) -> Iterator[tuple[int, int, int, int]]:
+    """The failed attempts that lost.jsonl has from step `since` on: of visits that may be open when a run goes on."""
+    if path.exists():
+        for row in map(json.loads, path.read_text().splitlines()):
+            if row["step"] > since:
+                yield row["slot"], row["lane"], row["visit"], row["attempt"]
 
 
 class Stream:
     """The batches of one rank from step `start` on, without end; close it, or use it as a context.
 
-    `lost`: the file that failed visits are appended to. Raises ValueError when the ranks do not divide the global batch.
+    `lost`: the file that failed visits are appended to. Raises ValueError when the ranks do not divide the global batch, and
+    MemoryTooSmall.
     """
 
     def __init__(
@@ -253,19 +277,14 @@ class Stream:
     ) -> None:
         if min(config.threads, config.in_flight, config.prefetch) < 1 or config.workers < 0:
             raise ValueError(f"{config}: expected at least 1 for threads, in_flight and prefetch, and at least 0 for workers")
-        self.plan, self.source, self.config, self.start = plan, source, config, start
+        self.plan, self.source, self.start, self.step = plan, source, start, start  # step: of the next batch
         self.slots = rank_slots(plan.global_batch, rank, world)
-        needed = memory_bytes(plan, len(self.slots), config) / 1e9
-        if needed > config.memory_gb:
-            raise ValueError(
-                f"reading would hold up to {needed:.1f} GB, more than stream.memory_gb={config.memory_gb:g}: "
-                f"{len(self.slots)} slots x {plan.lanes} lanes x {plan.per_visit} patches are open, {config.in_flight} visits in "
-                "flight. Raise the budget, or lower stream.in_flight, sampler.lanes_per_slot, sampler.grid or the batch of a rank"
-            )
+        self.config, _ = fitted(plan.seed, plan.sampler, self.slots, config, budget(config))
         self._pinned = torch.cuda.is_available()  # copies to the GPU then run beside it
         self._traffic = np.zeros(3, np.int64)
         self.tally = Tally(source, plan.targets)
         self._lost, self._visits = lost, 0
+        self._told = set(_told(lost, start - plan.lanes * plan.per_visit)) if lost is not None else set()
         self._waited, self._since = 0.0, time.perf_counter()
         self._loading: _BaseDataLoaderIter | None = None
         self._batches: Iterator[Batch] | None = None
@@ -336,23 +355,38 @@ class Stream:
                     num_workers=owners,
                     prefetch_factor=ahead,
                     multiprocessing_context=context,
-                    worker_init_fn=settle,
+                    worker_init_fn=_begin,
                 )
-                self._loading = iter(loader)
+                with out_of_the_way():
+                    self._loading = iter(loader)
             parts: Iterator[_Part | _Fault] = self._loading
         else:
             parts = iter(dataset)
+        closing = threading.Event()
+        if self._loading is not None:
+            threading.Thread(target=_end_broken, args=(self._loading, closing), daemon=True, name="workers").start()
         try:
             while True:
-                yield self._batch([self._checked(next(parts)) for _ in range(max(1, owners))])
+                batch = self._batch([self._part(parts) for _ in range(max(1, owners))])
+                self.step = batch.step + 1
+                yield batch
         finally:
+            closing.set()
             if self._loading is None:
                 parts.close()  # type: ignore[attr-defined]
             else:
                 self._loading._shutdown_workers()  # type: ignore[attr-defined]  # now, not when garbage is collected
                 self._loading = None
 
-    def _checked(self, part: _Part | _Fault) -> _Part:
+    def _part(self, parts: Iterator[_Part | _Fault]) -> _Part:
+        """The next part. Raises StreamError for a fault, and for a worker that died."""
+        try:
+            part = next(parts)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # whatever its end tore apart
+            dead = _dead(self._loading) if self._loading is not None else None
+            if dead is None:
+                raise
+            raise StreamError(f"step {self.step}: {dead}") from error
         if isinstance(part, _Fault):
             raise StreamError(part.reason)
         return part
@@ -385,11 +419,11 @@ class Stream:
                 tally.counts[[tally.TESTED, tally.PASSED, tally.REPEATED], slide, target] += tested, passed, repeated
             for one in part.lost:
                 tally.counts[[tally.TESTED, tally.FAILED], one.slide, one.target] += one.tested, 1
-                rows.append({"step": part.step, "slide_id": self.source.slide_ids[one.slide], **vars(one)})
+                name = (one.slot, one.lane, one.visit, one.attempt)
+                if name in self._told:
+                    self._told.remove(name)  # another epoch may have the same visit
+                else:
+                    rows.append({"step": part.step, "slide_id": self.source.slide_ids[one.slide], **vars(one)})
         if rows and self._lost is not None:
-            text = "".join(json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: (row["slot"], row["attempt"])))
-            descriptor = os.open(self._lost, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, text.encode())  # one write: ranks share the file
-            finally:
-                os.close(descriptor)
+            rows.sort(key=lambda row: (row["slot"], row["attempt"]))
+            append_rows(self._lost, rows)

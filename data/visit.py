@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ import numpy as np
 from histoscale.data.catalog import Catalog
 from histoscale.data.cells import NoPlace, Tissue
 from histoscale.data.eligible import slide_table
-from histoscale.data.journal import scrub
 from histoscale.data.keys import key
 from histoscale.data.normalise.slide import SlideNormaliser
 from histoscale.data.pixelfilter import passes
@@ -21,11 +21,11 @@ from histoscale.data.plan import SamplerConfig, SlideTable, Visit
 from histoscale.data.readers.mosaic import Mosaic
 from histoscale.data.readers.pyramid import DecodeError, LayoutError, Reader
 from histoscale.data.readers.vendor import FREE, Gate
+from histoscale.data.secrets import scrub
 from histoscale.data.serving import Serving, serve, tissue_of
 from histoscale.data.storage import Changed, Missing, Store, is_remote
 from histoscale.data.tables import Levels
 
-HELD = 1.3  # memory of a visit in its patches: regions that they are views of may hold so much more
 REGIONS = 8  # after so many regions the patches that passed are repeated
 _KEPT_BYTES = 16 << 20  # tile tables and integral images of open slides that a process keeps
 
@@ -42,7 +42,7 @@ class VisitFailed(Exception):
 class Patches:
     """A visit as it was read.
 
-    pixels: n of uint8 [S, S, 3], views of the regions they were cut from. x, y: int64 [n], level px. level: stored level.
+    pixels: n of uint8 [S, S, 3], each with memory of its own but repeats. x, y: int64 [n], level px. level: stored level.
     mpp: true um/px.
     tested, passed: patches that the pixel filter saw and let pass. repeated: how many of the n are repeats.
     """
@@ -148,7 +148,8 @@ class SlideSource:
             found = self._patches(visit.key, visit.slide, opened.reader, opened.at(visit.mpp))
             if self.normaliser is None:
                 return found
-            return replace(found, pixels=list(self.normaliser.apply(np.stack(found.pixels), visit.slide, opened.reader)))
+            same = self.normaliser.apply(np.stack(found.pixels), visit.slide, opened.reader)
+            return replace(found, pixels=[patch.copy() for patch in same])
         except (Missing, Changed, LayoutError, DecodeError, NoPlace) as error:
             raise VisitFailed(str(error)) from error
 
@@ -158,7 +159,7 @@ class SlideSource:
         holds = int(min(cells.width, cells.height) / cells.size + 1e-6)
         pixels: list[np.ndarray] = []
         corners: list[tuple[int, int]] = []
-        missing, tested, passed = grid**2, 0, 0
+        missing, tested, passed, begun = grid**2, 0, 0, time.thread_time()
         for region in range(REGIONS):
             if not missing:
                 break
@@ -167,8 +168,10 @@ class SlideSource:
             x, y, fits = cells.region(place, max(1, min(grid + grid // 2, holds)), count)
             mosaic = Mosaic(reader, scale, x * reduce, y * reduce, fits, side)
             order = in_rows(fits, key(place, "order"))
-            kept: list[np.ndarray] = []
             while order and missing:
+                if time.thread_time() - begun > self.store.config.decode_s:  # of CPU time: bytes may take their time
+                    limit = f"storage.decode_s={self.store.config.decode_s:g}"
+                    raise VisitFailed(f"decoding took more than {limit} and has not enough patches yet", tested)
                 asked, order = order[:missing], order[missing:]
                 wanted = np.zeros_like(fits)
                 for row, column in asked:
@@ -181,11 +184,9 @@ class SlideSource:
                 tested, passed = tested + len(read), passed + int(good.sum())
                 for (row, column), well in zip(read, good.tolist(), strict=True):
                     if well:
-                        kept.append(mosaic.cell(row, column))
+                        pixels.append(mosaic.cell(row, column).copy())  # each is let go by itself, and no region is kept
                         corners.append((x + round(column * cells.size), y + round(row * cells.size)))
                 missing = grid**2 - len(corners)
-            lean = len(kept) * HELD >= mosaic.cells_held  # views keep their whole region alive
-            pixels += kept if lean else [patch.copy() for patch in kept]
         if not pixels:
             raise VisitFailed(f"no patch from {REGIONS} regions could be decoded and passed the pixel filter", tested)
         again = [i % len(pixels) for i in range(grid**2)]

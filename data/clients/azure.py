@@ -57,9 +57,10 @@ class Azure(Filesystem):
 
     async def _bearer(self, credential: Any) -> str:
         async with self._renewing:
-            if time.time() > self._until - _EARLY_S:
+            if time.monotonic() > self._until - _EARLY_S:
                 found = await credential.get_token(_SCOPE)
-                self._token, self._until = found.token, found.expires_on
+                lasts = found.expires_on - time.time()  # counted from here on by a clock that nobody sets
+                self._token, self._until = found.token, time.monotonic() + lasts
             return self._token
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from time import time
 
-from histoscale.data.journal import scrub
+from histoscale.data.secrets import scrub
 
 _PACKAGES = ("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "fsspec", "gcsfs", "google", "obstore", "requests", "s3fs",
              "urllib3")  # fmt: skip
@@ -35,11 +35,11 @@ class Whole(Exception):
 
 
 class Refusal(Exception):
-    """A reply that is not the bytes. status: HTTP; retry_after_s: the pause that the server asks for."""
+    """A reply that is not the bytes. status: HTTP."""
 
-    def __init__(self, status: int, reason: str, retry_after: str | None) -> None:
+    def __init__(self, status: int, reason: str, headers: Mapping[str, str]) -> None:
         super().__init__(f"{status} {reason}".strip())
-        self.status, self.retry_after = status, retry_after
+        self.status, self.headers = status, headers
 
 
 def told(error: BaseException) -> str:
@@ -75,19 +75,21 @@ def retry_after_s(error: BaseException) -> float:
         reply = getattr(cause, "response", None)
         meta = reply.get("ResponseMetadata", {}).get("HTTPHeaders", {}) if isinstance(reply, dict) else {}
         headers = (getattr(cause, "headers", None), getattr(reply, "headers", None), meta)
-        values = [getattr(cause, "retry_after", None)]
-        values += [found.get("Retry-After") or found.get("retry-after") for found in headers if isinstance(found, Mapping)]
-        for value in values:
+        for found in (found for found in headers if isinstance(found, Mapping)):
+            said = {str(name).lower(): value for name, value in found.items()}
+            value = said.get("retry-after")
             if isinstance(value, str) and value.strip():
-                return _seconds(value.strip())
+                return _seconds(value.strip(), said.get("date"))
     return 0.0
 
 
-def _seconds(value: str) -> float:
+def _seconds(value: str, date: str | None) -> float:
+    """date: when the reply was sent by the store's clock, which ours may differ from."""
     if value.isdigit():
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+        now = parsedate_to_datetime(date).timestamp() if date else time()
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
     except ValueError:
         return 0.0
 

@@ -111,7 +111,7 @@ async def get_range(pool: aiohttp.ClientSession, url: URL, start: int, stop: int
         if reply.status == 200:
             raise Whole(f"the range {start}-{stop} was asked for and all {reply.content_length} bytes came")
         code = reply.headers.get("x-ms-error-code", "")
-        raise Refusal(reply.status, f"{reply.reason or ''} {code}".strip(), reply.headers.get("Retry-After"))
+        raise Refusal(reply.status, f"{reply.reason or ''} {code}".strip(), reply.headers)
 
 
 def bare(tag: str) -> str:

@@ -10,20 +10,30 @@ def generator(k: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(k))
 
 
-def linear_weights(positions: Array, size: int) -> Array:
-    """float32 [len(positions), size]: rows that interpolate linearly between grid nodes, constant beyond the ends.
+class Linear:
+    """Where increasing positions (in steps, node i at i) lie between the `size` nodes of a grid; constant beyond its ends."""
 
-    positions: in grid steps, node i at i. Two entries a row are not zero, so a product with them is exact in any order of
-    summation. """
-    clipped = np.clip(positions, 0, size - 1)
-    left = np.minimum(clipped.astype(np.int64), max(size - 2, 0))
-    right = np.minimum(left + 1, size - 1)
-    share = (clipped - left).astype(np.float32)
-    rows = np.arange(len(positions))
-    weights = np.zeros((len(positions), size), np.float32)
-    weights[rows, left] = 1 - share
-    weights[rows, right] += share
-    return weights
+    def __init__(self, positions: Array, size: int) -> None:
+        clipped = np.clip(positions, 0, size - 1)
+        left = np.minimum(clipped.astype(np.int64), max(size - 2, 0))
+        self.used = slice(int(left[0]), min(int(left[-1]) + 2, size))  # the nodes that are read at all
+        self.left = left - self.used.start
+        self.right = np.minimum(left + 1, size - 1) - self.used.start
+        self.share = (clipped - left).astype(np.float32)
+
+    def along(self, grid: Array, axis: int) -> Array:
+        """float32: `grid`, of the used nodes, read at the positions along one axis, -1 or -2."""
+        share = self.share if axis == -1 else self.share[:, None]
+        low, high = grid.take(self.left, axis), grid.take(self.right, axis)
+        low *= 1 - share
+        high *= share
+        low += high
+        return low
+
+
+def between(grid: Array, rows: Linear, columns: Linear) -> Array:
+    """float32 [..., h, w] grids read at all pairs of a row and a column."""
+    return rows.along(columns.along(grid[..., rows.used, columns.used], -1), -2)
 
 
 def _spline_weights(positions: Array, size: int) -> Array:
@@ -61,4 +71,4 @@ def periodic_texture(rng: np.random.Generator, size: int, sigmas_px: tuple[float
 def wrapped(texture: Array, y: int, x: int, height: int, width: int) -> Array:
     """The window [height, width] at (y, x) of a texture that tiles the plane."""
     rows, columns = np.arange(y, y + height) % texture.shape[0], np.arange(x, x + width) % texture.shape[1]
-    return texture[rows[:, None], columns[None, :]]
+    return texture[rows].take(columns, 1)

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from histoscale.data.cohort import scanner as sc
 from histoscale.data.cohort.artefacts import Artefacts
-from histoscale.data.cohort.fields import linear_weights
+from histoscale.data.cohort.fields import Linear, between
 from histoscale.data.cohort.tissue import MAP_UM, Tissue
 
 Array = np.ndarray
@@ -42,14 +42,18 @@ class VirtualSlide:
         light = None
         if not self.artefacts.plain:
             a = self.artefacts
-            rows = linear_weights(((np.arange(shape[0]) + 0.5) * mpp + y_um) / MAP_UM - 0.5, a.mask.shape[0])
-            columns = linear_weights(((np.arange(shape[1]) + 0.5) * mpp + x_um) / MAP_UM - 0.5, a.mask.shape[1]).T.copy()
-            thickness, light = rows @ a.thickness @ columns, rows @ a.light @ columns
-            share = rows @ a.defocus @ columns
-            if share.max() > 0.01:
+            rows = Linear(((np.arange(shape[0]) + 0.5) * mpp + y_um) / MAP_UM - 0.5, a.mask.shape[0])
+            columns = Linear(((np.arange(width + 2 * halo) + 0.5) * mpp + x_um) / MAP_UM - 0.5, a.mask.shape[1])
+            here = np.s_[..., rows.used, columns.used]
+            if (a.defocus[here] > 0.01).any():
+                share = between(a.defocus, rows, columns)
                 soft_h, soft_e = self._defocused(x_um, y_um, *shape)
                 haematoxylin, eosin = haematoxylin + share * (soft_h - haematoxylin), eosin + share * (soft_e - eosin)
-            haematoxylin, eosin = haematoxylin * thickness, eosin * thickness
+            if (a.thickness[here] != 1).any():
+                thickness = between(a.thickness, rows, columns)
+                haematoxylin, eosin = haematoxylin * thickness, eosin * thickness
+            if (a.light[here] != 1).any():
+                light = between(a.light, rows, columns)
         return sc.expose(haematoxylin, eosin, self.scanner, mpp, (y, x), light)
 
     def _defocused(self, x_um: float, y_um: float, height: int, width: int) -> tuple[Array, Array]:
@@ -57,10 +61,11 @@ class VirtualSlide:
         margin = 16
         left, top = int(np.floor(x_um)) - margin, int(np.floor(y_um)) - margin
         size = int(np.ceil(height * self.mpp)) + 2 * margin + 2, int(np.ceil(width * self.mpp)) + 2 * margin + 2
-        rows = linear_weights((np.arange(height) + 0.5) * self.mpp + y_um - top - 0.5, size[0])
-        columns = linear_weights((np.arange(width) + 0.5) * self.mpp + x_um - left - 0.5, size[1]).T.copy()
+        rows = Linear((np.arange(height) + 0.5) * self.mpp + y_um - top - 0.5, size[0])
+        columns = Linear((np.arange(width) + 0.5) * self.mpp + x_um - left - 0.5, size[1])
         planes = self.tissue.densities(left, top, 1.0, *size)
-        first, second = (rows @ gaussian_filter(p, self.artefacts.defocus_um, truncate=3.5) @ columns for p in planes)
+        blurred = (gaussian_filter(p, self.artefacts.defocus_um, truncate=3.5) for p in planes)
+        first, second = (between(p, rows, columns) for p in blurred)
         return first, second
 
     def description(self, factor: int) -> str:
@@ -108,6 +113,14 @@ class VirtualSlide:
 
 
 def _mean(pixels: Array, factor: int) -> Array:
+    """uint8 [h / factor, w / factor, 3]: means of squares, halves rounded up. Whole rows are added first: few long additions."""
     h, w = pixels.shape[0] // factor, pixels.shape[1] // factor
-    total = np.add.reduce(pixels.reshape(h, factor, w, factor, 3).astype(np.uint16), axis=(1, 3), dtype=np.uint32)
-    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)
+    rows = pixels[: h * factor, : w * factor].reshape(h, factor, w * factor * 3)
+    total = rows[:, 0].astype(np.uint16)  # 16 * 16 * 255 fits
+    for i in range(1, factor):
+        total += rows[:, i]
+    columns = total.reshape(h, w, factor, 3)
+    total = columns[:, :, 0].copy()
+    for i in range(1, factor):
+        total += columns[:, :, i]
+    return ((total + np.uint32(factor**2 // 2)) // factor**2).astype(np.uint8)

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter, label
 from scipy.special import ndtri
 
 from histoscale.data.cohort import morphology as m
-from histoscale.data.cohort.fields import generator, linear_weights, periodic_texture, smooth_field, wrapped
+from histoscale.data.cohort.fields import Linear, between, generator, periodic_texture, smooth_field, wrapped
 from histoscale.data.cohort.nuclei import Nuclei, covered, draw_nuclei, hard_core
 from histoscale.data.keys import key
 
@@ -54,9 +54,9 @@ class Tissue:
         first_y, first_x = int(np.floor(y_um)) - 1, int(np.floor(x_um)) - 1
         size = int(np.ceil(height * mpp)) + 4, int(np.ceil(width * mpp)) + 4
         lumen, eosin = self._texture(first_y, first_x, *size)
-        rows = linear_weights((np.arange(height) + 0.5) * mpp + y_um - first_y - 0.5, size[0])
-        columns = linear_weights((np.arange(width) + 0.5) * mpp + x_um - first_x - 0.5, size[1]).T.copy()
-        tissue, eosin = rows @ (1 - lumen) @ columns, rows @ eosin @ columns
+        rows = Linear((np.arange(height) + 0.5) * mpp + y_um - first_y - 0.5, size[0])
+        columns = Linear((np.arange(width) + 0.5) * mpp + x_um - first_x - 0.5, size[1])
+        tissue, eosin = between(1 - lumen, rows, columns), between(eosin, rows, columns)
         nuclear, cover = draw_nuclei(
             self.nuclei, self.morphology, chromatin_texture(mpp), x_um + mpp / 2, y_um + mpp / 2, mpp, (height, width)
         )
@@ -65,12 +65,9 @@ class Tissue:
 
     def _texture(self, y: int, x: int, height: int, width: int) -> tuple[Array, Array]:
         """Lumen (0 to 1) and eosin on the grid of 1 um whose first pixel starts at (y, x) um: float32 [height, width] each."""
-        rows = linear_weights((np.arange(y, y + height) + 0.5) / MAP_UM - 0.5, self.maps.shape[1])
-        columns = linear_weights((np.arange(x, x + width) + 0.5) / MAP_UM - 0.5, self.maps.shape[2]).T
-        used_y, used_x = np.flatnonzero(rows.any(0)), np.flatnonzero(columns.any(1))
-        span = np.s_[used_y[0] : used_y[-1] + 1], np.s_[used_x[0] : used_x[-1] + 1]
-        maps = self.maps[:, span[0], span[1]]
-        lumen, eosin, weight, along, across = rows[:, span[0]] @ maps @ np.ascontiguousarray(columns[span[1]])
+        rows = Linear((np.arange(y, y + height) + 0.5) / MAP_UM - 0.5, self.maps.shape[1])
+        columns = Linear((np.arange(x, x + width) + 0.5) / MAP_UM - 0.5, self.maps.shape[2])
+        lumen, eosin, weight, along, across = between(self.maps, rows, columns)
         strands, grain = _stroma_textures()
         strand = _bilinear(strands, across * 2, along * np.float32(2 / 7))
         texture = (weight * strand + (1 - weight) * wrapped(grain, y + self.grain_at[0], x + self.grain_at[1], height, width))

@@ -1,6 +1,5 @@
 """What is known about a slide because it was made: masks, the nuclei table, outlines of the foci."""
 
-import json
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +14,7 @@ from histoscale.data.cohort import morphology as m
 from histoscale.data.cohort.nuclei import Nuclei
 from histoscale.data.cohort.slide import VirtualSlide
 from histoscale.data.cohort.tissue import MAP_UM
+from histoscale.data.journal import write_json
 
 Array = np.ndarray
 
@@ -27,7 +27,7 @@ def write_truth(folder: Path, slide: VirtualSlide) -> None:
     Image.fromarray(slide.artefacts.mask).save(folder / "artefacts.png", compress_level=6)
     pq.write_table(nuclei_table(slide.tissue.nuclei), folder / "nuclei.parquet")
     rings = outlines(slide.tissue.classes == m.TUMOUR, slide.mpp)
-    (folder / "foci.geojson").write_text(_geojson(rings))
+    write_json(folder / "foci.geojson", _geojson(rings), compact=True)
     (folder / "foci.xml").write_bytes(_asap(rings))
 
 
@@ -56,7 +56,7 @@ def _area(ring: Array) -> float:
     return float(0.5 * np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]))
 
 
-def _geojson(rings: list[Array]) -> str:
+def _geojson(rings: list[Array]) -> dict[str, Any]:
     """QuPath's annotations: a polygon with its holes each."""
     features: list[dict] = []
     for ring in rings:
@@ -70,7 +70,7 @@ def _geojson(rings: list[Array]) -> str:
             })
     for feature in features:
         del feature["sign"]
-    return json.dumps({"type": "FeatureCollection", "features": features})
+    return {"type": "FeatureCollection", "features": features}
 
 
 def _asap(rings: list[Array]) -> bytes:

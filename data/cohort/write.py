@@ -1,8 +1,9 @@
 """Write the synthetic cohort: slides, manifest, labelled patches and truth, byte for byte the same for the same configuration."""
 
-import csv
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from histoscale.data.cohort.tissue import MAP_UM, grow
 from histoscale.data.cohort.truth import write_truth
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key, unit
+from histoscale.data.processes import follow, worker_context
+from histoscale.data.spreadsheet import write_table
 
 
 @dataclass(frozen=True)
@@ -80,45 +83,60 @@ def make_slide(spec: SlideSpec, config: CohortConfig, site: int | None = None) -
     )
 
 
-def write_cohort(out: Path, config: CohortConfig, journal: Journal, threads: int | None = None) -> None:
+@dataclass(frozen=True)
+class _Draw:
+    """What a process needs to draw slides; called with one, it leaves its files and returns its pixels and labelled patches."""
+
+    out: Path
+    config: CohortConfig
+    threads: int
+
+    def __call__(self, spec: SlideSpec) -> tuple[int, list[dict[str, Any]]]:
+        slide = make_slide(spec, self.config)
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self.threads) as blocks:
+            slide.write(self.out / "slides" / f"{spec.slide_id}.svs", blocks)
+        write_truth(self.out / "truth" / spec.slide_id, slide)
+        site = self.config.sites[spec.site].name
+        return slide.width * slide.height, label_patches(spec, site, slide, self.config.patches)
+
+
+def write_cohort(out: Path, config: CohortConfig, journal: Journal, workers: int | None = None) -> None:
     """Write slides/*.svs, manifest.csv, patches.parquet and truth/<slide_id>/ into `out`.
 
-    threads: by default one a core of this process. Several slides are drawn at once, or several blocks of a slide where slides
-    are few. Raises ValueError for a configuration out of range, OSError when the disk refuses.
+    workers: by default one a core of this process. Each is a process that draws a slide at a time; where slides are fewer, each
+    draws several blocks of its slide at once. Raises ValueError for a configuration out of range, OSError when the disk refuses
+    or a process dies.
     """
     out = Path(out)
     specs = slides_of(config)
     (out / "slides").mkdir(parents=True, exist_ok=True)
-    workers = threads or len(os.sched_getaffinity(0))
-    outer = max(1, min(workers, len(specs)))
-    inner = workers // outer
-
-    def write(spec: SlideSpec) -> tuple[int, list[dict[str, Any]]]:
-        slide = make_slide(spec, config)
-        blocks = ThreadPoolExecutor(inner) if inner > 1 else None
-        slide.write(out / "slides" / f"{spec.slide_id}.svs", blocks)
-        if blocks:
-            blocks.shutdown()
-        write_truth(out / "truth" / spec.slide_id, slide)
-        return slide.width * slide.height, label_patches(spec, config.sites[spec.site].name, slide, config.patches)
-
+    workers = workers or len(os.sched_getaffinity(0))
+    processes = max(1, min(workers, len(specs)))
+    draw = _Draw(out, config, workers // processes)
     patches: list[dict[str, Any]] = []
     drawn = 0
-    with (
-        threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(outer) as pool,
-        journal.progress(len(specs), "drawing slides", "slides") as progress,
-    ):
-        for pixels, rows in pool.map(write, specs):
+    with journal.progress(len(specs), "drawing slides", "slides") as progress:
+        for pixels, rows in _drawn(draw, specs, processes):
             patches += rows
             drawn += pixels
             progress.advance(1, megapixels=drawn / 1e6)
     names = ("slide_id", "patient_id", "site", "role", "task", "x", "y", "mpp", "size_px", "label")
     pq.write_table(pa.table({name: [row[name] for row in patches] for name in names}), out / "patches.parquet")
-    with (out / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, MANIFEST)
-        writer.writeheader()
-        writer.writerows(_row(spec, config) for spec in specs)
+    write_table(out / "manifest.csv", MANIFEST, [_row(spec, config) for spec in specs])
+
+
+def _drawn(draw: _Draw, specs: list[SlideSpec], processes: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """In the order of the slides."""
+    if processes == 1:
+        yield from map(draw, specs)
+        return
+    with ProcessPoolExecutor(processes, mp_context=worker_context(__name__), initializer=follow) as pool:
+        try:
+            yield from pool.map(draw, specs)
+        except BrokenProcessPool as error:
+            raise OSError("a process that draws slides died (out of memory?); the same command begins again") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _row(spec: SlideSpec, config: CohortConfig) -> dict[str, str]:

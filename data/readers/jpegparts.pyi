@@ -11,6 +11,6 @@ def paint(
     tile_width: int,
     tile_height: int,
     reduce: int,
+    seconds: float = ...,
 ) -> dict[int, str]: ...
-
 def read_twice() -> int: ...

@@ -5,7 +5,7 @@
    which takes blocks of coefficients from `decode_mcu`, the second entry of its entropy decoder in every version from 1 to 3.
 
    Only code that is plainly whole is read here: known symbols, blocks of 64 coefficients, the last block ending in the byte before
-   the end of the image. For anything else the caller asks libjpeg, whose verdict counts. */
+   the end of the image, or before the restart that is due. For anything else the caller asks libjpeg, whose verdict counts. */
 
 #include "jpegscan.h"
 
@@ -194,14 +194,50 @@ static inline void skip_ac(Scan *scan, const struct Codes *codes, Bits *b) {
     }
 }
 
+/* The code up to the next marker, without stuffed zeros; 0 where nothing ends it. */
+static int unstuff(Scan *scan) {
+    const unsigned char *data = scan->from;
+    unsigned char *to = scan->bytes;
+    for (;;) {
+        const unsigned char *mark = memchr(data, 0xFF, scan->stop - data);
+        if (!mark || mark + 1 == scan->stop) return 0;
+        memcpy(to, data, mark - data);
+        to += mark - data;
+        if (mark[1]) {
+            while (mark + 1 < scan->stop && mark[1] == 0xFF) mark++;
+            if (mark + 1 == scan->stop) return 0;
+            memset(to, 0, SCAN_SLACK);
+            scan->end = to, scan->marker = mark[1], scan->from = mark + 2;
+            scan->now = (Bits){0, scan->bytes, 0};
+            memset(scan->dc, 0, sizeof scan->dc);
+            scan->due = scan->interval;
+            return 1;
+        }
+        *to++ = 0xFF;
+        data = mark + 2;
+    }
+}
+
+/* What was read must end in the byte before the marker that is expected. */
+static void check_end(Scan *scan, int marker) {
+    const int64_t left = (scan->end - scan->now.next) * 8 + scan->now.count;
+    if (left < 0 || left >= 8 || scan->marker != marker) stop(scan);
+}
+
 /* blocks: zeros to fill, or NULL. */
 static void read_mcu(Scan *scan, JBLOCKROW *blocks) {
+    if (scan->interval && scan->due-- == 0) {
+        check_end(scan, JPEG_RST0 + scan->restarts++ % 8);
+        if (!unstuff(scan)) stop(scan);
+        scan->due--;
+    }
     Bits b = scan->now;
     for (int i = 0; i < scan->blocks; i++) {
         refill(&b);
         const uint32_t entry = symbol(scan, scan->dc_codes[i], &b);
         drop(&b, entry & 31);
         const int32_t mean = scan->dc[scan->component[i]] += (int16_t)(entry >> 16);
+        if (mean != (JCOEF)mean) stop(scan);
         if (blocks) (*blocks[i])[0] = (JCOEF)mean;
         if (blocks && scan->pixels[i]) read_ac(scan, scan->ac_codes[i], &b, *blocks[i]);
         else skip_ac(scan, scan->ac_codes[i], &b);
@@ -218,45 +254,31 @@ static boolean decode_mcu(j_decompress_ptr c, JBLOCKROW *blocks) {
     return TRUE;
 }
 
-/* The code up to the end of the image, without stuffed zeros; 0 where another marker or nothing ends it. */
-static int unstuff(Scan *scan, const unsigned char *data, size_t size) {
-    if (scan->room < size + SCAN_SLACK) {
-        free(scan->bytes);
-        scan->room = size + size / 2 + SCAN_SLACK;
-        scan->bytes = malloc(scan->room);
-        if (!scan->bytes) {
-            scan->room = 0;
-            return 0;
-        }
-    }
-    const unsigned char *end = data + size;
-    unsigned char *to = scan->bytes;
-    for (;;) {
-        const unsigned char *mark = memchr(data, 0xFF, end - data);
-        if (!mark || mark + 1 == end) return 0;
-        memcpy(to, data, mark - data);
-        to += mark - data;
-        if (mark[1]) {
-            while (mark + 1 < end && mark[1] == 0xFF) mark++;
-            if (mark + 1 == end || mark[1] != JPEG_EOI) return 0;
-            memset(to, 0, SCAN_SLACK);
-            scan->end = to;
-            return 1;
-        }
-        *to++ = 0xFF;
-        data = mark + 2;
-    }
+/* Room for all of the code; 0 where there is no memory. */
+static int reserve(Scan *scan, size_t size) {
+    if (scan->room >= size + SCAN_SLACK) return 1;
+    free(scan->bytes);
+    scan->room = size + size / 2 + SCAN_SLACK;
+    scan->bytes = malloc(scan->room);
+    if (!scan->bytes) scan->room = 0;
+    return scan->bytes != NULL;
 }
 
-int scan_take(Scan *scan, j_decompress_ptr c, uint32_t first, uint32_t last, jmp_buf *escape) {
-    if (c->progressive_mode || c->arith_code || c->restart_interval || c->data_precision != 8 || c->num_components > SCAN_COMPONENTS ||
-        c->comps_in_scan != c->num_components || !unstuff(scan, c->src->next_input_byte, c->src->bytes_in_buffer))
+void scan_want(Scan *scan, uint32_t first, uint32_t last) {
+    scan->first = first, scan->last = last;
+}
+
+int scan_take(Scan *scan, j_decompress_ptr c, jmp_buf *escape) {
+    if (c->progressive_mode || c->arith_code || c->data_precision != 8 || c->num_components > SCAN_COMPONENTS ||
+        c->comps_in_scan != c->num_components || c->Ss != 0 || c->Se != DCTSIZE2 - 1 || /* lossless ones have a predictor there */
+        !reserve(scan, c->src->bytes_in_buffer))
         return 0;
-    scan->now = (Bits){0, scan->bytes, 0};
-    memset(scan->dc, 0, sizeof scan->dc);
+    scan->from = c->src->next_input_byte, scan->stop = scan->from + c->src->bytes_in_buffer;
+    scan->interval = c->restart_interval, scan->restarts = 0;
+    if (!unstuff(scan)) return 0;
     scan->blocks = c->blocks_in_MCU;
     scan->column = 0, scan->columns = c->MCUs_per_row, scan->left = c->MCUs_per_row * c->MCU_rows_in_scan;
-    scan->first = first, scan->last = last;
+    scan_want(scan, 0, scan->columns - 1);
     scan->escape = escape;
     for (int i = 0; i < scan->blocks; i++) {
         const jpeg_component_info *component = c->cur_comp_info[c->MCU_membership[i]];
@@ -272,6 +294,5 @@ int scan_take(Scan *scan, j_decompress_ptr c, uint32_t first, uint32_t last, jmp
 
 void scan_finish(Scan *scan) {
     while (scan->left) read_mcu(scan, NULL);
-    const int64_t left = (scan->end - scan->now.next) * 8 + scan->now.count;
-    if (left < 0 || left >= 8) stop(scan);
+    check_end(scan, JPEG_EOI);
 }

@@ -26,11 +26,15 @@ typedef struct {
     unsigned count;
 } Bits;
 
-/* One scan. bytes, end: its code without the stuffed zeros; room: what they may fill; now: where reading is. */
+/* One scan. from, stop: of its code what is still to come; bytes, end: what is being read, up to `marker`, without the stuffed zeros;
+   room: what that may fill; now: where reading is. interval: MCUs between restarts, or 0; due: to the next one; restarts so far. */
 typedef struct {
+    const unsigned char *from, *stop;
     unsigned char *bytes, *end;
+    int marker;
     size_t room;
     Bits now;
+    uint32_t interval, due, restarts;
     int32_t dc[SCAN_COMPONENTS];
     int blocks;                                 /* of an MCU */
     int component[D_MAX_BLOCKS_IN_MCU];         /* of each block */
@@ -42,10 +46,12 @@ typedef struct {
 
 #define SCAN_STRANGE 2 /* what longjmp brings to `escape` where the code is not plainly whole */
 
-/* After jpeg_start_decompress and jpeg_crop_scanline: from here on this file reads the code, and gives libjpeg the coefficients of
-   the MCUs of columns first to last of the rows that it asks for. `size` bytes of `data` hold it. 0: not a scan of the plain kind,
-   or no memory, and libjpeg goes on as ever. */
-int scan_take(Scan *scan, j_decompress_ptr c, uint32_t first, uint32_t last, jmp_buf *escape);
+/* After jpeg_start_decompress: from here on this file reads the code, and gives libjpeg the coefficients of the rows that it asks
+   for. 0: not a scan of the plain kind, or no memory, and libjpeg goes on as ever. */
+int scan_take(Scan *scan, j_decompress_ptr c, jmp_buf *escape);
+
+/* Of the MCUs first to last of every row alone. */
+void scan_want(Scan *scan, uint32_t first, uint32_t last);
 
 /* Reads what libjpeg did not ask for. Comes back if the scan is whole and ends where its last block does. */
 void scan_finish(Scan *scan);

@@ -1,29 +1,25 @@
 """Headers to tile tables: what a slide file holds, so that later reads touch pixels only."""
 
-import logging
-import re
-import xml.sax.saxutils
-from collections.abc import Iterable
-from typing import IO, Any, cast
+from collections.abc import Sequence
 
 import numpy as np
-import tifffile
 
-from histoscale.data.readers import vendor
+from histoscale.data.readers import described, vendor
 from histoscale.data.readers.pyramid import Layout, LayoutError, Level, downsample
 from histoscale.data.readers.rangefile import RangeFile
-from histoscale.data.storage import StorageError, Store
+from histoscale.data.readers.tiff import Page, Tag, Tiff, TiffError
+from histoscale.data.storage import Store
 
 BLOCK = 256 << 10  # header bytes a request: five requests opened a 100 MB slide
 _MOST_HEADER = 256 << 20  # bytes of headers in all: a million tiles take 16 MB; more is no slide, or a hostile one
-_MOST_PAGES = 1000  # directories in a file
+_MOST_TILES = 1 << 22  # of all levels: half a million pixels square in tiles of 256
 _MOST_TILE_PX = 1 << 26  # pixels of a tile: they are held in memory at once
+_SHARED = 16  # times the bytes of the file that its tiles may be: blank tiles may be stored once, a bomb stores all tiles once
 _ASPECT = 0.03  # a level may differ so much from level 0's aspect: rounding of small levels
 _COMPRESSIONS = {1: "raw", 5: "lzw", 7: "jpeg", 8: "deflate", 32946: "deflate"}
 _COMPRESSIONS |= {33003: "jpeg2000", 33005: "jpeg2000", 34712: "jpeg2000"}
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds wrong ends in a LayoutError or with OpenSlide
 _RGB, _YCBCR = 2, 6  # TIFF photometric interpretations
-_MICRONS = {"µm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}  # units of OME-XML
+_JFIF = b"\xff\xd8\xff\xe0", b"JFIF\0"  # at byte 0, at byte 6
 
 
 def read_layout(uri: str, store: Store) -> Layout:
@@ -38,14 +34,13 @@ def read_layout(uri: str, store: Store) -> Layout:
         return _by_openslide(uri, store, "it is no TIFF")
     headers = RangeFile(uri, size, store, BLOCK, _MOST_HEADER)
     try:
-        with tifffile.TiffFile(cast("IO[bytes]", headers)) as file:
-            found = _tiff(file)
-    except (StorageError, LayoutError):
+        found = _tiff(Tiff(headers))
+    except TiffError as error:
+        found = f"its TIFF header is damaged or a vendor's own ({error})"
+    except OSError as error:
+        if headers.exceeded:
+            raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged") from error
         raise
-    except Exception as error:  # tifffile meets damaged headers with many types
-        found = f"its TIFF header is damaged or a vendor's own ({type(error).__name__}: {error})"
-    if headers.exceeded:
-        raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged")
     if isinstance(found, str):
         return _by_openslide(uri, store, found)
     for number, level in enumerate(found.levels):
@@ -56,6 +51,8 @@ def read_layout(uri: str, store: Store) -> Layout:
             raise LayoutError(f"truncated: tile {tile} of level {number} is {span}, the file has {size}")
         if not level.counts.any():
             raise LayoutError(f"level {number} has no tiles")
+        if int(level.counts.sum()) > _SHARED * size:
+            raise LayoutError(f"its tiles overlap: those of level {number} are {level.counts.sum()} bytes, the file has {size}")
     return found
 
 
@@ -67,175 +64,143 @@ def _by_openslide(uri: str, store: Store, reason: str) -> Layout:
         raise LayoutError(f"{error}; not read by range either: {reason}") from error
 
 
-def _tiff(file: tifffile.TiffFile) -> Layout | str:
-    """The layout, or why this TIFF goes to OpenSlide."""
-    for name in ("ndpi", "scn", "bif", "qpi"):
-        if getattr(file, f"is_{name}"):
-            return f"{name} is a vendor's own TIFF"
-    pages = _pages(file.pages)
-    tiled = [page for page in pages if page.is_tiled and not _is_associated(page)]
+def _vendor(first: Page) -> str | None:
+    """Whose own TIFF this is, by its first directory; None for those that are read here."""
+    if Tag.NDPI_VERSION in first and Tag.MAKE in first:
+        return "ndpi"
+    if first.description.endswith("</scn>"):
+        return "scn"
+    ventana = "Ventana" in first.software or first.software.startswith("ScanOutputManager")
+    if Tag.XMP in first and (ventana or first.description in ("Label Image", "Label_Image", "Probability_Image")):
+        return "bif"
+    return "qpi" if first.software.startswith("PerkinElmer-QPI") else None
+
+
+def _tiff(file: Tiff) -> Layout | str:
+    """The layout, or why this TIFF goes to OpenSlide. Raises LayoutError, TiffError."""
+    name = _vendor(file.page(file.first)[0])
+    if name is not None:
+        return f"{name} is a vendor's own TIFF"
+    pages = file.pages()
+    tiled = [page for page in pages if page.tiled and not _is_associated(page)]
     if not tiled:
         return "no tiled image in this TIFF"
-    if file.is_philips:
+    if pages[0].software.startswith("Philips DP") and pages[0].description.endswith("</DataObject>"):
         return _philips(tiled, pages[0].description)
-    tiled.sort(key=lambda page: -page.imagewidth * page.imagelength)
+    tiled.sort(key=lambda page: -page.width * page.height)
     first = tiled[0]
-    text = first.description or pages[0].description or ""
+    text = first.description or pages[0].description
     ome = "<OME" in text
-    smaller = sorted(_pages(first.pages or ()), key=lambda page: -page.imagewidth * page.imagelength)
+    smaller = sorted(file.below(first), key=lambda page: -page.width * page.height)
+    size = (first.width, first.height)
     levels: list[Level] = []
-    size = (first.imagewidth, first.imagelength)
     for page in (first, *(smaller or tiled[1:])):
-        if not page.is_tiled or (levels and not _is_level(page, size, levels[-1])):
+        if not page.tiled or (levels and not _is_level(page, size, levels[-1])):
             continue
         problem = _problem(page)
         if problem and not levels:
             return problem
         if not problem:
-            levels.append(_level(page, (page.imagewidth, page.imagelength), size, ome))
+            levels.append(_level(page, (page.width, page.height), levels, size, ome))
     if text.startswith("Aperio"):
-        fields = dict(re.findall(r"\|\s*([^|=]+?)\s*=\s*([^|]*?)\s*(?=\||$)", text))
-        return Layout("tiff", tuple(levels), _float(fields.get("MPP")), _float(fields.get("AppMag")), fields.get("ScanScope ID"))
+        return Layout("tiff", tuple(levels), *described.aperio(text))
     if ome:
-        mpp, objective, scanner = _ome(text, size)
-        return Layout("tiff", tuple(levels), mpp or _resolution(first), objective, scanner)
+        known = described.ome(text, size)
+        return Layout("tiff", tuple(levels), known.mpp or _resolution(first), known.objective, known.scanner)
     return Layout("tiff", tuple(levels), _resolution(first), None, None)
 
 
-def _pages(found: Iterable[Any]) -> list[tifffile.TiffPage]:
-    """The directories of a chain. Raises LayoutError where it does not end."""
-    pages: list[tifffile.TiffPage] = []
-    for page in found:
-        if len(pages) == _MOST_PAGES:
-            raise LayoutError(f"more than {_MOST_PAGES} images in one file: no slide has so many")
-        if isinstance(page, tifffile.TiffPage):
-            pages.append(page)
-    return pages
-
-
-def _philips(tiled: list[tifffile.TiffPage], text: str) -> Layout | str:
+def _philips(tiled: list[Page], text: str) -> Layout | str:
     """Philips pads every level to whole tiles and writes the padded sizes: a level's true size is that of level 0, itself padded,
     divided by the ratio of the pixel spacings, which OpenSlide takes for whole numbers too."""
-    spacings = []
-    for part in re.findall(r'ObjectType="PixelDataRepresentation"(.*?)</DataObject>', text, re.DOTALL):
-        found = re.search(r'Name="DICOM_PIXEL_SPACING"[^>]*>([^<]*)<', part)
-        values = re.findall(r"[0-9.eE+-]+", xml.sax.saxutils.unescape(found[1], {"&quot;": '"'})) if found else []
-        spacings.append([_float(value) or 0.0 for value in values])
+    spacings, scanner = described.philips(text)
     if len(spacings) != len(tiled) or any(len(pair) != 2 or min(pair) <= 0 for pair in spacings):
         return f"its Philips XML has pixel spacings for {len(spacings)} levels, the file has {len(tiled)}"
-    size, levels = (tiled[0].imagewidth, tiled[0].imagelength), []
+    size = (tiled[0].width, tiled[0].height)
+    levels: list[Level] = []
     for page, (down, across) in zip(tiled, spacings, strict=True):
         shrunk = max(1, round((down / spacings[0][0] + across / spacings[0][1]) / 2))
         problem = _problem(page)
         if problem:
             return problem
-        levels.append(_level(page, (size[0] // shrunk, size[1] // shrunk), size, False))
-    model = re.search(r'Name="DICOM_MANUFACTURERS_MODEL_NAME"[^>]*>([^<]*)<', text)
-    mpp = _mean(spacings[0][1] * 1e3, spacings[0][0] * 1e3)
-    return Layout("tiff", tuple(levels), mpp, None, model[1].strip() or None if model else None)
+        levels.append(_level(page, (size[0] // shrunk, size[1] // shrunk), levels, size, False))
+    mpp = described.square(spacings[0][1] * 1e3, spacings[0][0] * 1e3)
+    return Layout("tiff", tuple(levels), mpp, None, scanner)
 
 
-def _is_associated(page: tifffile.TiffPage) -> bool:
+def _is_associated(page: Page) -> bool:
     """Label and macro images: they carry names, so they are told by their tags alone."""
-    last = (page.description or "").rsplit("\n", 1)[-1].strip().lower()
-    return last.startswith(("label", "macro")) or (page.subfiletype == 9)
+    last = page.description.rsplit("\n", 1)[-1].strip().lower()
+    old = {2: 1, 3: 2}.get(page.number(Tag.SUBFILE_TYPE, 0), 0)
+    return last.startswith(("label", "macro")) or (page.number(Tag.NEW_SUBFILE_TYPE, 0) or old) == 9
 
 
-def _is_level(page: tifffile.TiffPage, size: tuple[int, int], previous: Level) -> bool:
-    if page.imagewidth >= previous.width or page.imagelength >= previous.height:
+def _is_level(page: Page, size: tuple[int, int], previous: Level) -> bool:
+    if not 0 < page.width < previous.width or not 0 < page.height < previous.height:
         return False
-    across, down = size[0] / page.imagewidth, size[1] / page.imagelength
-    return abs(across - down) <= max(_ASPECT * across, across * (1 / page.imagewidth + 1 / page.imagelength))
+    across, down = size[0] / page.width, size[1] / page.height
+    return abs(across - down) <= max(_ASPECT * across, across * (1 / page.width + 1 / page.height))
 
 
-def _problem(page: tifffile.TiffPage) -> str | None:
-    if int(page.compression) not in _COMPRESSIONS:
-        return f"compression {int(page.compression)}"
-    if page.bitspersample != 8 or page.samplesperpixel != 3 or page.planarconfig != 1 or page.imagedepth != 1:
-        return f"{page.samplesperpixel} samples of {page.bitspersample} bit, planar configuration {int(page.planarconfig)}"
-    if int(page.photometric) not in (_RGB, _YCBCR):
-        return f"photometric interpretation {int(page.photometric)}"
-    if int(page.photometric) == _YCBCR and int(page.compression) in (1, 5, 8, 32946):
+def _problem(page: Page) -> str | None:
+    compression, photometric = page.number(Tag.COMPRESSION, 1), page.number(Tag.PHOTOMETRIC, 0)
+    samples, planar, depth = page.number(Tag.SAMPLES, 1), page.number(Tag.PLANAR, 1), page.number(Tag.DEPTH, 1)
+    bits = sorted(set(page.numbers(Tag.BITS, min(max(samples, 1), 4)).tolist())) or [1]
+    if compression not in _COMPRESSIONS:
+        return f"compression {compression}"
+    if bits != [8] or samples != 3 or planar != 1 or (depth != 1 and not page.software.startswith("Philips")):
+        return f"{samples} samples of {' and '.join(map(str, bits))} bit, planar configuration {planar}"
+    if photometric not in (_RGB, _YCBCR):
+        return f"photometric interpretation {photometric}"
+    if photometric == _YCBCR and compression in (1, 5, 8, 32946):
         return "YCbCr without JPEG"
-    if page.predictor not in (1, 2):
-        return f"predictor {page.predictor}"
+    if page.number(Tag.PREDICTOR, 1) not in (1, 2):
+        return f"predictor {page.number(Tag.PREDICTOR, 1)}"
     return None
 
 
-def _level(page: tifffile.TiffPage, size: tuple[int, int], full: tuple[int, int], ome: bool) -> Level:
-    """size: of the level, which may be less than what the directory says; full: of level 0.
+def _level(page: Page, size: tuple[int, int], above: Sequence[Level], full: tuple[int, int], ome: bool) -> Level:
+    """size: of the level, which may be less than what the directory says; above: the levels before it; full: of level 0.
 
     The photometric tag says what JPEG samples are (OpenSlide goes by it too), but writers of OME-TIFF put RGB there and JFIF
     tiles, which are YCbCr by definition.
     """
-    code, wide, high = int(page.compression), page.tilewidth, page.tilelength
-    if not 0 < wide * high <= _MOST_TILE_PX or min(size) < 1:
+    code, wide, high = page.number(Tag.COMPRESSION, 1), page.number(Tag.TILE_WIDTH, 0), page.number(Tag.TILE_HEIGHT, 0)
+    if not (0 < wide and 0 < high and wide * high <= _MOST_TILE_PX) or min(size) < 1:
         raise LayoutError(
             f"tiles of {wide}x{high} px on a level of {size[0]}x{size[1]}: expected at most {_MOST_TILE_PX} px a tile"
         )
-    columns, rows = -(-page.imagewidth // wide), -(-page.imagelength // high)
-    offsets, counts = (np.asarray(values, np.int64) for values in (page.dataoffsets, page.databytecounts))
-    if not len(offsets) == len(counts) == columns * rows:
+    columns, rows = -(-page.width // wide), -(-page.height // high)
+    told = page.count(Tag.OFFSETS), page.count(Tag.COUNTS)
+    if 16 * max(told) > _MOST_HEADER:
+        raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged")
+    if not told[0] == told[1] == columns * rows:
         expected = f"{columns}x{rows} tiles"
-        raise LayoutError(f"truncated: a level of {expected} has {len(offsets)} offsets and {len(counts)} counts")
-    jpeg_ycbcr = _COMPRESSIONS[code] == "jpeg" and (int(page.photometric) == _YCBCR or (ome and _is_jfif(page, offsets, counts)))
+        raise LayoutError(f"truncated: a level of {expected} has {told[0]} offsets and {told[1]} counts")
+    total = columns * rows + sum(len(level.offsets) for level in above)
+    if total > _MOST_TILES:
+        raise LayoutError(f"{total} tiles of {wide}x{high} px: no slide has more than {_MOST_TILES}")
+    offsets, counts = (page.numbers(tag, columns * rows) for tag in (Tag.OFFSETS, Tag.COUNTS))
+    ycbcr = page.number(Tag.PHOTOMETRIC, 0) == _YCBCR
+    jpeg_ycbcr = _COMPRESSIONS[code] == "jpeg" and (ycbcr or (ome and _is_jfif(page, offsets, counts)))
     inside = np.ix_(range(-(-size[1] // high)), range(-(-size[0] // wide)))
     return Level(
         *size, wide, high, downsample(full, size), _COMPRESSIONS[code], "ycbcr" if jpeg_ycbcr or code == 33003 else "rgb",
-        int(page.predictor), bytes(page.jpegtables or b""),
+        page.number(Tag.PREDICTOR, 1), page.data(Tag.JPEG_TABLES),
         *(values.reshape(rows, columns)[inside].ravel() for values in (offsets, counts)),
     )  # fmt: skip
 
 
-def _is_jfif(page: tifffile.TiffPage, offsets: np.ndarray, counts: np.ndarray) -> bool:
+def _is_jfif(page: Page, offsets: np.ndarray, counts: np.ndarray) -> bool:
     """Whether the first tile that there is begins as a JFIF file does."""
     stored = np.flatnonzero(counts)
     if not len(stored):
         return False
-    file = page.parent.filehandle
-    file.seek(int(offsets[stored[0]]))
-    return bool(re.match(rb"\xff\xd8\xff\xe0..JFIF\0", file.read(11), re.DOTALL))
+    head = page.file.read(int(offsets[stored[0]]), 11)
+    return head.startswith(_JFIF[0]) and head[6:] == _JFIF[1]
 
 
-def _float(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None
-
-
-def _ome(text: str, size: tuple[int, int]) -> tuple[float | None, float | None, str | None]:
-    """mpp, objective and scanner of OME-XML, by patterns: an XML parser would expand hostile entities."""
-    mpp = None
-    for pixels in re.findall(r"<(?:\w+:)?Pixels\b([^>]*)>", text):
-        values = {k: xml.sax.saxutils.unescape(v) for k, v in re.findall(r'(\w+)\s*=\s*"([^"]*)"', pixels)}
-        if (values.get("SizeX"), values.get("SizeY")) == (str(size[0]), str(size[1])):
-            sides = []
-            for axis in "XY":
-                unit = values.get(f"PhysicalSize{axis}Unit", "µm").replace("\u03bc", "µ").replace("&#181;", "µ")
-                length = _float(values.get(f"PhysicalSize{axis}"))
-                sides.append(length * _MICRONS[unit] if length and unit in _MICRONS else None)
-            mpp = _mean(*sides)
-            break
-    power = re.search(r'<(?:\w+:)?Objective\b[^>]*\bNominalMagnification\s*=\s*"([^"]*)"', text)
-    model = re.search(r'<(?:\w+:)?Microscope\b[^>]*\bModel\s*=\s*"([^"]*)"', text)
-    return mpp, _float(power[1]) if power else None, model[1] if model else None
-
-
-def _resolution(page: tifffile.TiffPage) -> float | None:
-    unit = page.tags.get("ResolutionUnit")
-    microns = {2: 25400.0, 3: 10000.0}.get(int(unit.value)) if unit else None
-    sides: list[float | None] = []
-    for name in ("XResolution", "YResolution"):
-        tag = page.tags.get(name)
-        above, below = tag.value if tag else (0, 1)
-        sides.append(microns * below / above if microns and above and below else None)
-    return _mean(*sides)
-
-
-def _mean(across: float | None, down: float | None) -> float | None:
-    if across is None or down is None:
-        return across or down
-    if abs(across - down) > 0.02 * max(across, down):
-        raise LayoutError(f"pixels are not square: {across:g} x {down:g} µm")
-    return (across + down) / 2
+def _resolution(page: Page) -> float | None:
+    microns = {2: 25400.0, 3: 10000.0}.get(page.number(Tag.RESOLUTION_UNIT, 0))
+    sides = [page.fraction(tag) for tag in (Tag.X_RESOLUTION, Tag.Y_RESOLUTION)]
+    return described.square(*(microns / side if microns and side else None for side in sides))

@@ -42,15 +42,6 @@ class Mosaic:
         top, left = row * self.side_px, column * self.side_px
         return self.pixels[top : top + self.side_px, left : left + self.side_px]
 
-    @property
-    def cells_held(self) -> float:
-        """Memory that was touched so far, in cells."""
-        if self._canvas is None:
-            return float(self.fits.size)
-        level = self.reader.layout.levels[self.scale.level]
-        reduce = reduction(self.scale, level)
-        return len(self._canvas.painted) * level.tile_width * level.tile_height / (reduce * self.side_px) ** 2
-
     def _whole(self, damage: list[Damage]) -> np.ndarray:
         """bool [rows, columns]: cells that no damage reaches into."""
         whole, side = np.ones(self.fits.shape, bool), self.side_px

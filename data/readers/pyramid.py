@@ -62,6 +62,10 @@ class DecodeError(ValueError):
     """The bytes of a tile are damaged."""
 
 
+class Stands(DecodeError):
+    """A decoder has not returned in time: no damage of a tile, the slide itself is given up."""
+
+
 @dataclass(frozen=True)
 class Damage:
     """A part of a region that could not be decoded, in pixels of the region: [left, right) x [top, bottom)."""
@@ -103,7 +107,8 @@ class Reader(Protocol):
         reduce: x, y, width and height count pixels of the level averaged over squares of 1, 2, 4 or 8 (`Level.reducible`).
         wanted: bool [rows, columns] of equal cells that the region is cut into; what lies only in others may stay white.
         canvas: of an earlier call for the same region, to go on with; OpenSlide's formats cannot, and leave it alone.
-        Undecodable tiles raise DecodeError; given a list `damage`, they stay white and are added to it. Raises StorageError.
+        Undecodable tiles raise DecodeError; given a list `damage`, they stay white and are added to it. Raises Stands for a
+        decoder that does not return in time (`storage.decode_s`), and StorageError.
         """
         ...
 

@@ -1,10 +1,12 @@
 """Tiles to a region: one interface for every slide, one range for neighbouring tiles."""
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from histoscale.data.readers.codec import paint
+from histoscale.data.readers.codec import paint, returns_in_time
+from histoscale.data.readers.deadline import within
 from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, Level, Reader
 from histoscale.data.readers.vendor import FREE, Gate, OpenSlideReader
 from histoscale.data.storage import Store
@@ -167,18 +169,24 @@ class TiffReader:
         Damaged bytes are fetched once more: a bad transfer passes, damage at rest stays.
         """
         table = self.layout.levels[level]
-        reasons = paint(out, [data[i] for i in there], tiles.places[there], table, reduce)
+        reasons = self._decode(out, [data[i] for i in there], tiles.places[there], table, reduce)
         if not reasons:
             return []
         again = [there[i] for i in reasons]
         numbers, places = tiles.numbers[again], tiles.places[again]
-        reasons = paint(out, self._fetch(table, numbers), places, table, reduce)
+        reasons = self._decode(out, self._fetch(table, numbers), places, table, reduce)
         for i, reason in reasons.items():
             if damage is None:
                 raise DecodeError(f"{self.uri}, level {level}, tile {numbers[i]}: {reason}")
             left, top, right, bottom, to_x, to_y = places[i].tolist()
             damage.append(Damage(to_x, to_y, to_x + right - left, to_y + bottom - top))
         return [again[i] for i in reasons]
+
+    def _decode(self, out: np.ndarray, data: list[memoryview], places: np.ndarray, table: Level, reduce: int) -> dict[int, str]:
+        """Why the tiles that are damaged are, by index. Raises Stands."""
+        seconds = self.store.config.decode_s
+        painting = partial(paint, out, data, places, table, reduce, seconds)
+        return within(seconds, self.uri, painting, returns_in_time(table))
 
     def _fetch(self, table: Level, numbers: np.ndarray) -> list[memoryview]:
         """Bytes of the tiles, none of those that are missing; tiles that follow one another in the file come as one range."""

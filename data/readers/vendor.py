@@ -3,13 +3,16 @@
 import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import openslide
 from PIL import Image
 
-from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, LayoutError, Level, downsample
+from histoscale.data.readers.deadline import within
+from histoscale.data.readers.described import number, square, word
+from histoscale.data.readers.pyramid import WHITE, Canvas, Damage, DecodeError, Layout, LayoutError, Level, Stands, downsample
 from histoscale.data.storage import Missing, Store
 
 _SCANNERS = ("dicom.ManufacturerModelName", "hamamatsu.Product", "leica.device-model", "philips.DICOM_MANUFACTURERS_MODEL_NAME")
@@ -19,21 +22,23 @@ FREE: Gate = nullcontext()
 
 
 def read_header(uri: str, store: Store) -> Layout:
-    """A layout without tile tables. Raises LayoutError, Missing or StorageError."""
-    with open_slide(store.local(uri)) as slide:
+    """A layout without tile tables. Raises LayoutError (also for a file that OpenSlide does not come back from), Missing or
+    StorageError."""
+    try:
+        opened = within(store.config.decode_s, uri, partial(open_slide, store.local(uri)))
+    except Stands as error:
+        raise LayoutError(str(error)) from error
+    with opened as slide:
         known = slide.properties
-        across, down = (_number(known.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        if across and down and abs(across - down) > 0.02 * max(across, down):
-            raise LayoutError(f"pixels are not square: {across:g} x {down:g} µm")
+        mpp = square(*(number(known.get(f"openslide.mpp-{axis}")) or None for axis in "xy"))
         nothing = np.zeros(0, np.int64)
         levels = []
         for i, (width, height) in enumerate(slide.level_dimensions):
-            wide, high = (int(known.get(f"openslide.level[{i}].tile-{side}", 256)) for side in ("width", "height"))
+            wide, high = (int(number(known.get(f"openslide.level[{i}].tile-{side}")) or 256) for side in ("width", "height"))
             shrunk = downsample(slide.dimensions, (width, height))
             levels.append(Level(width, height, wide, high, shrunk, "openslide", "rgb", 1, b"", nothing, nothing))
-        mpp = (across + down) / 2 if across and down else across or down
-        scanner = next((known[name] for name in _SCANNERS if known.get(name) not in (None, "", "Unknown")), None)
-        return Layout("openslide", tuple(levels), mpp, _number(known.get("openslide.objective-power")), scanner)
+        scanner = next((word(known[name]) for name in _SCANNERS if known.get(name) not in (None, "", "Unknown")), None)
+        return Layout("openslide", tuple(levels), mpp, number(known.get("openslide.objective-power")), scanner)
 
 
 def open_slide(path: Path) -> openslide.OpenSlide:
@@ -95,7 +100,8 @@ class OpenSlideReader:
             slide = self._open()
             step = slide.level_downsamples[level] * reduce
             with self.decoding:
-                image = slide.read_region((round(x * step), round(y * step)), level, (width * reduce, height * reduce))
+                corner, size = (round(x * step), round(y * step)), (width * reduce, height * reduce)
+                image = within(self.store.config.decode_s, self.uri, lambda: slide.read_region(corner, level, size))
         except (LayoutError, openslide.OpenSlideError) as error:
             self._drop()
             if damage is None:
@@ -108,7 +114,8 @@ class OpenSlideReader:
     def _open(self) -> openslide.OpenSlide:
         with self._lock:
             if self._slide is None or self._pid != os.getpid():
-                self._slide, self._pid = open_slide(self.store.local(self.uri)), os.getpid()
+                opening = partial(open_slide, self.store.local(self.uri))
+                self._slide, self._pid = within(self.store.config.decode_s, self.uri, opening), os.getpid()
             return self._slide
 
     def _drop(self) -> None:
@@ -131,10 +138,3 @@ def over_white(image: Image.Image) -> np.ndarray:
     if (pixels[..., 3] == 255).all():
         return np.ascontiguousarray(pixels[..., :3])
     return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, (WHITE,) * 4), image))[..., :3].copy()
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        return None
