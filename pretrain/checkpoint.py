@@ -10,8 +10,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from histoscale.data.journal import plain, scrub
+from histoscale.data.journal import write_json
+from histoscale.data.jsonfiles import JsonError, read_object
 from histoscale.data.ranks import Ranks
+from histoscale.pretrain.tensorfile import DTYPES, TensorFileError, Whole, read_wholes, weights_digest
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -48,18 +52,24 @@ class CheckpointError(OSError):
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """A checkpoint that was found whole. `facts`: whatever the writer recorded (configuration, identity)."""
+    """A checkpoint that was found whole. `facts`: whatever the writer recorded (configuration, identity). tensors: by name."""
 
     path: Path
     step: int
     facts: dict[str, Any]
-    shards: dict[str, dict[str, Any]]
+    tensors: dict[str, Whole]
+
+    @cached_property
+    def hash(self) -> str:
+        """Names the weights (weights_digest), 64 hex digits; all of their bytes are read. Raises CheckpointError."""
+        with _as_checkpoint(self.path):
+            return weights_digest(self.tensors)
 
     @property
-    def hash(self) -> str:
-        """sha256 over the shards' own hashes: names the weights, 64 hex digits."""
-        listed = "".join(f"{name}:{self.shards[name]['sha256']}\n" for name in sorted(self.shards))
-        return hashlib.sha256(listed.encode()).hexdigest()
+    def identity(self) -> str:
+        """Names all that it says, weights and facts: 64 hex digits."""
+        said = json.dumps([self.step, self.facts], sort_keys=True)
+        return hashlib.sha256(f"{self.hash} {said}".encode()).hexdigest()
 
 
 def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], ranks: Ranks) -> Path:
@@ -96,9 +106,10 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], fac
 
     def publish() -> None:
         shards = {name: value for part in found if isinstance(part, dict) for name, value in sorted(part.items())}
-        state = {"format": FORMAT, "step": step, "shards": shards, "facts": plain(facts)}
+        state = {"format": FORMAT, "step": step, "shards": shards, "facts": facts}
         try:
-            _write_synced(partial / "state.json", scrub(json.dumps(state, indent=2)) + "\n")
+            write_json(partial / "state.json", state)
+            _sync_folder(partial)
             if final.exists():  # only ever a directory that the reader refused
                 shutil.rmtree(final)
             partial.rename(final)
@@ -126,12 +137,15 @@ def read_checkpoint(path: Path | str) -> CheckpointState:
             raise CheckpointError(f"{path} holds no whole checkpoint{''.join(f'; {why}' for why in skipped)}")
         return found
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = read_object(path / "state.json")
+        if other := _other_result(state):
+            raise CheckpointError(f"{path} {other}")
         step, shards, facts = int(state["step"]), dict(state["shards"]), dict(state["facts"])
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no state.json: it was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / 'state.json'} cannot be read ({error!r})") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        why = error if isinstance(error, JsonError) else repr(error)
+        raise CheckpointError(f"{path / 'state.json'} cannot be read ({why})") from None
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{path} has format {state.get('format')!r}; this version reads format {FORMAT}")
     present = {file.name for file in path.glob("*.safetensors")}
@@ -140,12 +154,24 @@ def read_checkpoint(path: Path | str) -> CheckpointState:
             f"{path}: state.json lists the shards {sorted(shards)}, the folder holds {sorted(present)}"
         )
     for name, expected in shards.items():
+        if not isinstance(expected, dict) or not expected.keys() >= {"size", "sha256"}:
+            raise CheckpointError(f"{path / 'state.json'} says no size and sha256 of {name}: it is damaged")
         size = (path / name).stat().st_size
         if size != expected["size"]:
             raise CheckpointError(f"{path / name} has {size} bytes, not {expected['size']} as state.json says: cut or changed")
         if _sha256(path / name) != expected["sha256"]:
             raise CheckpointError(f"{path / name} does not have the sha256 that state.json says: its bytes changed")
-    return CheckpointState(path, step, facts, shards)
+    with _as_checkpoint(path):
+        return CheckpointState(path, step, facts, read_wholes(path / name for name in sorted(shards)))
+
+
+def _other_result(state: dict[str, Any]) -> str:
+    """What a folder is whose state.json is a command's, not a checkpoint's; empty for a checkpoint."""
+    if "command" not in state or "shards" in state:
+        return ""
+    if state["command"] == "pretrain":
+        return f"is a run of `histoscale pretrain` without a checkpoint yet (status: {state.get('status')}); let it go on"
+    return f"is a result of `histoscale {state['command']}`, not a checkpoint; give the out= of `histoscale pretrain`"
 
 
 def newest_checkpoint(folder: Path) -> tuple[CheckpointState | None, list[str]]:
@@ -180,7 +206,7 @@ def load_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: R
 
     Raises CheckpointError unless names, shapes and dtypes are exactly the checkpoint's: nothing is loaded in part.
     """
-    stored = _stored(state.path)
+    stored = stored_tensors(state)
     missing, extra = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
     if missing or extra:
         raise CheckpointError(
@@ -198,7 +224,7 @@ def load_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: R
 
 def stored_tensors(state: CheckpointState) -> dict[str, Tensor]:
     """Name -> an empty tensor of its whole shape and dtype, without memory."""
-    return _stored(state.path)
+    return {name: torch.empty(one.shape, dtype=DTYPES[one.dtype], device="meta") for name, one in state.tensors.items()}
 
 
 def fill_tensors(state: CheckpointState, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
@@ -214,7 +240,7 @@ def read_tensors(state: CheckpointState, prefix: str) -> dict[str, Tensor]:
 
     Raises CheckpointError when there are none.
     """
-    wanted = {name: torch.empty_like(x, device="cpu") for name, x in _stored(state.path).items() if name.startswith(prefix)}
+    wanted = {name: torch.empty_like(x, device="cpu") for name, x in stored_tensors(state).items() if name.startswith(prefix)}
     if not wanted:
         raise CheckpointError(f"{state.path} holds no tensor whose name begins with {prefix!r}")
     _load(state.path, wanted, no_dist=True)
@@ -230,14 +256,12 @@ def _load(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:
         raise CheckpointError(f"{path} cannot be read ({_causes(error)})") from None
 
 
-def _stored(path: Path) -> dict[str, Tensor]:
-    """Name -> an empty tensor of its whole shape and dtype, without memory."""
-    listed = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for name, entry in listed.items()
-        if isinstance(entry, dcp.TensorStorageMetadata)
-    }
+@contextmanager
+def _as_checkpoint(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except TensorFileError as error:
+        raise CheckpointError(f"the checkpoint {path} cannot be trusted: {error}") from None
 
 
 def _causes(error: CheckpointException) -> str:
@@ -256,7 +280,8 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.parent.mkdir(exist_ok=True)  # no more: a run whose folder was deleted must not go on in a new one
+    folder.mkdir()
 
 
 def _fingerprints(paths: list[Path]) -> dict[str, Any] | str:
@@ -270,14 +295,6 @@ def _fingerprints(paths: list[Path]) -> dict[str, Any] | str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,13 +1,12 @@
 """What is not finite moves nothing: gradients that overflow in fp16 skip a step, everything else stops the run. On the device."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from histoscale.data.journal import Journal, write_atomic
+from histoscale.data.journal import Journal, write_json
 from histoscale.data.ranks import Ranks
 from histoscale.data.stream import Batch
 from histoscale.pretrain.methods import Centres
@@ -19,7 +18,7 @@ class NonFinite(ValueError):
 
 @dataclass(frozen=True)
 class LossScaleConfig:
-    """For optim.precision=fp16 alone. first: what the loss is multiplied by at the start. growth_steps: after so many steps
+    """For precision=fp16 alone. first: what the loss is multiplied by at the start. growth_steps: after so many steps
     without an overflow it doubles; an overflow halves it and skips its step (arXiv 1710.03740)."""
 
     first: float
@@ -108,7 +107,7 @@ class Guard:
         path = journal.path(f"nonfinite-step-{step}.json")
         if self.ranks.main:
             whole = {name: [value for part in parts for value in part[name]] for name in named}
-            write_atomic(path, json.dumps({"step": step, **whole}) + "\n")
+            write_json(path, {"step": step, **whole}, compact=True)
         raise NonFinite(
             f"step {step}: a loss or gradient is not finite; nothing was updated. {path} names the patches, and the checkpoint "
             f"step-{step} is the state before it: the same command replays the step"

@@ -23,7 +23,7 @@ class MonitorConfig:
 
     Warn when CE/ln K > ce_above, when target entropy/ln K is outside entropy_below .. entropy_above, when the used share of the
     prototypes that could have been used is < used_below, when RankMe/D < rankme_below. stop_on_collapse: a warning ends the run.
-    peak_tflops: of one device at optim.precision, dense; rows then have the MFU.
+    peak_tflops: of one device at precision=, dense; rows then have the MFU.
     """
 
     labelled: str | None

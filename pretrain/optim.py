@@ -17,7 +17,6 @@ from histoscale.pretrain.schedule import ScheduleConfig, cosine
 class OptimConfig:
     global_batch: int  # patches an optimiser step sees, over all ranks and micro-batches
     micro_batches: int  # pieces of a rank's share; Sinkhorn is joint over the ranks of one
-    precision: str  # "fp32", "bf16" or "fp16" (autocast; weights, moments and losses stay float32)
     loss_scale: LossScaleConfig
     lr: float
     lr_rule: str  # how lr grows with the batch: "none", "linear256", "sqrt1024", or "sqrt1024x4"

@@ -234,7 +234,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     Raises ValueError for another word.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"optim.precision is {precision!r}: expected {', '.join(PRECISIONS)}")
+        raise ValueError(f"precision is {precision!r}: expected {', '.join(PRECISIONS)}")
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
@@ -250,7 +250,7 @@ def _mesh(shard_over: str | int, precision: str, ranks: Ranks) -> DeviceMesh | N
     if parts == 1:
         return None
     if precision == "fp16":
-        raise ValueError(f"optim.precision=fp16 takes whole copies: set it to bf16, or hardware.shard_over={shard_over} to none")
+        raise ValueError(f"precision=fp16 takes whole copies: set it to bf16, or hardware.shard_over={shard_over} to none")
     if parts == ranks.world:
         return init_device_mesh(ranks.device.type, (parts,), mesh_dim_names=("part",))
     return init_device_mesh(ranks.device.type, (ranks.world // parts, parts), mesh_dim_names=("copy", "part"))

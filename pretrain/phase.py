@@ -125,11 +125,19 @@ def enter(
         return Entry(state.step, at["began"])
     if at["index"] == phase.index - 1 and state.step == phase.first:
         said = [f"follows phase {at['name']} from step {state.step}", *carry(state, start, tensors, prefix, ranks)]
+        said += _other_data(state.facts["identity"].get("facts", {}), identity.get("facts", {}))
         return Entry(phase.first, said + begin_gram(gram, phase, state, start))
     raise ValueError(
         f"{state.path} ends phase {at['name']!r} (number {at['index']}) after {state.step} steps: phase {phase.name!r} (number "
         f"{phase.index}) begins after {phase.first}; give another out="
     )
+
+
+def _other_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words: a phase that reads other data than the one before it."""
+    moved = [f"{name} {before.get(name)} -> {now.get(name)}" for name in ("catalog", "tiles")
+             if before.get(name) != now.get(name)]  # fmt: skip
+    return [f"its data are others: {', '.join(moved)}"] if moved else []
 
 
 def begin_gram(gram: GramTeacher | None, phase: Phase, state: CheckpointState | None, start: StartConfig) -> list[str]:

@@ -26,7 +26,10 @@ def cosine(step: int, config: ScheduleConfig, warmup: int, start: float, peak: f
     if config.preset not in ("d2_v1", "d3_v2"):
         raise ValueError(f"schedule.preset={config.preset!r}: expected d2_v1 or d3_v2")
     if warmup > config.length:
-        raise ValueError(f"a warm-up of {warmup} steps does not fit into schedule.steps={config.length}")
+        raise ValueError(
+            f"schedule.warmup_steps={warmup} does not fit into schedule.steps={config.length}: give fewer, or leave it out, and "
+            "it keeps the share that it has in the recipe"
+        )
     closed = config.preset == "d3_v2"
     if step >= config.length:
         return final

@@ -4,7 +4,6 @@ Names are mapped by origin, position tables are resized, and what does not fit e
 Only safetensors are read: nothing is unpickled.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from histoscale.data.jsonfiles import read_object
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
+from histoscale.pretrain.tensorfile import TensorFileError, read_header
 
 RESIZE = ("timm", "dinov2")
 BRANCHES = ("both", "teacher", "student")
@@ -70,12 +71,19 @@ def load_start(vit: nn.Module, config: StartConfig) -> Loaded:
     """
     assert config.weights is not None
     check_start(config)
-    weights = timm_names(read_weights(config.weights), set(vit.state_dict()))
-    mask_token = weights.pop("mask_token", None)
+    stored = read_weights(config.weights)
     said = [f"starts from {config.weights}"]
-    table, own = weights.get("pos_embed"), vit.state_dict().get("pos_embed")
-    if table is not None and own is not None:
-        said += _fit_positions(weights, vit, table, own, config.resize)
+    try:
+        weights = timm_names(stored, set(vit.state_dict()))
+        mask_token = weights.pop("mask_token", None)
+        table, own = weights.get("pos_embed"), vit.state_dict().get("pos_embed")
+        if table is not None and own is not None:
+            said += _fit_positions(weights, vit, table, own, config.resize)
+    except StartError:
+        raise
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:  # a name without its partner, a shape that no network has
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise StartError(f"start.weights={config.weights} holds tensors that make up no backbone ({why})") from None
     said += _compare(weights, vit.state_dict(), config)
     missing, _ = vit.load_state_dict({name: x.float() for name, x in weights.items() if name in vit.state_dict()}, strict=False)
     if missing:
@@ -94,7 +102,9 @@ def check_start(config: StartConfig) -> None:
 def is_checkpoint(weights: str | None) -> bool:
     """Whether `start.weights` names a checkpoint of ours, which holds more than a backbone."""
     path = Path(weights or "")
-    return bool(weights) and ((path / "state.json").exists() or (path / "checkpoints").is_dir())
+    if not weights or (path / "model.safetensors").exists():  # a release keeps a state.json of its own
+        return False
+    return (path / "state.json").exists() or (path / "checkpoints").is_dir()
 
 
 def read_weights(spec: str) -> dict[str, Tensor]:
@@ -109,8 +119,7 @@ def read_weights(spec: str) -> dict[str, Tensor]:
     if path.is_dir():
         shards = [path / "model.safetensors"]
         if (path / "model.safetensors.index.json").exists():
-            names = set(json.loads((path / "model.safetensors.index.json").read_text())["weight_map"].values())
-            shards = [path / Path(name).name for name in sorted(names)]
+            shards = [path / name for name in _indexed(path / "model.safetensors.index.json")]
         return _from_files(shards, spec)
     return _from_files([path], spec)
 
@@ -131,14 +140,25 @@ def _from_hub(repository: str, spec: str) -> dict[str, Tensor]:
         try:
             files = [hf_hub_download(repository, "model.safetensors")]
         except EntryNotFoundError:
-            index = json.loads(Path(hf_hub_download(repository, "model.safetensors.index.json")).read_text())
-            files = [hf_hub_download(repository, name) for name in sorted(set(index["weight_map"].values()))]
+            index = Path(hf_hub_download(repository, "model.safetensors.index.json"))
+            files = [hf_hub_download(repository, name) for name in _indexed(index)]
     except OSError as error:  # no network, no such repository, no safetensors in it
         raise StartError(
             f"start.weights={spec}: {repository} could not be fetched ({str(error).partition(chr(10))[0]}); "
             "without a network give the path of a safetensors file or of its folder"
         ) from None
     return _from_files([Path(file) for file in files], spec)
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index of shards names. Raises StartError for one that is none."""
+    try:
+        names = set(read_object(index)["weight_map"].values())
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a shard lies in another folder")
+        return sorted(names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StartError(f"{index} is no index of safetensors shards ({error!r})") from None
 
 
 def _from_files(files: list[Path], spec: str) -> dict[str, Tensor]:
@@ -150,8 +170,11 @@ def _from_files(files: list[Path], spec: str) -> dict[str, Tensor]:
                 "save the tensors with safetensors.torch.save_file"
             )
         try:
+            twice = read_header(file).keys() & found.keys()
+            if twice:
+                raise TensorFileError(f"it holds {min(twice)!r}, as another shard does")
             found |= load_file(file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TensorFileError) as error:
             raise StartError(f"start.weights={spec}: {file} cannot be read ({error})") from None
     return found
 

@@ -4,10 +4,7 @@ No step waits for the device but those that write a row or a checkpoint.
 """
 
 import dataclasses
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from histoscale.data import keys as draw
-from histoscale.data.journal import Journal, plain, write_atomic
+from histoscale.data.journal import Journal, plain, write_text
 from histoscale.data.ranks import Ranks
+from histoscale.data.secrets import scrubbed
 from histoscale.data.stream import Batch
 from histoscale.data.views import ViewsConfig, make_undistorted, make_views
 from histoscale.pretrain.backbone import ModelConfig
@@ -45,10 +43,10 @@ from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, table_text, weight_decay_at
 from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
 from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
-from histoscale.pretrain.preempted import Preempted
+from histoscale.pretrain.preempted import Preempted, stop_signals
 from histoscale.pretrain.saving import Saver
 from histoscale.pretrain.schedule import ScheduleConfig
-from histoscale.pretrain.start import StartConfig
+from histoscale.pretrain.start import StartConfig, check_start
 
 Source = Callable[[int], Iterator[Batch]]
 Watcher = Callable[[nn.Module, int], dict[str, float]]
@@ -56,12 +54,13 @@ Watcher = Callable[[nn.Module, int], dict[str, float]]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that the loop reads in one phase. The result keys are seed, views, model, method, optim, schedule and start."""
+    """Everything that the loop reads in one phase. The result keys are all but hardware, checkpoint and monitor."""
 
     seed: int
     views: ViewsConfig
     model: ModelConfig
     method: MethodConfig
+    precision: str
     optim: OptimConfig
     schedule: ScheduleConfig
     start: StartConfig
@@ -110,31 +109,28 @@ def train(
     CheckpointError.
     """
     optim, method, schedule, end = config.optim, config.method, config.schedule, phase.first + config.schedule.steps
-    check_batch(optim.global_batch, ranks.world, optim.micro_batches, method.group)
-    check_pools(method, optim.global_batch // optim.micro_batches)
-    if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every) < 1:
-        raise ValueError("checkpoint.every, checkpoint.keep_last and monitor.every must be at least 1")
+    check_train(config, ranks.world)
     set_threads(config.hardware)
     folder = journal.out / "checkpoints"
     state = find_state(folder, journal, ranks)
     student, teacher = build(config.model, method, config.seed)
     said = [] if state else begin(student, teacher, config.start, config.seed)
-    parallel = prepare(student, teacher, config.hardware, optim.precision, ranks)
+    parallel = prepare(student, teacher, config.hardware, config.precision, ranks)
     optimizer = build_optimizer(student.named_parameters(), len(student.backbone.blocks), optim)
     start_moments(optimizer)
-    scale = LossScale(optim.loss_scale, optim.precision, ranks.device)
+    scale = LossScale(optim.loss_scale, config.precision, ranks.device)
     guard = Guard(optimizer, scale, ranks)
     centres = first_centres(method, ranks.device)
     anchor = build_gram_teacher(config.model, method)
     anchor = None if anchor is None else anchor.to(ranks.device)
-    identity = {**config.result(), "facts": plain(facts)}
+    identity = scrubbed({**config.result(), "facts": plain(facts)})  # as the checkpoints keep it
     tensors = state_tensors(parallel, optimizer, centres, anchor) | scale.tensors()
     start, began = enter(state, phase, identity, config.start, tensors, student.backbone, anchor, said, journal, ranks)
     place = {**dataclasses.asdict(phase), "steps": schedule.steps, "began": began}
     if start < end:
         journal.say(_opening(config, phase, began, parallel, ranks))
         table = table_text(student.named_parameters(), len(student.backbone.blocks), optim)
-        ranks.first(lambda: write_atomic(journal.path(f"parameters-{phase.name}.tsv"), table))
+        ranks.first(lambda: write_text(journal.path(f"parameters-{phase.name}.tsv"), table))
     saver = Saver(folder, config.checkpoint, ranks)
     window, recent = Window(config.monitor.window, ranks), list[Batch]()
     peak = None if config.monitor.peak_tflops is None else config.monitor.peak_tflops * 1e12
@@ -159,6 +155,7 @@ def train(
         meter.restart()  # looking is not training
         return found
 
+    journal.forget(lambda row: _again(row, start, phase))
     batches = source(start)
     if start == phase.first and start < end and watchers:  # before anything moves: what the weights that it starts from are worth
         journal.row(step=start, phase=phase.name, **watched(start))
@@ -166,6 +163,8 @@ def train(
         progress.advance(start)
         for step in range(start, end):
             batch = meter.wait_for(batches)
+            if step == start and ranks.any(bool(asked)):  # while the first batch was read, before anything moved
+                raise Preempted(step or None)
             recent.append(dataclasses.replace(batch, pixels=batch.pixels[:0].clone()))  # places, not pixels
             at = step - phase.origin  # where schedules stand
             lr, weight_decay = lr_at(at, optim, schedule), weight_decay_at(at, optim, schedule)
@@ -261,7 +260,7 @@ def _losses(
     masks = None if masks is None else Masks(*(x.to(device, non_blocking=True) for x in masks))
     meter.lap("views")
     crops, indices = (None, None) if masks is None else (masks.crops, masks.indices)
-    with autocast(config.optim.precision, device):
+    with autocast(config.precision, device):
         taught = parallel.teacher(views.globals, None, None, indices)
         meter.lap("teacher")
         drawn = draw.keys(config.seed, "stochastic depth", step, on_device)
@@ -278,25 +277,31 @@ def _losses(
     return found, taught["features"][: len(slots)]
 
 
+def _again(row: Mapping[str, Any], start: int, phase: Phase) -> bool:
+    """Whether a row of metrics is computed again by a run that goes on from `start`: of a later step, or of what the watchers
+    say before the first step of this phase."""
+    step = row.get("step")
+    return step is not None and (step > start or (step == start == phase.first and row.get("phase") == phase.name))
+
+
 def _scalars(found: Losses) -> dict[str, Tensor]:
     """What a row of metrics shows of one micro-batch; still on the device."""
     shares = {f"{name}_of_lnk": value for name, value in found.read.items() if not name.endswith("/prototypes")}
     return {"loss": found.total.detach(), **{f"loss/{name}": value for name, value in found.terms.items()}, **shares}
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """While inside, SIGTERM and SIGUSR1 are only noted in the list that is given; outside the main thread nothing is changed."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def check_train(config: TrainConfig, world: int) -> None:
+    """What needs no data and no model to be found wrong: raises ValueError for a batch or pools that do not divide, and for a
+    schedule that does not come out."""
+    optim, method, schedule, start = config.optim, config.method, config.schedule, config.start
+    check_batch(optim.global_batch, world, optim.micro_batches, method.group)
+    check_pools(method, optim.global_batch // optim.micro_batches)
+    if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every, schedule.steps) < 1:
+        raise ValueError("checkpoint.every, checkpoint.keep_last, monitor.every and schedule.steps must be at least 1")
+    lr_at(0, optim, schedule)
+    weight_decay_at(0, optim, schedule)
+    scheduled(0, method, schedule)
+    check_start(start)
 
 
 def check_batch(global_batch: int, world: int, micro_batches: int, group: int) -> None:
@@ -304,10 +309,12 @@ def check_batch(global_batch: int, world: int, micro_batches: int, group: int) -
     unit = world * micro_batches * group
     if global_batch % unit or global_batch < unit:
         low = global_batch // unit * unit
-        nearest = " and ".join(str(batch) for batch in (low, low + unit) if batch)
+        nearest = " or ".join(f"optim.global_batch={batch}" for batch in (low, low + unit) if batch)
+        share, rest = divmod(global_batch, world * micro_batches)
+        smaller = [g for g in range(group - 1, 0, -1) if share and not rest and share % g == 0]
         raise ValueError(
             f"optim.global_batch={global_batch} does not divide into {world} processes x {micro_batches} micro-batches of whole "
-            f"groups of method.group={group}; the nearest that do: {nearest}"
+            f"groups of method.group={group}: give {nearest}" + (f", or method.group={smaller[0]}" if smaller else "")
         )
 
 
@@ -332,16 +339,18 @@ def state_tensors(
 
 
 def _opening(config: TrainConfig, phase: Phase, began: Sequence[str], parallel: Parallel, ranks: Ranks) -> str:
-    optim, schedule = config.optim, config.schedule
+    optim, schedule, method = config.optim, config.schedule, config.method
     millions = sum(p.numel() for p in parallel.bare_student.parameters()) / 1e6
     together = optim.global_batch // optim.micro_batches
-    freeze = config.start.freeze_backbone_steps
-    frozen = f", the backbone frozen for the first {freeze}" if freeze else ""
     counted = f"schedules count from step {phase.origin} over {schedule.length} steps"
     return (
-        f"phase {phase.name}, steps {phase.first} to {phase.first + schedule.steps}{frozen}: {'; '.join([*began, counted])}\n"
+        f"phase {phase.name}, steps {phase.first} to {phase.first + schedule.steps}: {'; '.join([*began, counted])}\n"
+        f"of them the learning rate warms up over {schedule.warmup_steps} (schedule.warmup_steps), the teacher's temperature "
+        f"over {method.teacher_temp_warmup_steps} (method.teacher_temp_warmup_steps); frozen at first: the last layers of heads "
+        f"for {method.freeze_last_layer_steps} (method.freeze_last_layer_steps), the backbone for "
+        f"{config.start.freeze_backbone_steps} (start.freeze_backbone_steps)\n"
         f"learning rate {peak_lr(optim):.3g} (base {optim.lr:g}, rule {optim.lr_rule}) for a batch of {optim.global_batch}: "
         f"{ranks.world} processes x {optim.micro_batches} micro-batches x {together // ranks.world}; "
         f"teacher targets are assigned over {together} patches at a time; student {millions:.1f}M parameters, "
-        f"{optim.precision} on {ranks.device.type}"
+        f"{config.precision} on {ranks.device.type}"
     )
