@@ -3,9 +3,9 @@
 Read from a release folder, a checkpoint, timm, or a model of transformers.
 """
 
-import json
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from histoscale.data.jsonfiles import JsonError, parse_object
 from histoscale.data.keys import key
 from histoscale.data.storage import Store
 from histoscale.eval import huggingface
 from histoscale.eval.hub import EncoderError, model_folder, read_config
 from histoscale.pretrain.backbone import ModelConfig, timm_arguments
 from histoscale.pretrain.checkpoint import CheckpointError, CheckpointState, read_checkpoint
-from histoscale.pretrain.release import model_config
+from histoscale.pretrain.release import default_mpp, described, model_config, network_arguments
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Architecture:
     """What must be known to build an encoder, weights aside.
 
     library: `timm`, where `name` is an architecture and `model_args` its changes, or `transformers`, where they are a model type
-    and its configuration. mpps: µm per pixel it was trained at, tile_px: the tiles it was trained on, transductive: whether
-    reported patients were among them; empty and None where nobody says.
+    and its configuration. mpps: µm per pixel it was trained at, mpp: the one at which it looks unless asked otherwise, tile_px:
+    the tiles it was trained on, transductive: whether reported patients were among them; empty and None where nobody says.
     """
 
     library: str
@@ -42,6 +43,7 @@ class Architecture:
     std: tuple[float, float, float]
     interpolation: str
     mpps: tuple[float, ...]
+    mpp: float | None
     tile_px: int | None
     transductive: bool | None
 
@@ -105,37 +107,53 @@ def is_release(spec: str, store: Store) -> bool:
 
 def _json(uri: str, store: Store) -> dict[str, Any]:
     try:
-        return json.loads(store.read(uri))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EncoderError(f"{uri} is not JSON: {error}") from error
+        return parse_object(store.read(uri))
+    except JsonError as error:
+        raise EncoderError(f"{uri} is not JSON of a release ({error}): release it again, or fetch it again") from error
+
+
+_NOT_THE_NETWORK = frozenset(inspect.signature(timm.create_model).parameters)  # among them files to unpickle, and names to fetch
 
 
 def _architecture_of(config: Mapping[str, Any], card: Mapping[str, Any], spec: str) -> Architecture:
     """From timm's hub form: {architecture, model_args, pretrained_cfg: {input_size, mean, std, interpolation}}."""
     try:
-        preprocessing = config["pretrained_cfg"]
+        trained: Mapping[str, Any] = card.get("mpp") or {}
+        mpps = tuple(float(mpp) for mpp in trained.get("trained_at") or ())
+        preprocessing, args = config["pretrained_cfg"], network_arguments(config.get("model_args", {}))
+        wrong = sorted(args.keys() & _NOT_THE_NETWORK)
+        if wrong or not timm.is_model(config["architecture"]):
+            what = f"model_args set {', '.join(wrong)}" if wrong else f"architecture is {config['architecture']!r}"
+            raise EncoderError(f"{spec}: its config's {what}: expected an architecture of timm and what its network takes")
         return Architecture(
             library="timm",
             name=config["architecture"],
-            model_args=dict(config.get("model_args", {})),
+            model_args=args,
             size_px=int(preprocessing["input_size"][-1]),
             mean=_triple(preprocessing["mean"]),
             std=_triple(preprocessing["std"]),
             interpolation=_interpolation(preprocessing["interpolation"]),
-            mpps=tuple(card.get("mpp", {}).get("trained_at") or ()),
-            tile_px=card.get("tile_px"),
+            mpps=mpps,
+            mpp=float(trained.get("default") or 0) or default_mpp(mpps, "discrete"),
+            tile_px=None if card.get("tile_px") is None else int(card["tile_px"]),
             transductive=card.get("transductive"),
         )
     except KeyError as error:
         raise EncoderError(f"{spec}: its config lacks {error}; expected timm's hub form with a pretrained_cfg") from error
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        if isinstance(error, EncoderError):
+            raise
+        raise EncoderError(f"{spec}: its config or card holds an odd value ({error}); expected timm's hub form") from error
 
 
 def _checkpoint_architecture(state: CheckpointState) -> Architecture:
-    identity = state.facts["identity"]
-    views, facts = identity["views"], identity["facts"]
-    sampler = facts.get("sampler", {})
-    mpps, tile_px = sampler.get("mpps") or (), sampler.get("patch_px")
-    return trained_architecture(model_config(state), views["mean"], views["std"], mpps, tile_px, facts.get("transductive"))
+    with described(state):
+        identity = state.facts["identity"]
+        views, facts = identity["views"], identity["facts"]
+        sampler = facts.get("sampler", {})
+        mpps, tile_px = sampler.get("mpps") or (), sampler.get("patch_px")
+        found = trained_architecture(model_config(state), views["mean"], views["std"], mpps, tile_px, facts.get("transductive"))
+        return replace(found, mpp=default_mpp(mpps, sampler.get("magnification", "discrete")))
 
 
 def trained_architecture(
@@ -150,12 +168,13 @@ def trained_architecture(
     return Architecture(
         library="timm",
         name=model.architecture,
-        model_args=timm_arguments(model),
+        model_args=network_arguments(timm_arguments(model)),
         size_px=model.img_size,
         mean=_triple(mean),
         std=_triple(std),
         interpolation="bicubic",
         mpps=tuple(mpps),
+        mpp=default_mpp(mpps, "discrete"),
         tile_px=tile_px,
         transductive=transductive,
     )
@@ -177,6 +196,7 @@ def _timm_architecture(name: str) -> Architecture:
         std=_triple(found["std"]),
         interpolation=_interpolation(found["interpolation"]),
         mpps=(),
+        mpp=None,
         tile_px=None,
         transductive=None,
     )
@@ -195,6 +215,7 @@ def _transformers_architecture(name: str) -> Architecture:
         std=_triple(found["std"]),
         interpolation=found["interpolation"],
         mpps=(),
+        mpp=None,
         tile_px=None,
         transductive=None,
     )

@@ -32,14 +32,13 @@ _NEAR_UM = 4.0  # contrast is that of so much around a pixel
 class ArtefactConfig:
     """mpp: that tiles are looked at. pen, glass: least share of a tile's pixels. blur: a tile whose fine detail, relative to its
     coarse, falls below this share of the slide's sharp tiles. fold: a tile so many times as dense as the slide's median, in its
-    pale and in its dark parts alike. threads: tiles read at once."""
+    pale and in its dark parts alike."""
 
     mpp: float
     pen: float
     fold: float
     blur: float
     glass: float
-    threads: int
 
     def __post_init__(self) -> None:
         if not (0 < self.pen < 1 and 0 < self.glass < 1 and 0 < self.blur < 1 < self.fold):
@@ -91,10 +90,10 @@ def _sharpness(grey: np.ndarray, tissue: np.ndarray, mpp: float) -> float:
 
 
 def read_optics(
-    reader: Reader, coords: np.ndarray, size_px: int, mpp: float, white: np.ndarray, config: ArtefactConfig
+    reader: Reader, coords: np.ndarray, size_px: int, mpp: float, white: np.ndarray, config: ArtefactConfig, threads: int
 ) -> Optics:
-    """Look at the tiles [n, 2] (level-0 corners) of `size_px` level-0 px; mpp: of level 0. Raises what the reader raises,
-    except for a tile whose bytes are damaged: it is not `read`."""
+    """Look at the tiles [n, 2] (level-0 corners) of `size_px` level-0 px; mpp: of level 0. threads: tiles read at once. Raises
+    what the reader raises, except for a tile whose bytes are damaged: it is not `read`."""
     scale = choose_scale(level_mpps(reader.layout.levels, mpp), max(config.mpp, mpp), 0.1, 1.0)
     assert scale is not None  # never finer than level 0
     downsample = reader.layout.levels[scale.level].downsample
@@ -106,7 +105,7 @@ def read_optics(
         pixels = read_scaled(reader, scale, x, y, side, side, damage)
         return (0.0, 0.0, 0.0, 0.0, 0.0) if damage else (*look(pixels, white, scale.mpp), 1.0)
 
-    with ThreadPoolExecutor(config.threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         seen = np.array(list(pool.map(one, coords)), np.float64).reshape(-1, 5)
     glass, pen, sharpness, density, read = seen.T
     return Optics(glass, pen, sharpness, density, read > 0)

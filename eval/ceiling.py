@@ -1,13 +1,16 @@
 """The supervised ceiling: a small convolutional network trained on the labels that the probes also get."""
 
+from __future__ import annotations  # torch is imported where the network is trained: its configuration needs none
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from histoscale.data.keys import key
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Array = np.ndarray
 
@@ -32,6 +35,9 @@ def ceiling_predictions(pixels: Array, train: Array, labels: Array, classes: int
     pixels: uint8 [n, 3, S, S]. labels: int64 [n], read at `train` only. Patches are seen as optical density with their own mean
     and SD taken out, so that a new stain is no excuse. Raises ValueError when `train` is empty.
     """
+    import torch
+    import torch.nn.functional as F
+
     if len(train) == 0:
         raise ValueError("the supervised ceiling needs at least one training patch, got none")
     generator = torch.Generator().manual_seed(key(config.seed, "ceiling") >> 1)
@@ -59,6 +65,8 @@ def ceiling_predictions(pixels: Array, train: Array, labels: Array, classes: int
 
 
 def _network(widths: list[int], classes: int) -> nn.Sequential:
+    from torch import nn
+
     layers: list[nn.Module] = []
     for i, (before, after) in enumerate(zip([3, *widths[:-1]], widths, strict=True)):
         stride = 2 if i % 2 == 0 else 1
@@ -71,5 +79,7 @@ def _density(pixels: Tensor) -> Tensor:
 
 
 def _standardise(density: Tensor) -> Tensor:
+    import torch
+
     deviation, mean = torch.std_mean(density, (1, 2, 3), keepdim=True)
     return ((density - mean) / (deviation + 0.05)).contiguous(memory_format=torch.channels_last)

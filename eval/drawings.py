@@ -95,6 +95,16 @@ def survival_plot(lines: Sequence[Line], time: str) -> Markup:
     return _lines(parts, lines, x, y, f"Survival curves of {', '.join(line.label for line in lines)}")
 
 
+def steps_plot(lines: Sequence[Line], axis: str, level: float | None) -> Markup:
+    """A read-out over the steps of training; level: a dotted line, what it must leave or reach."""
+    values = [*(v for line in lines for v in line.points[:, 1].tolist()), *([level] if level is not None else [])]
+    last = max(float(line.points[:, 0].max()) for line in lines)
+    x, y, parts = _square((0.0, last), (min(values), max(values)), "step", axis)
+    if level is not None:
+        parts.append(_segment(x(0), y(level), x(last), y(level), "chance"))
+    return _lines(parts, lines, x, y, f"{axis} over the steps of {', '.join(line.label for line in lines)}")
+
+
 def scatter_plot(points: np.ndarray, value: str) -> Markup:
     """points: [n, 2], observed and predicted, a disc each; the line where they are equal."""
     low, high, _ = _scale([float(points.min()), float(points.max())])

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from histoscale.data.catalog import Catalog
-from histoscale.data.journal import Journal, scrub
+from histoscale.data.fingerprint import THREADS, slide_bytes
+from histoscale.data.journal import Journal, append_rows
 from histoscale.data.keys import key, keys
 from histoscale.data.normalise.slide import NormaliseConfig, slide_normaliser
 from histoscale.data.readers.pyramid import DecodeError
+from histoscale.data.readers.scale import choose_scale
+from histoscale.data.secrets import scrub
 from histoscale.data.splits import name_key
 from histoscale.data.stain import hed_jitter
-from histoscale.data.storage import Changed, Missing, StorageError, Store
+from histoscale.data.storage import Changed, Missing, StorageError, Store, is_remote
 from histoscale.data.views import hed_draws
 from histoscale.eval.encoder import Encoder
 from histoscale.eval.grid import GridConfig, Ineligible, Part, PipeConfig, SlideParts
@@ -28,6 +31,7 @@ from histoscale.eval.pool import check_pool, pooled
 from histoscale.eval.stores import StoreConfig, StoreError, copy_path, matches, read_attribute, store_path, write_store
 
 STORE_FORMAT = 2  # 2: tiles row by row
+SLIDE = "slide_content"  # attribute: what the slide's bytes were
 
 Stores = dict[int, tuple[Path, dict[str, Any]]]  # of a slide, by copy (0 is the plain one): path, and the attributes that make it
 
@@ -107,14 +111,20 @@ def embed_slides(
     One whose stains cannot be fitted is embedded as it was scanned, and `unnormalised` says why, as its store does. Raises
     EmbedError where no mpp or patch size is known, StoreError for an id that leaves the folder.
     """
-    mpp, patch_px = _magnification(encoder, recipe)
+    check_pool(recipe.pool)
+    mpp, patch_px = magnification(encoder, recipe.grid)
     normaliser = slide_normaliser(catalog, store, recipe.normalise)
     found = Embedded(mpp, patch_px)
     missing = {}
-    for slide in slides:
+    for slide, now in zip(slides, _now(catalog, slides, store), strict=True):
         wanted = _wanted(encoder, catalog, slide, mpp, patch_px, recipe, out)
+        if now is not None:
+            wanted = {copy: (path, {**attrs, SLIDE: now}) for copy, (path, attrs) in wanted.items()}
         absent = {copy: place for copy, place in wanted.items() if not matches(*place)}
-        if absent:
+        if now is not None and absent and _replaced(catalog, slide, store, absent):
+            error = Changed(f"not the file that was indexed: `histoscale index manifest=… out={catalog.uri}` reads it again")
+            _give_up(found.failed, catalog.slides[slide].slide_id, error, absent, out)
+        elif absent:
             missing[slide] = absent
         else:
             found.slides, found.kept = found.slides + 1, found.kept + 1
@@ -221,16 +231,74 @@ def prepare(out: Path, jitter: JitterConfig) -> None:
             partial.unlink()
 
 
-def _magnification(encoder: Encoder, recipe: Recipe) -> tuple[float, int]:
-    check_pool(recipe.pool)
-    grid = recipe.grid
+def magnification(encoder: Encoder, grid: GridConfig) -> tuple[float, int]:
+    """µm per pixel and side of the patches: as asked, else as the encoder was trained. Raises EmbedError where nobody says."""
     mpp, patch_px = grid.mpp or encoder.mpp, grid.patch_px or encoder.tile_px or encoder.size_px
-    if mpp is None:
-        trained = f"was trained at {', '.join(f'{v:g}' for v in encoder.mpps)} µm/px" if encoder.mpps else "does not say its mpp"
-        raise EmbedError(f"the encoder {encoder.name} {trained}: choose one with grid.mpp=")
-    if patch_px is None:
-        raise EmbedError(f"the encoder {encoder.name} takes patches of any size: choose one with grid.patch_px=")
+    missing = {"grid.mpp=0.5": mpp, f"grid.patch_px={encoder.size_px or 224}": patch_px}
+    if mpp is None or patch_px is None:
+        silent = "does not say at how many µm per pixel it was trained" if mpp is None else "takes patches of any size"
+        asked = " ".join(key for key, value in missing.items() if value is None)
+        raise EmbedError(f"the encoder {encoder.name} {silent}: choose, such as {asked}")
     return mpp, patch_px
+
+
+def grid_words(encoder: Encoder, grid: GridConfig) -> str:
+    """One line: what the patches are, and who chose it."""
+    mpp, patch_px = magnification(encoder, grid)
+    words = f"patches of {patch_px} px at {mpp:g} µm/px"
+    if grid.mpp is not None:
+        return words
+    others = [f"{value:g}" for value in encoder.mpps if value != mpp]
+    return f"{words}, the default of {encoder.name}" + (f" (trained at {', '.join(others)} too: grid.mpp=)" if others else "")
+
+
+def check_served(catalog: Catalog, encoder: Encoder, grid: GridConfig) -> None:
+    """Raises EmbedError where not one slide of the catalog has a level for the patches, with what it could serve."""
+    mpp, _ = magnification(encoder, grid)
+    levels = [catalog.level_mpps(slide) for slide in range(len(catalog.slides))]
+
+    def serving(target: float) -> int:
+        return sum(choose_scale(mpps, target, grid.mpp_tolerance, grid.max_upsample) is not None for mpps in levels)
+
+    if any(choose_scale(mpps, mpp, grid.mpp_tolerance, grid.max_upsample) is not None for mpps in levels):
+        return
+    finest = sorted(min(mpps) for mpps in levels)
+    trained = encoder.mpps
+    better = max((*trained, finest[-1]), key=lambda target: (serving(target), target in trained, -abs(target - mpp)))
+    spread = f"{finest[0]:.3g}" + (f" to {finest[-1]:.3g}" if finest[-1] > finest[0] else "")
+    raise EmbedError(
+        f"none of {len(levels)} slides can serve {mpp:g} µm/px (their finest levels: {spread} µm/px): add grid.mpp={better:.3g}"
+    )
+
+
+def _now(catalog: Catalog, slides: Sequence[int], store: Store) -> list[str | None]:
+    """What the bytes of slides are now; None for one that cannot be read: a store of it stays, else its reader says why."""
+    uris = catalog.texts("uri")
+
+    def one(slide: int) -> str | None:
+        try:
+            return slide_bytes(str(uris[slide]), store)
+        except StorageError:
+            return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(one, slides))
+
+
+def _replaced(catalog: Catalog, slide: int, store: Store, stores: Stores) -> bool:
+    """Whether the catalog does not know the file that is there now. The time of change of a file on a disk is no sign alone, as
+    copies have another; with a store of other bytes it is."""
+    uri = catalog.text("uri", slide) or ""
+    indexed, now = catalog.fingerprint(slide), store.fingerprint(uri)
+    others = [path for path, attrs in stores.values() if SLIDE in attrs and matches(path, {**attrs, SLIDE: _said(path)})]
+    return indexed.size != now.size or (indexed.tag != now.tag and (is_remote(uri) or bool(others)))
+
+
+def _said(path: Path) -> str:
+    try:
+        return read_attribute(path, SLIDE)
+    except StoreError:
+        return ""
 
 
 def _wanted(encoder: Encoder, catalog: Catalog, slide: int, mpp: float, patch_px: int, recipe: Recipe, out: Path) -> Stores:
@@ -341,5 +409,4 @@ def _give_up(reasons: dict[str, str], slide_id: str, error: Exception, stores: S
     reasons[slide_id] = scrub(str(error))
     for path, _ in stores.values():
         path.unlink(missing_ok=True)
-    with (out / "failures.jsonl").open("a") as file:
-        file.write(json.dumps({"slide_id": slide_id, "reason": reasons[slide_id]}) + "\n")
+    append_rows(out / "failures.jsonl", [{"slide_id": slide_id, "reason": reasons[slide_id]}])

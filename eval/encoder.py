@@ -25,6 +25,7 @@ from histoscale.eval.pool import patch_mean
 from histoscale.eval.resolution import fitted
 from histoscale.pretrain.checkpoint import read_checkpoint
 from histoscale.pretrain.release import read_backbone
+from histoscale.pretrain.tensorfile import TensorFileError, read_header
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLOUR_NUMBERS = 42
@@ -39,13 +40,14 @@ class Encoder:
     shorter side by `interpolation`, antialiased, then the centre.
 
     hash: of weights, architecture, preprocessing and precision. model: the module, None for `colour`.
-    mpps, tile_px, transductive: as in Architecture.
+    mpps, mpp, tile_px, transductive: as in Architecture.
     """
 
     name: str
     width: int
     size_px: int | None
     mpps: tuple[float, ...]
+    mpp: float | None
     tile_px: int | None
     transductive: bool | None
     mean: tuple[float, float, float]
@@ -56,11 +58,6 @@ class Encoder:
     device: torch.device
     model: nn.Module | None
     tokens: Tokens
-
-    @property
-    def mpp(self) -> float | None:
-        """The magnification it was trained at, where that is one."""
-        return self.mpps[0] if len(self.mpps) == 1 else None
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +132,7 @@ def encoder_of(model: nn.Module, architecture: Architecture, name: str, device: 
         width=int(model.num_features),  # type: ignore[arg-type]
         size_px=side,
         mpps=architecture.mpps,
+        mpp=architecture.mpp,
         tile_px=architecture.tile_px,
         transductive=architecture.transductive,
         mean=architecture.mean,
@@ -210,8 +208,10 @@ def _weights(spec: str, store: Store) -> dict[str, Tensor]:
     if not is_release(spec, store):
         return read_backbone(read_checkpoint(spec), "teacher").state_dict()
     try:
-        return load_file(store.local(f"{spec}/model.safetensors"))
-    except SafetensorError as error:
+        path = store.local(f"{spec}/model.safetensors")
+        read_header(path)
+        return load_file(path)
+    except (SafetensorError, TensorFileError) as error:
         raise EncoderError(f"{spec}/model.safetensors cannot be read: {error}") from error
     except Missing as error:
         raise EncoderError(f"{spec} went away while it was read: {error}") from error
@@ -238,6 +238,7 @@ def _colour_encoder(device: torch.device) -> Encoder:
         width=COLOUR_NUMBERS,
         size_px=None,
         mpps=(),
+        mpp=None,
         tile_px=None,
         transductive=False,
         mean=(0.0, 0.0, 0.0),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from histoscale.data.keys import key, key_array
+from histoscale.data.names import codes
 from histoscale.eval.lbfgs import minimise
 from histoscale.eval.prototype import Directions, centred, prototypes
 
@@ -33,18 +34,18 @@ def draw(labels: np.ndarray, classes: int, units: np.ndarray, most: int, run: in
     One row of each unit in keyed order, then a second one of each, and so on. Raises ValueError for a class with fewer rows.
     """
     places = key_array(seed, "few_shot/row", run, np.arange(len(labels)))
-    names, codes = np.unique(units, return_inverse=True)
-    turns = key_array(seed, "few_shot/unit", run, np.arange(len(names)))
+    own = codes(units)
+    turns = key_array(seed, "few_shot/unit", run, np.arange(own.max(initial=-1) + 1))
     found = []
     for c in range(classes):
         rows = np.flatnonzero(labels == c)
         if len(rows) < most:
             raise ValueError(f"class {c} has {len(rows)} rows in train: few_shot.shots asks for {most}")
-        rows = rows[np.lexsort((places[rows], codes[rows]))]
-        first = np.flatnonzero(np.r_[True, np.diff(codes[rows]) > 0])
+        rows = rows[np.lexsort((places[rows], own[rows]))]
+        first = np.flatnonzero(np.r_[True, np.diff(own[rows]) > 0])
         turn = np.arange(len(rows)) - np.repeat(first, np.diff(np.r_[first, len(rows)]))  # how often its unit came before it
         salt = np.uint64(key(seed, "few_shot/class", run, c))  # another order of units for each class
-        found.append(rows[np.lexsort((turns[codes[rows]] ^ salt, turn))][:most])
+        found.append(rows[np.lexsort((turns[own[rows]] ^ salt, turn))][:most])
     return found
 
 

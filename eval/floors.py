@@ -8,10 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from histoscale.eval.scores.interval import Statistic
 
@@ -73,6 +69,10 @@ def plain_log_probabilities(
     train: np.ndarray, labels: np.ndarray, classes: int, queries: Sequence[np.ndarray], config: FloorsConfig
 ) -> list[np.ndarray]:
     """scikit-learn's logistic regression as it comes, on standardised numbers; as `forest_log_probabilities`."""
+    from sklearn.linear_model import LogisticRegression  # a second of imports, which no other use of this file needs
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     train, labels = _drawn(train, labels, config)
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(train, labels)
     found = []
@@ -87,6 +87,8 @@ def forest_log_probabilities(
     train: np.ndarray, labels: np.ndarray, classes: int, queries: Sequence[np.ndarray], config: FloorsConfig
 ) -> list[np.ndarray]:
     """A random forest on a few numbers a patch: log of the mean leaf shares, [m, classes] for each of the queries."""
+    from sklearn.ensemble import RandomForestClassifier
+
     forest = RandomForestClassifier(config.trees, min_samples_leaf=config.leaf, random_state=config.seed, n_jobs=1)
     forest.fit(*_drawn(train, labels, config))
     found = []

@@ -94,14 +94,22 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def neighbour_gallery(patches: LabelledPatches, outcome: Outcome, features: np.ndarray, pictures: Pictures) -> Gallery:
-    """Reported images of every class beside their nearest training images in the features [n, D], the true class marked."""
-    config = pictures.config
+    """Reported images of every class beside their nearest training images in the features [n, D], the true class marked; with
+    outer folds beside images of other blocks than their own, as any of these may have been learnt from."""
+    config, outer = pictures.config, outcome.role == "outer"
     queries = chosen_rows(patches.labels, outcome.rows, len(patches.classes), config.per_class, config.seed)
-    train = np.setdiff1d(patches.rows("train"), queries) if outcome.role != "outer" else _others(patches, queries)
-    near, cosine = nearest_rows(features, queries, train, config.neighbours)
+    near: list[np.ndarray] = []
+    cosine: list[np.ndarray] = []
+    for query in queries:
+        train = _others(patches, query) if outer else np.setdiff1d(patches.rows("train"), queries)
+        rows, cosines = nearest_rows(features, np.array([query]), train, config.neighbours)
+        near.append(rows[0])
+        cosine.append(cosines[0])
     called = dict(zip(outcome.rows.tolist(), np.exp(outcome.logs).mean(axis=0).argmax(axis=1).tolist(), strict=True))
     strips = []
     for query, rows, cosines in zip(queries.tolist(), near, cosine, strict=True):
+        if not len(rows):
+            continue
         truth = patches.labels[query]
         same = patches.labels[rows] == truth
         beside = [
@@ -112,18 +120,19 @@ def neighbour_gallery(patches: LabelledPatches, outcome: Outcome, features: np.n
         wrong = "" if called[query] == truth else f", called {patches.classes[called[query]]}"
         words = f"{patches.classes[truth]}{wrong} · {int(same.sum())} of {len(rows)}"
         strips.append(Strip(Tile(own, words, None), beside, ""))
+    learnt = "images of other groups, as the set has no training part," if outer else "training images"
     note = (
-        f"Left: reported images, drawn by seed {config.seed} and never by score, with their class, what the probe called them "
-        "where it was wrong, and how many neighbours share their class. Right: their nearest training images by cosine of the "
-        "embedding, with class and cosine; ✓ where it is the class of the left one."
+        f"Left: {'images' if outer else 'reported images'}, drawn by seed {config.seed} and never by score, with their class, "
+        "what the probe called them where it was wrong, and how many neighbours share their class. Right: their nearest "
+        f"{learnt} by cosine of the embedding, with class and cosine; ✓ where it is the class of the left one."
     )
     return Gallery(strips, note)
 
 
-def _others(patches: LabelledPatches, queries: np.ndarray) -> np.ndarray:
-    """Rows of no block that a query comes from: with outer folds any labelled row may have been trained on."""
+def _others(patches: LabelledPatches, query: int) -> np.ndarray:
+    """Rows of another block than the query's: with outer folds any of them may have been trained on."""
     labelled = np.flatnonzero(patches.roles != "")
-    return labelled[~np.isin(patches.blocks[labelled], patches.blocks[queries])]
+    return labelled[patches.blocks[labelled] != patches.blocks[query]]
 
 
 def worst_confusions(patches: LabelledPatches, outcome: Outcome, pictures: Pictures) -> Gallery:

@@ -19,7 +19,7 @@ from histoscale.data.storage import Store
 class GridConfig:
     """Where the patches of a slide lie: a grid without overlap over the tissue.
 
-    mpp: null takes the one that the encoder was trained at. patch_px: null takes the tile that it was trained on, else its input.
+    mpp: null takes the encoder's default. patch_px: null takes the tile that it was trained on, else its input.
     tissue_fraction: least share of tissue in a patch. A level within `mpp_tolerance` of the target is taken unscaled; nothing is
     enlarged more than `max_upsample`.
     """
@@ -32,8 +32,16 @@ class GridConfig:
 
 
 @dataclass(frozen=True)
+class ReadingConfig:
+    """How fast slides are read: threads = regions read at once; read_px = side of a region, level pixels."""
+
+    threads: int
+    read_px: int
+
+
+@dataclass(frozen=True)
 class PipeConfig:
-    """How fast: batch = patches an encoder call; threads = regions read at once; read_px = side of a region, level pixels."""
+    """How fast slides become features: batch = patches an encoder call; threads, read_px: as in ReadingConfig."""
 
     batch: int
     threads: int

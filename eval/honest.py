@@ -79,7 +79,8 @@ def outer_questions(patches: LabelledPatches, folds: int, seed: int) -> list[Que
     rows = np.flatnonzero((patches.roles != "") & (patches.roles != "external"))
     labels = patches.labels[rows]
     if len(np.unique(patches.blocks[rows])) < 2:
-        raise DatasetError(f"{patches.name} has one {patches.groups}: outer folds need at least two, or name parts to train on")
+        unit = "unit that no fold may split" if patches.groups == "none" else patches.groups
+        raise DatasetError(f"{patches.name} has one {unit}: outer folds need at least two, or name parts to train on")
     outside = inner_folds(labels, patches.blocks[rows], folds, seed)
     for held in outside:
         alone = sorted(set(labels[held].tolist()) - set(labels[~held].tolist()))

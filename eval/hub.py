@@ -1,11 +1,12 @@
 """Folders of released models, on this machine or fetched from the Hugging Face hub: JSON and safetensors, nothing else."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+
+from histoscale.data.jsonfiles import JsonError, read_object
 
 # Never pickled weights and never code: what is not fetched cannot be run.
 WANTED = ["*.json", "*.safetensors"]
@@ -50,11 +51,8 @@ def check_safetensors(folder: Path, spec: str) -> None:
 def read_config(folder: Path, spec: str) -> dict[str, Any]:
     """`config.json` of the folder. Raises EncoderError where it is missing or not a JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        return read_object(folder / "config.json")
     except FileNotFoundError:
         raise EncoderError(f"{spec}: {folder} holds no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EncoderError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise EncoderError(f"{folder / 'config.json'} holds a {type(config).__name__}: expected an object")
-    return config
+    except JsonError as error:
+        raise EncoderError(f"{folder / 'config.json'} is not JSON of a model ({error}): fetch it again") from error

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from histoscale.data.catalog import Catalog
-from histoscale.eval.datasets.patches import ROLES
+from histoscale.data.names import fold, is_barcode, patient_key, slide_key
+from histoscale.eval.datasets.patches import ROLES, DatasetError, LabelledPatches
 
 # Set -> its source corpora -> the roles that come from them (reference: the registry of section 1.15).
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -33,11 +34,8 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     "prost40m": ("LEOPARD", "TCGA-PRAD"),
     **dict.fromkeys(("virchow", "uni", "conch", "h-optimus", "prov-gigapath", "hibou", "rudolfv"), ()),
 }  # fmt: skip
-_SUFFIX = re.compile(r"(\.(ome|svs|tiff?|ndpi|mrxs|scn|bif|vmu?s?|czi|dcm|isyntax|svslide|zarr|h5|png|jpe?g))+$", re.IGNORECASE)
-_TCGA = re.compile(r"TCGA-\w{2}-\w{4}(-\w+)*", re.IGNORECASE)
-_CAMELYON = re.compile(r"(?:camelyon16_)?(?:train_)?((?:normal|tumor|test)_\d{3})", re.IGNORECASE)
-_PATIENT_FIELDS = 3  # of a TCGA barcode: project, source site, participant
 _SHOWN = 4
+_READ = 64  # pictures that are looked at together
 
 
 class Sourced(Protocol):
@@ -102,28 +100,12 @@ def trained_rows(catalog: Catalog, roles: Sequence[str] | None) -> list[int] | N
     found = catalog.labels("role")
     if roles is None or not any(found):
         return None
-    rows = [i for i, role in enumerate(found) if role in roles]
+    wanted = {fold(role) for role in roles}
+    rows = [i for i, role in enumerate(found) if role and fold(str(role)) in wanted]
     if not rows:
         known = ", ".join(sorted({str(role) for role in found if role}))
         raise ValueError(f"pretraining_roles={list(roles)} selects no slide of the pretraining catalog: its roles are {known}")
     return rows
-
-
-def slide_key(slide_id: str) -> str:
-    """The id by which a slide is the same everywhere: without file suffixes, TCGA barcodes without the file's UUID, Camelyon16
-    slides by the challenge's own name."""
-    text = _SUFFIX.sub("", slide_id.strip())
-    barcode = _TCGA.match(text)
-    if barcode:
-        return barcode[0].upper()
-    camelyon = _CAMELYON.fullmatch(_told_test(text))
-    return camelyon[1].lower() if camelyon else text.lower()
-
-
-def patient_key(patient_id: str) -> str:
-    """The id by which a patient is the same everywhere: of TCGA barcodes the first three fields."""
-    barcode = _TCGA.match(patient_id.strip())
-    return "-".join(barcode[0].upper().split("-")[:_PATIENT_FIELDS]) if barcode else patient_id.strip().lower()
 
 
 def find_leaks(patches: Sourced, corpus: Corpus) -> list[Leak]:
@@ -131,7 +113,7 @@ def find_leaks(patches: Sourced, corpus: Corpus) -> list[Leak]:
     slides = patches.patients if patches.groups == "slide" else patches.slide_ids
     known = _Barcodes.of(corpus.slide_ids)
     seen_patients = {patient_key(name) for name in corpus.patient_ids}
-    seen_patients |= {patient_key(name) for name in corpus.slide_ids if _TCGA.match(name)}
+    seen_patients |= {patient_key(name) for name in corpus.slide_ids if is_barcode(name)}
     slide_hit = {name: known.holds(name) for name in set(slides.tolist())}
     slides_of_row = np.array([slide_hit[name] for name in slides.tolist()], dtype=bool)
     people = _patients(patches, slides)
@@ -159,8 +141,9 @@ def published_corpora(encoder: str) -> tuple[str, ...] | None:
 
 def recorded_corpora(card: Mapping[str, Any]) -> tuple[str, ...]:
     """Corpora that a release's MODEL.json names under `corpora`, at its top or in `data`; () where it says nothing."""
-    named = card.get("corpora") or (card.get("data") or {}).get("corpora") or ()
-    return (named,) if isinstance(named, str) else tuple(str(name) for name in named)
+    data = card.get("data")
+    named = card.get("corpora") or (data.get("corpora") if isinstance(data, Mapping) else None) or ()
+    return tuple(str(name) for name in named) if isinstance(named, list | tuple) else (str(named),)
 
 
 def trained_on(card: Mapping[str, Any], catalog_hash: str) -> bool:
@@ -201,6 +184,78 @@ def duplicates(hashes: Sequence[Hashable], roles: np.ndarray) -> list[Duplicate]
     return [Duplicate(rows, found) for rows, found in pairs if len(found) > 1]
 
 
+def twin_words(hashes: Sequence[Hashable], roles: np.ndarray) -> list[str]:
+    """Equal pictures in several roles, in a sentence."""
+    twins = duplicates(hashes, roles)
+    if not twins:
+        return []
+    parts = sorted({" and ".join(twin.roles) for twin in twins})
+    return [f"leakage: {len(twins)} pictures stand in several parts ({'; '.join(parts)}), pixel for pixel"]
+
+
+def join_copies(patches: LabelledPatches, hashes: np.ndarray) -> tuple[LabelledPatches, tuple[str, ...]]:
+    """(the set with all copies of a picture in one block, patient and slide, what was joined in a sentence).
+
+    hashes: [n], of the pixels. Copies are looked for among the rows that learn and choose, and inside each tested role: there no
+    fold and no interval may take them for two. Pictures of one colour alone say nothing of where they are from, and stay apart.
+    Raises DatasetError where one unit is left of a set that is reported by folds.
+    """
+    part = np.where(patches.roles == "select", "train", patches.roles)
+    places: dict[tuple[str, Hashable], list[int]] = {}
+    for row, key in enumerate(zip(part.tolist(), hashes.tolist(), strict=True)):
+        if key[0]:
+            places.setdefault(key, []).append(row)
+    copies = [rows for rows in places.values() if len(rows) > 1]
+    torn = [rows for rows in copies if len({(patches.blocks[i], patches.patients[i]) for i in rows}) > 1]
+    plain = _of_one_colour(patches, [rows[0] for rows in torn])
+    linked = [rows for rows in torn if rows[0] not in plain]
+    said = []
+    if plain:
+        said.append(f"{len(plain)} pictures of one colour alone stand several times, and are taken for different ones")
+    if not linked:
+        return patches, tuple(said)
+    before = len(np.unique(patches.blocks[patches.roles != ""]))
+    joined = replace(patches, blocks=_joined(patches.blocks, linked), patients=_joined(patches.patients, linked))
+    if (patches.slide_ids[patches.roles != ""] != "").all():
+        joined = replace(joined, slide_ids=_joined(patches.slide_ids, linked))
+    after = len(np.unique(joined.blocks[joined.roles != ""]))
+    if after < 2 and patches.usage.choose == "outer":
+        raise DatasetError(
+            f"{patches.name}: {len(linked)} pictures stand several times, pixel for pixel, and tie all {before} units together, "
+            "so that no fold can be held out: keep one copy of each"
+        )
+    unlike = sum(len(set(patches.labels[rows].tolist())) > 1 for rows in linked)
+    labels = f", {unlike} of them under different labels" if unlike else ""
+    said.append(
+        f"copies: {len(linked)} pictures stand several times, pixel for pixel ({sum(map(len, linked))} images{labels}); the "
+        f"copies of one are one unit in folds and intervals, so that {before} units became {after}"
+    )
+    return joined, tuple(said)
+
+
+def _of_one_colour(patches: LabelledPatches, rows: Sequence[int]) -> set[int]:
+    found: set[int] = set()
+    for start in range(0, len(rows), _READ):
+        some = np.array(rows[start : start + _READ], np.int64)
+        found |= {int(row) for row, image in zip(some, patches.read(some), strict=True) if (image == image[:, :1, :1]).all()}
+    return found
+
+
+def _joined(names: np.ndarray, linked: Sequence[Sequence[int]]) -> np.ndarray:
+    """Names [n] in which those of linked rows have become one, the first in the order of folded names."""
+    above = {name: name for name in names.tolist()}
+
+    def top(name: str) -> str:
+        while above[name] != name:
+            above[name] = name = above[above[name]]
+        return name
+
+    for rows in linked:
+        tops = sorted({top(names[i]) for i in rows}, key=lambda name: (fold(name), name))
+        above.update(dict.fromkeys(tops, tops[0]))
+    return np.array([top(name) for name in names.tolist()])
+
+
 # Names.
 
 
@@ -226,19 +281,14 @@ def _beginnings(key: str) -> list[str]:
     if not key.startswith("TCGA-"):
         return []
     parts = key.split("-")
-    return ["-".join(parts[:count]) for count in range(_PATIENT_FIELDS + 1, len(parts))]
+    return ["-".join(parts[:count]) for count in range(len(patient_key(key).split("-")) + 1, len(parts))]
 
 
 def _patients(patches: Sourced, slides: np.ndarray) -> list[str]:
     """The patient of each row: the set's own, or the one in a TCGA barcode, or ""."""
     if patches.groups == "patient":
         return [str(name) for name in patches.patients.tolist()]
-    return [patient_key(name) if _TCGA.match(name) else "" for name in slides.tolist()]
-
-
-def _told_test(text: str) -> str:
-    """PCam writes the slide test_001 as camelyon16_test_001."""
-    return re.sub(r"^camelyon16_(test_\d{3})$", r"\1", text, flags=re.IGNORECASE)
+    return [patient_key(name) if is_barcode(name) else "" for name in slides.tolist()]
 
 
 def same_collection(one: str, other: str) -> bool:
@@ -248,4 +298,4 @@ def same_collection(one: str, other: str) -> bool:
 
 def _family(corpus: str) -> str:
     """Camelyon16, Camelyon17 and CAMELYON hold slides of one collection; so do TCGA and its projects."""
-    return re.split(r"[-_ \d]", corpus.strip().lower())[0]
+    return re.split(r"[-_ \d]", fold(corpus))[0]

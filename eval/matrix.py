@@ -15,7 +15,8 @@ _ROLES = ("report", "outer", "select")  # of the number that stands for a set: t
 class Overview:
     """One protocol and probe. rows: (encoder, embedding, resolution), floors last. sets: (data set, role, metric).
 
-    cells: [rows][sets], None where it was not scored. mean_over: places of the sets that enter `means`; fewer than two: no mean.
+    cells: [rows][sets], None where it was not scored. common: places of the sets that every encoder has, mean_over: of those
+    among them that enter `means`; fewer than two: no mean.
     """
 
     protocol: str
@@ -23,6 +24,7 @@ class Overview:
     rows: tuple[tuple[str, str, str], ...]
     sets: tuple[tuple[str, str, str], ...]
     cells: tuple[tuple[Score | None, ...], ...]
+    common: tuple[int, ...]
     mean_over: tuple[int, ...]
     means: tuple[float | None, ...]
 
@@ -76,7 +78,7 @@ def _overview(protocol: str, probe: str, inside: Sequence[Score], sets: Sequence
     metric = sets[common[0]][2] if common else ""
     mean_over = tuple(place for place in common if sets[place][2] == metric)
     means = tuple(_mean([row[place] for place in mean_over]) if len(mean_over) > 1 else None for row in cells)
-    return Overview(protocol, probe, tuple(rows), tuple(sets), cells, mean_over, means)
+    return Overview(protocol, probe, tuple(rows), tuple(sets), cells, tuple(common), mean_over, means)
 
 
 def _known(score: Score | None) -> bool:

@@ -19,7 +19,6 @@ from histoscale.data.journal import Journal
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks
 from histoscale.eval.architecture import Architecture, untrained
-from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import AnyDataset
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, hash_of
 from histoscale.eval.encoder import tokens_of
@@ -28,6 +27,7 @@ from histoscale.eval.knn import knn_on_features
 from histoscale.eval.logistic import Rows, Standard
 from histoscale.eval.pool import check_pool, patch_mean, pooled
 from histoscale.eval.probe import ProbeConfig, choose_penalty, fit_final, inner_folds, try_penalties
+from histoscale.eval.resolution import LevelConfig
 from histoscale.eval.scores.interval import IntervalConfig, paired_difference, patient_bootstrap
 
 PROBES = ("linear", "knn")
@@ -45,7 +45,7 @@ class OnlineConfig:
     patches: int
     batch: int
     initialisations: int
-    cut: CutConfig
+    grid: LevelConfig
     probe: ProbeConfig
     interval: IntervalConfig
 

@@ -3,6 +3,7 @@
 No script, nothing fetched; readable in light and dark, on a phone and on paper.
 """
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +14,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from histoscale.data.journal import scrub
+from histoscale.data.secrets import scrubbed
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class Drawing:
     svg: Markup
     caption: str
     kind: str = "drawing"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image: a data URI, from `inline`. words: what it shows, for those who do not see it. caption: below it."""
+
+    image: str
+    words: str
+    caption: str
+    kind: str = "picture"
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class Folded:
     kind: str = "folded"
 
 
-Part = Heading | Prose | Grid | Drawing | Matrix | Gallery | Legend | Notes | Folded
+Part = Heading | Prose | Grid | Drawing | Picture | Matrix | Gallery | Legend | Notes | Folded
 
 
 @dataclass(frozen=True)
@@ -150,11 +161,16 @@ class Chapter:
     parts: Sequence[Part]
 
 
+def inline(data: bytes, kind: str) -> str:
+    """The bytes of a picture (`png`, `jpeg`) as a data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def write_page(path: Path, title: str, lead: str, facts: Mapping[str, str], chapters: Sequence[Chapter]) -> None:
     """Render to `path`, whole or not at all. facts: what it is of -> the value."""
     template = resources.files("histoscale.eval").joinpath("patch_report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_scrubbed
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=without_credentials
     )
     page = environment.from_string(template).render(title=title, lead=lead, facts=facts, chapters=chapters)
     partial = path.with_suffix(".partial")
@@ -162,6 +178,8 @@ def write_page(path: Path, title: str, lead: str, facts: Mapping[str, str], chap
     partial.replace(path)
 
 
-def _scrubbed(value: Any) -> Any:
-    """Names of encoders and stores may carry credentials; pictures and drawings are ours, and long."""
-    return scrub(value) if isinstance(value, str) and not isinstance(value, Markup) and not value.startswith("data:") else value
+def without_credentials(value: Any) -> Any:
+    """Names of encoders and stores may carry them, in drawings too; pictures are ours, and long."""
+    if not isinstance(value, str) or value.startswith("data:"):
+        return value
+    return Markup(scrubbed(str(value))) if isinstance(value, Markup) else scrubbed(value)

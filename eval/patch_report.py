@@ -131,24 +131,35 @@ def write_patch_report(
     protocols = dict.fromkeys(row.protocol for block in found for row in block.published)
     words += [f"{protocol}: {PROTOCOLS[protocol]}." for protocol in protocols if protocol in PROTOCOLS]
     chapters.append(Chapter("How to read this page", [Prose("\n\n".join(words))]))
-    write_page(path, title, _lead(found), _facts(found), chapters)
+    write_page(path, title, _lead(found, sets), _facts(found), chapters)
 
 
-def _lead(found: Sequence[Block]) -> str:
-    encoders = dict.fromkeys(line.encoder for block in found for line in block.lines if not line.floor and not line.minus)
+def _subjects(block: Block) -> list[Line]:
+    """The lines that the page is about: of encoders, or of a floor that was asked for alone."""
+    own = [line for line in block.lines if not line.minus]
+    return [line for line in own if not line.floor] or own
+
+
+def _lead(found: Sequence[Block], sets: Sequence[SetResults]) -> str:
+    encoders = dict.fromkeys(line.encoder for block in found for line in _subjects(block))
     datasets = dict.fromkeys(block.dataset for block in found)
+    whole = [results.patches.name for results in sets if results.patches.usage.choose == "outer"]
+    fitted = "Probes were fitted on the training part alone"
+    if whole:
+        which = "The set has" if len(datasets) == 1 else f"{', '.join(whole)} have"
+        fitted = f"{which} no training part: every image was scored by a probe that was fitted on folds without it"
     return (
-        f"Frozen features of {', '.join(encoders)} on {', '.join(datasets)}. Probes were fitted on the training part alone; "
-        "every score stands beside its floors, with an interval that respects patients."
+        f"Frozen features of {', '.join(encoders)} on {', '.join(datasets)}. {fitted}; every score stands beside its floors, "
+        "with an interval that respects patients."
     )
 
 
 def _facts(found: Sequence[Block]) -> dict[str, str]:
     """The first encoder's first metric, and by how much it is above the floors."""
-    block = next((block for block in found if any(not line.floor for line in block.lines)), None)
+    block = next((block for block in found if _subjects(block)), None)
     if block is None:
         return {}
-    line = next(line for line in block.lines if not line.floor and not line.minus)
+    line = _subjects(block)[0]
     metric = next(iter(line.cells))
     facts = {f"{metric_words(metric)} on {block.dataset}, protocol {block.protocol}": number(line.cells[metric])}
     above = {"random": "above the same architecture untrained", "colour": "above colour alone"}
@@ -293,11 +304,12 @@ def _curve(label: str, own: Sequence[Score]) -> Curve:
 
 def _set_chapters(results: SetResults, config: ReportConfig, pictures: Pictures) -> list[Chapter]:
     """Classes, confusions and calibration of every encoder's first probe, then the pictures of the first of them."""
-    shown = [
+    linear = [
         (resolution, outcome)
         for resolution, outcomes in results.outcomes.items() for outcome in outcomes
-        if outcome.probe == "linear" and outcome.encoder not in FLOORS and len(outcome.rows)
+        if outcome.probe == "linear" and len(outcome.rows)
     ]  # fmt: skip
+    shown = [pair for pair in linear if pair[1].encoder not in FLOORS] or linear  # a floor that was asked for alone
     if not shown:
         return []
     name = results.patches.name
@@ -313,8 +325,8 @@ def _set_chapters(results: SetResults, config: ReportConfig, pictures: Pictures)
     form = f"{outcome.encoder}, {outcome.embedding}, protocol {outcome.protocol}"
     galleries: list[Part] = []
     if outcome.encoder in results.features and config.gallery.per_class:
-        galleries.append(Heading("Nearest neighbours", form))
-        galleries.append(neighbour_gallery(results.patches, outcome, results.features[outcome.encoder], pictures))
+        neighbours = neighbour_gallery(results.patches, outcome, results.features[outcome.encoder], pictures)
+        galleries += [Heading("Nearest neighbours", form), neighbours]
     mistakes = worst_confusions(results.patches, outcome, pictures)
     if mistakes.strips:
         galleries += [Heading("Worst confusions", form), mistakes]

@@ -8,6 +8,7 @@ groups, positive, encoders, outcomes: [{resolution, encoder, embedding, protocol
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +17,17 @@ from typing import Any
 import numpy as np
 
 from histoscale.data.journal import plain
+from histoscale.data.jsonfiles import parse_object
+from histoscale.data.secrets import scrubbed
 from histoscale.eval.datasets.patches import LabelledPatches
 from histoscale.eval.results import Outcome, Score
 from histoscale.eval.scores.interval import Interval
 
 FORMAT = "histoscale-predictions-1"
 FILE = "predictions.npz"
+# of a zip, its streams, its arrays (a shape beyond any memory among them) and its JSON
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError,
+           zipfile.BadZipFile, zlib.error)  # fmt: skip
 _OUTCOME = ("encoder", "embedding", "protocol", "probe", "role", "note")
 
 
@@ -71,7 +77,7 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
         "scores": [asdict(score) for score in predictions.scores],
     }
     arrays: dict[str, np.ndarray] = {
-        "about": np.frombuffer(json.dumps(plain(about), allow_nan=False).encode(), np.uint8),
+        "about": np.frombuffer(json.dumps(scrubbed(plain(about)), allow_nan=False).encode(), np.uint8),
         "labels": predictions.labels.astype(np.int64),
         "patients": predictions.patients.astype(np.str_),
         "roles": predictions.roles.astype(np.str_),
@@ -90,7 +96,7 @@ def load_predictions(path: Path) -> Predictions:
     """Read a file of `save_predictions`. Raises PredictionsError where it is missing, damaged, or of another format."""
     try:
         with np.load(path, allow_pickle=False) as held:
-            about = json.loads(held["about"].tobytes())
+            about = parse_object(held["about"].tobytes())
             if about.get("format") != FORMAT:
                 raise PredictionsError(f"{path} has the format {about.get('format')!r}: expected {FORMAT!r}; run the probe again")
             labels, patients, roles = held["labels"], held["patients"], held["roles"]
@@ -105,19 +111,22 @@ def load_predictions(path: Path) -> Predictions:
             positive=about["positive"], encoders=about["encoders"], labels=labels, patients=patients, roles=roles,
             outcomes=outcomes, scores=scores,
         )  # fmt: skip
+        _check(path, predictions)
+        return predictions
     except PredictionsError:
         raise
     except FileNotFoundError:
         raise PredictionsError(f"{path} is missing: expected the folder of a finished `histoscale probe` run") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except _BROKEN as error:
         raise PredictionsError(f"{path} is not a whole file of predictions ({error}); run the probe again") from None
-    _check(path, predictions)
-    return predictions
 
 
 def _check(path: Path, held: Predictions) -> None:
     n, classes = len(held.labels), len(held.classes)
-    wrong = len(held.patients) != n or len(held.roles) != n
+    rows_of = [outcome.rows for found in held.outcomes.values() for outcome in found]
+    wrong = any(array.ndim != 1 or array.dtype.kind not in kinds for array, kinds in (
+        (held.labels, "i"), (held.patients, "U"), (held.roles, "U"), *((rows, "i") for rows in rows_of)))  # fmt: skip
+    wrong = wrong or len(held.patients) != n or len(held.roles) != n
     wrong = wrong or (n > 0 and not 0 <= held.labels.min() <= held.labels.max() < classes)
     for outcome in (outcome for found in held.outcomes.values() for outcome in found):
         rows = outcome.rows

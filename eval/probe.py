@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
+from histoscale.data.names import codes
 from histoscale.eval.logistic import Fits, Rows, Standard, fit
 
 Tried = tuple[float, float, float]  # penalty, mean held-out log-loss, its standard error
@@ -111,14 +112,18 @@ def fit_final(rows: Rows, labels: np.ndarray, classes: int, penalty: float, conf
 def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """bool [folds, n]: which rows each fold holds out. Stratified by label, groups whole; with fewer groups, one fold a group.
 
-    Raises ValueError with a single group, inside which nothing can be chosen.
+    Raises ValueError with a single group, inside which nothing can be chosen, and where every class has fewer rows than folds.
     """
     # Here, because 50 MiB of it would stand in every worker of a command that merely knows this file's configuration.
     from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
 
+    groups = codes(groups)
     count = len(np.unique(groups))
     if count < 2:
         raise ValueError(f"train has {count} patient: choosing a penalty needs at least two")
+    most = int(np.unique(labels, return_counts=True)[1].max())
+    if folds <= count and most < folds:
+        raise ValueError(f"no class has over {most} images to choose with, and probe.folds={folds}: set probe.folds={most}")
     rows = np.zeros(len(labels))
     if count < folds:
         splits = LeaveOneGroupOut().split(rows, labels, groups)

@@ -13,6 +13,22 @@ POLICIES = ("resize", "eva", "native")
 
 
 @dataclass(frozen=True)
+class LevelConfig:
+    """How patches are cut from slides: a level within `mpp_tolerance` of the target is taken unscaled, and nothing is enlarged
+    more than `max_upsample`."""
+
+    mpp_tolerance: float
+    max_upsample: float
+
+
+@dataclass(frozen=True)
+class TargetConfig(LevelConfig):
+    """mpp: of the tiles of `resolution=native`, as in ResolutionConfig."""
+
+    mpp: float | None
+
+
+@dataclass(frozen=True)
 class ResolutionConfig:
     """How images become inputs of an encoder of `size_px`.
 
@@ -88,21 +104,26 @@ class View:
         return min(high, wide) / min(height, width), count, count * side * side / (high * wide)
 
 
+def check_resolution(config: ResolutionConfig) -> None:
+    """Raises ResolutionError for another policy, and for a target that is none or not `native`'s."""
+    if config.name not in POLICIES:
+        raise ResolutionError(f"resolution is {config.name!r}: expected one of {', '.join(POLICIES)}")
+    if config.mpp is not None and config.name != "native":
+        raise ResolutionError(f"grid.mpp is {config.mpp:g}: only resolution=native has a target, set null for {config.name}")
+    if config.mpp is not None and not config.mpp > 0:
+        raise ResolutionError(f"grid.mpp is {config.mpp:g}: expected µm per pixel above 0")
+
+
 def view_of(size_px: int | None, interpolation: str, config: ResolutionConfig, mpp: float | None) -> View:
     """The view of an encoder on images of `mpp` µm per pixel (None: unknown).
 
     Raises ResolutionError for another policy, for a target that is not `native`'s, and for one without a known mpp.
     """
-    if config.name not in POLICIES:
-        raise ResolutionError(f"resolution.name is {config.name!r}: expected one of {', '.join(POLICIES)}")
-    if config.mpp is not None and config.name != "native":
-        raise ResolutionError(f"resolution.mpp is {config.mpp:g}: only native has a target, set null for {config.name}")
-    if config.mpp is not None and not config.mpp > 0:
-        raise ResolutionError(f"resolution.mpp is {config.mpp:g}: expected µm per pixel above 0")
+    check_resolution(config)
     if config.mpp is not None and mpp is None:
         raise ResolutionError(
-            f"resolution.mpp is {config.mpp:g} but the µm per pixel of the images are unknown: set dataset.mpp=, or "
-            "resolution.mpp=null to tile the images as they are"
+            f"grid.mpp is {config.mpp:g} but the µm per pixel of the images are unknown: set dataset.mpp=, or "
+            "grid.mpp=null to tile the images as they are"
         )
     scale = 1.0 if config.mpp is None or mpp is None else mpp / config.mpp
     if size_px is None:

@@ -3,6 +3,7 @@
 This is where reported labels are opened: once a role, counted by `Truth`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from histoscale.eval.scores.classification import (
     quadratic_kappa_of,
 )
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling
+from histoscale.eval.scores.rare import ONE_CLASS, of_classes
 
 FLOORS = ("random", "colour")
 COUNTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -28,6 +30,7 @@ COUNTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "accuracy": accuracy_of,
     "quadratic_kappa": quadratic_kappa_of,
 }
+OF_CLASSES = ("balanced_accuracy", "macro_f1", "quadratic_kappa", "auroc")  # which say nothing of one class
 OF_PROBABILITIES = ("log_loss", "ece", "brier")  # only of fits that minimise the log-loss
 METRICS = (*COUNTED, "auroc", *OF_PROBABILITIES)
 
@@ -157,11 +160,15 @@ Measured = tuple[Interval, np.ndarray]
 
 
 def _measured(metric: str, outcomes: list[Outcome], cell: _Cell, patches: LabelledPatches) -> Measured | None:
-    """None where the metric has no meaning."""
-    if metric == "auroc":
-        return _areas(outcomes, cell)
+    """None where the metric has no meaning; no number, with the reason, where all rows are of one class."""
     if metric == "quadratic_kappa" and patches.name not in cell.config.ordered:
         return None
+    if metric in OF_CLASSES and len(np.unique(cell.labels)) < 2:
+        units = len(cell.labels)
+        held = Interval(math.nan, None, None, int(cell.draws.codes.max()) + 1, units, ONE_CLASS)
+        return held, np.full(1, math.nan)
+    if metric == "auroc":
+        return _areas(outcomes, cell)
     if metric in ("ece", "brier") and cell.positive is None:
         return None
     if metric in OF_PROBABILITIES and not all(_is_probabilistic(one) for one in outcomes):
@@ -177,7 +184,9 @@ def _measured(metric: str, outcomes: list[Outcome], cell: _Cell, patches: Labell
         return means[0] if len(means) == 1 else means[0] - means[1]
 
     sums = np.concatenate([one for one, _ in parts], 1)
-    return cell.draws.interval(sums, statistic), runs_of(sums.sum(0))[0]
+    found, level = cell.draws.interval(sums, statistic), cell.config.interval.level if len(outcomes) == 1 else None
+    found = of_classes(found, cell.labels, cell.draws.codes, level) if metric in OF_CLASSES else found
+    return found, runs_of(sums.sum(0))[0]
 
 
 def _sums(metric: str, outcome: Outcome, cell: _Cell) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:

@@ -103,19 +103,20 @@ def run_segmentation(
     masks: LabelledMasks,
     config: SegmentConfig,
     interval: IntervalConfig,
+    batch: int,
     folder: Path,
     journal: Journal,
 ) -> Segmentation:
     """Decoders on the tokens of every encoder, of the `untrained` ones (together the floor `random`), and on colour alone.
 
-    folder: keeps views and tokens under the hashes of data and encoder. Colour is the first encoder's decoder and normalisation
-    with every token at zero. Fits run on the first encoder's device.
+    batch: views encoded at a time. folder: keeps views and tokens under the hashes of data and encoder. Colour is the first
+    encoder's decoder and normalisation with every token at zero. Fits run on the first encoder's device.
     Raises SegmentError for a configuration or encoder that cannot be, DatasetError from the set.
     """
     _check(encoders, masks, config)
     device = encoders[0].device
     materials = {
-        side: Material(masks, side, config.fit.seed, config.feed, folder, journal)
+        side: Material(masks, side, config.fit.seed, config.feed, batch, folder, journal)
         for side in dict.fromkeys(_side(encoder) for encoder in (*encoders, *untrained))
     }
     cells: list[_Cell] = []

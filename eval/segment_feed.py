@@ -40,12 +40,11 @@ class FeedConfig:
     """tokens: how they are kept: `fp16` or `fp32` on disk, or `recompute` with every batch.
 
     crops: how many random crops of an image are drawn once and kept (a set without tiles); null draws and encodes fresh ones in
-    every epoch, as eva does. encode_batch: views an encoder call. piece: views a file. images_in_memory: decoded ones held.
+    every epoch, as eva does. piece: views a file. images_in_memory: decoded ones held.
     """
 
     tokens: str
     crops: int | None
-    encode_batch: int
     piece: int
     images_in_memory: int
 
@@ -54,17 +53,19 @@ class Material:
     """The views of a set at `side` px, cut once into `folder`, and the feeds of any encoder over them.
 
     score: the views that are scored, of train and report. items: of training, a tile or an image each; item_images: int64
-    [items], their rows in the set. Raises SegmentError for a configuration that cannot be.
+    [items], their rows in the set. batch: views encoded at a time. Raises SegmentError for a configuration that cannot be.
     """
 
-    def __init__(self, masks: LabelledMasks, side: int, seed: int, config: FeedConfig, folder: Path, journal: Journal) -> None:
+    def __init__(
+        self, masks: LabelledMasks, side: int, seed: int, config: FeedConfig, batch: int, folder: Path, journal: Journal
+    ) -> None:
         if config.tokens not in TOKENS:
             raise SegmentError(f"segment.feed.tokens is {config.tokens!r}: expected one of {', '.join(TOKENS)}")
         if config.crops is not None and config.crops < 1:
             raise SegmentError(
                 f"segment.feed.crops is {config.crops}: expected at least 1, or null for fresh crops in every epoch"
             )
-        self.masks, self.side, self.seed = masks, side, seed
+        self.masks, self.side, self.seed, self.batch = masks, side, seed, batch
         self.config, self.folder, self.journal = config, folder, journal
         self.cutter = Cutter(masks, config.images_in_memory)
         self.score = score_views(masks)
@@ -116,7 +117,7 @@ class Material:
         def encoded(pixels: np.ndarray) -> Tensor:
             if zeroed:
                 return torch.zeros(1, *grid).expand(len(pixels), -1, -1)
-            return encode(encoder, pixels, self.config.encode_batch)
+            return encode(encoder, pixels, self.batch)
 
         def stored(cut: _Cut) -> Callable[[np.ndarray], Batch]:
             kept = None if zeroed or self.config.tokens == "recompute" else self._encode_once(encoder, cut)
@@ -155,7 +156,7 @@ class Material:
         store = ArrayStore(self.folder / f"tokens-{encoder.hash}-{self.config.tokens}-{cut.digest}", cut.count, self.config.piece)
 
         def make(rows: np.ndarray) -> np.ndarray:
-            tokens = encode(encoder, cut[rows][0], self.config.encode_batch).numpy()
+            tokens = encode(encoder, cut[rows][0], self.batch).numpy()
             with np.errstate(over="ignore"):
                 kept = tokens.astype(kind)
             if not np.isfinite(kept).all():

@@ -1,4 +1,4 @@
-"""What training does to patches, as one picture: every augmentation by itself, then the views that the model sees."""
+"""What a model learns from, as pictures: patches side by side, and what training does to them, one augmentation at a time."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +10,17 @@ from torch import Tensor
 from histoscale.data.views import ViewsConfig, make_views
 
 _SIDE, _GAP, _LABEL = 112, 4, 230  # px of a tile, between tiles, of the words on the left
+
+
+def patch_sheet(patches: np.ndarray, columns: int, gap_px: int = 3) -> np.ndarray:
+    """uint8 [N, 3, S, S] -> one uint8 picture [rows*(S+gap)-gap, columns*(S+gap)-gap, 3] on white."""
+    n, _, side, _ = patches.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (side + gap_px) - gap_px, columns * (side + gap_px) - gap_px, 3), 255, np.uint8)
+    for i, patch in enumerate(patches):
+        y, x = (i // columns) * (side + gap_px), (i % columns) * (side + gap_px)
+        sheet[y : y + side, x : x + side] = patch.transpose(1, 2, 0)
+    return sheet
 
 
 def view_sheet(pixels: Tensor, seed: int, slots: Tensor, config: ViewsConfig) -> np.ndarray:

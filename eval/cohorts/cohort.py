@@ -1,6 +1,5 @@
 """A public cohort as rows of a manifest: what each adapter returns, its published counts, and labels of another table."""
 
-import csv
 import hashlib
 import os
 from collections import Counter
@@ -8,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from histoscale.data.delimited import TableError, read_delimited
 from histoscale.data.manifest import check_slide_id
-from histoscale.eval.leakage import patient_key, slide_key
+from histoscale.data.names import nearest, patient_key, slide_key, value_key
+from histoscale.data.spreadsheet import write_table
 
 COUNTS = ("published", "any")
 KEYS = ("slide_id", "patient_id")
@@ -35,7 +36,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Labels of another table (CSV, or tab-separated by its suffix .tsv). path: null for none. key: its column that names slides
+    """Labels of another table (commas, semicolons or tabs). path: null for none. key: its column that names slides
     or patients, `by` says which. columns: of the table -> of the manifest; a column of that name is replaced where the table has
     a value."""
 
@@ -94,21 +95,15 @@ def _files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
-    """Rows of a table with a header, cells stripped. Raises CohortError: no such file, no UTF-8, a column is missing."""
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a table with a header, in any form of `read_delimited`. Raises CohortError: no such file, no text, a column is
+    missing."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
-            if missing:
-                raise CohortError(
-                    f"{path} lacks the column {', '.join(missing)}: expected {', '.join(columns)}, found "
-                    f"{', '.join(map(str, reader.fieldnames or ())) or 'none'}"
-                )
-            rows = [{str(k): (v or "").strip() for k, v in row.items() if k is not None} for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        return [row for _, row in read_delimited(path.read_bytes(), str(path), columns).rows]
+    except OSError as error:
         raise CohortError(f"{path} cannot be read as a table ({error}): put it there as it was published") from error
-    return rows
+    except TableError as error:
+        raise CohortError(f"{error}: put the table there as it was published") from error
 
 
 def check_counts(cohort: str, counts: str, published: Mapping[str, int], found: Mapping[str, int]) -> tuple[str, ...]:
@@ -135,12 +130,12 @@ def with_labels(cohort: Cohort, table: LabelTable) -> Cohort:
     named = slide_key if table.by == "slide_id" else patient_key
     found: dict[str, dict[str, str]] = {}
     path = Path(table.path).expanduser()
-    for row in read_table(path, [table.key, *table.columns], "\t" if path.suffix == ".tsv" else ","):
+    for row in read_table(path, [table.key, *table.columns]):
         if not row[table.key]:
             continue
         values = {column: row[source] for source, column in table.columns.items()}
         before = found.setdefault(named(row[table.key]), values)
-        if before != values:
+        if any(value_key(before[column]) != value_key(value) for column, value in values.items()):
             raise CohortError(f"{table.path} says two things of {row[table.key]}: {before} and {values}; keep one row for it")
     matched, changed, rows = 0, 0, []
     for row in cohort.rows:
@@ -151,9 +146,11 @@ def with_labels(cohort: Cohort, table: LabelTable) -> Cohort:
         rows.append({**row, **{column: values.get(column) or before for column, before in old.items()}})
     if not matched:
         example = next((row[table.by] for row in cohort.rows if row[table.by]), "none")
+        near = nearest(example, found)
+        guess = f"; the nearest in the table is {near}" if near else ""
         raise CohortError(
-            f"{table.path} names none of the {len(rows)} slides by labels.key={table.key} (a {table.by} here is {example}): look "
-            "at labels.key and labels.by"
+            f"{table.path} names none of the {len(rows)} slides by labels.key={table.key} "
+            f"(a {table.by} here is {example}{guess}): look at labels.key and labels.by"
         )
     asked = {named(row[table.by]) for row in cohort.rows if row[table.by]}
     absent = len(found.keys() - asked)
@@ -184,9 +181,4 @@ def digest(cohort: Cohort, column: str, part: str) -> str:
 
 def write_manifest(path: Path, cohort: Cohort) -> None:
     """A CSV that `index` and `mil` take, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(cohort.rows[0]))
-        writer.writeheader()
-        writer.writerows(cohort.rows)
-    partial.replace(path)
+    write_table(path, list(cohort.rows[0]), cohort.rows)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
+from histoscale.data.fingerprint import content, contents
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -73,7 +74,7 @@ def open_bach(root: Path, config: PublicConfig, threads: int) -> LabelledPatches
         groups="none",
         mpp=config.mpp,
         size_px=common_side(sizes),
-        hash=hash_of("bach", place, stamps(paths, threads)),
+        hash=hash_of("bach", place, contents(paths)),
         read=ImageFiles(paths, sizes, threads),
         blocks=names,
         slide_ids=np.full(len(paths), ""),
@@ -94,6 +95,7 @@ def _check_truth(photos: Path, paths: list[Path]) -> None:
     """The list of the organisers, where it was unpacked, against the folders."""
     if not (photos / TRUTH).is_file():
         return
+    content(photos / TRUTH)
     with (photos / TRUTH).open(newline="", encoding="utf-8-sig", errors="replace") as file:
         truth = {row[0].strip(): row[1].strip() for row in csv.reader(file) if len(row) > 1}
     for path in paths:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, measure, stamps
+from histoscale.data.fingerprint import contents
+from histoscale.eval.datasets.imagefiles import ImageFiles, measure
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, hash_of
 from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, folder_in, images_in
 
@@ -60,7 +61,7 @@ def open_breakhis(root: Path, config: PublicConfig, threads: int) -> LabelledPat
         groups="slide",
         mpp=config.mpp,
         size_px=None,
-        hash=hash_of("breakhis", [path.relative_to(top).as_posix() for path in paths], stamps(paths, threads)),
+        hash=hash_of("breakhis", [path.relative_to(top).as_posix() for path in paths], contents(paths)),
         read=ImageFiles(paths, measure(paths, threads), threads),
         blocks=numbers,
         slide_ids=ids,

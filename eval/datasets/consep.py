@@ -12,6 +12,7 @@ import numpy as np
 from scipy.io import loadmat, whosmat
 from scipy.io.matlab import MatReadError
 
+from histoscale.data.fingerprint import contents
 from histoscale.eval.datasets.masks import (
     MASK_ROLES,
     LabelledMasks,
@@ -78,7 +79,8 @@ def open_consep(root: Path, config: PublicConfig) -> LabelledMasks:
         return pixels, MERGED[_types(mats[row], keys[row], (pixels.shape[1], pixels.shape[2]))]
 
     names = np.array([path.stem for path in images])
-    stamps = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in (*images, *mats)]
+    files = [*images, *mats]
+    places = [path.relative_to(root).as_posix() for path in files]
     return LabelledMasks(
         name="consep",
         classes=CLASSES,
@@ -92,7 +94,7 @@ def open_consep(root: Path, config: PublicConfig) -> LabelledMasks:
         slide_ids=np.full(len(names), ""),
         mpp=MPP,
         tile_px=TILE_PX,
-        hash=hash_of("consep", stamps, CLASSES, MERGED, TILE_PX, roles),
+        hash=hash_of("consep", places, contents(files), CLASSES, MERGED, TILE_PX, roles),
         read=read,
         notes=("the set names no patients: whether one stands in both parts cannot be checked", *notes),
     )

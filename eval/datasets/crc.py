@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
+from histoscale.data.fingerprint import contents
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -68,7 +69,7 @@ def open_crc(root: Path, config: PublicConfig, threads: int) -> LabelledPatches:
         groups="none",
         mpp=config.mpp,
         size_px=common_side(sizes),
-        hash=hash_of("crc", *names.tolist(), stamps(paths, threads)),
+        hash=hash_of("crc", *names.tolist(), contents(paths)),
         read=ImageFiles(paths, sizes, threads),
         blocks=names,
         slide_ids=np.full(len(paths), ""),

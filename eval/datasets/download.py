@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import json
 import os
 import shutil
 import time
@@ -13,7 +12,8 @@ from email.message import Message
 from pathlib import Path
 
 from histoscale.data.clients.faults import retry_after_s
-from histoscale.data.journal import Journal, write_atomic
+from histoscale.data.journal import Journal, write_json
+from histoscale.data.jsonfiles import read_object
 
 BLOCK = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
@@ -91,9 +91,9 @@ class _Part:
         self.tag, self.size = "", -1
         if path.is_file() and self.about.is_file():
             try:
-                known = json.loads(self.about.read_text())
+                known = read_object(self.about)
                 self.tag, self.size = str(known["etag"]), int(known["size"])
-            except (ValueError, KeyError, TypeError):  # cut off while it was written: begun anew
+            except (ValueError, KeyError, TypeError, OverflowError):  # cut off while it was written: begun anew
                 self.drop()
         elif path.is_file():
             self.drop()
@@ -161,7 +161,7 @@ class _Part:
         if size > free:
             raise FetchError(f"{self.path.parent} has {free} bytes free: {self.path.name} needs {size}; make room")
         self.tag, self.size = tag, size
-        write_atomic(self.about, json.dumps({"url": self.url, "etag": tag, "size": size}))
+        write_json(self.about, {"url": self.url, "etag": tag, "size": size})
         self.path.touch()
 
     def _refused(self, error: urllib.error.HTTPError, held: int) -> None:

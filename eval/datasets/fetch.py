@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from histoscale.data.journal import Journal, write_atomic
+from histoscale.data.journal import Journal, write_json
+from histoscale.data.jsonfiles import read_object
 from histoscale.eval.datasets.download import Digests, FetchError, Patience, digests_of, download
 from histoscale.eval.datasets.sources import ORIGINS, Origin, Source
 from histoscale.eval.datasets.unpack import Damaged, gunzip, unzip
@@ -154,14 +154,14 @@ def _noted(root: Path) -> dict[str, Fetched]:
     if not (root / RECORD).is_file():
         return {}
     try:
-        return {name: Fetched(**row) for name, row in json.loads((root / RECORD).read_text()).items()}
+        return {name: Fetched(**row) for name, row in read_object(root / RECORD).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise FetchError(f"{root / RECORD} is no record of fetched files: remove it and all is checked anew ({error})") from error
 
 
 def _note(root: Path, name: str, made: Fetched) -> None:
     rows = {**_noted(root), name: made}
-    write_atomic(root / RECORD, json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2) + "\n")
+    write_json(root / RECORD, {name: asdict(row) for name, row in rows.items()})
 
 
 @contextlib.contextmanager

@@ -1,18 +1,21 @@
 """Images with labels of your own: a CSV with patients and splits, or folders by split, class and patient."""
 
-import csv
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator
 
-from histoscale.eval.datasets.imagefiles import SUFFIXES, ImageFiles, common_side, measure, stamps
+from histoscale.data.fingerprint import content, contents
+from histoscale.data.names import fold, is_missing, patient_key
+from histoscale.data.picturefolder import Listing, counted, list_pictures
+from histoscale.data.pictures import SUFFIXES
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, dark_note, measure
+from histoscale.eval.datasets.labels import find_image, one_class, one_patient, one_site, read_labels
 from histoscale.eval.datasets.patches import (
     USAGE_OF_OWN,
     DatasetError,
@@ -93,14 +96,18 @@ class _Rows:
 def open_folder(root: Path, config: FolderConfig, threads: int) -> LabelledPatches:
     """Images of any size under `root`. Without patients every image is its own group, and the result says `groups: none`.
 
-    Raises DatasetError: no layout, or more than one, fits; an image is missing, unreadable or listed twice; a patient stands in
-    two roles; a path leaves the folder; a name fits no split or patient; a class has too few patients for what is asked.
+    Classes, patients, sites and splits are one however they are written; what was joined, and files that are no pictures, are
+    notes. Raises DatasetError: no layout, or more than one, fits; an image is missing, unreadable or listed twice; a class folder
+    without an image that is read; a patient stands in two roles; a path leaves the folder; a name fits no split or patient; a
+    class has too few patients for what is asked.
     """
-    layout = _layout(root, config)
-    rows = _csv_rows(root) if layout == "csv" else _folder_rows(root, layout)
+    listing = _listing(root, config)
+    layout = _layout(root, config, listing)
+    rows, notes = _csv_rows(root) if layout == "csv" else _folder_rows(root, layout, listing)
     known = _patients_known(root, rows)
     groups = "patient" if known else "none"
-    rows, roles, notes = _roles(root, config, layout, rows)
+    rows, roles, said = _roles(root, config, layout, rows)
+    notes = (*notes, *said)
     outer = not len(roles)
     paths = [root / name for name in rows.paths]
     patients = np.array(rows.patients if known else rows.paths)
@@ -114,6 +121,7 @@ def open_folder(root: Path, config: FolderConfig, threads: int) -> LabelledPatch
     classes, labels = encode_labels(rows.labels, roles == "train", str(root))
     if not known:
         notes = (*notes, "groups: none; no patients are known, so intervals take every image as independent and are too narrow")
+    notes = (*notes, *dark_note(paths, threads))
     usage = USAGE_OUTER if outer else USAGE_SELECT if (roles == "select").any() else USAGE_OF_OWN
     sizes = measure(paths, threads)
     return LabelledPatches(
@@ -126,7 +134,7 @@ def open_folder(root: Path, config: FolderConfig, threads: int) -> LabelledPatch
         groups=groups,
         mpp=config.mpp,
         size_px=common_side(sizes),
-        hash=hash_of("folder", *rows.paths, stamps(paths, threads), classes, labels, usage, *roles, *patients),
+        hash=hash_of("folder 2", *rows.paths, contents(paths), classes, labels, usage, *roles, *patients),
         read=ImageFiles(paths, sizes, threads),
         blocks=patients,
         slide_ids=np.array(rows.slides),
@@ -138,17 +146,22 @@ def open_folder(root: Path, config: FolderConfig, threads: int) -> LabelledPatch
 # Which image is what.
 
 
-def _layout(root: Path, config: FolderConfig) -> str:
-    """The layout that is configured, or with `auto` the one that is there. Raises DatasetError."""
+def _listing(root: Path, config: FolderConfig) -> Listing:
     if config.layout not in ("auto", *LAYOUTS):
         raise DatasetError(f"dataset.layout is {config.layout!r}: expected auto, {', '.join(LAYOUTS)}")
     if not root.is_dir():
         raise DatasetError(f"data_root={root} is no folder: expected one that holds {'; or '.join(LAYOUTS.values())}")
+    listed = config.layout == "csv" or (config.layout == "auto" and (root / TABLE).is_file())
+    return Listing([], [], {}) if listed else list_pictures(root)
+
+
+def _layout(root: Path, config: FolderConfig, listing: Listing) -> str:
+    """The layout that is configured, or with `auto` the one that is there. Raises DatasetError."""
     if config.layout != "auto":
         return config.layout
     if (root / TABLE).is_file():
         return "csv"
-    parts = [path.split("/") for path in _images(root)]
+    parts = [path.split("/") for path in listing.pictures]
     depths = {len(path) - 1 for path in parts}
     tops = sorted({path[0] for path in parts})
     if depths == {1} and not all(_names_a_split(top) for top in tops):
@@ -164,67 +177,94 @@ def _layout(root: Path, config: FolderConfig) -> str:
             f"({LAYOUTS['split']}) or dataset.layout=patient ({LAYOUTS['patient']})"
         )
     found = f"images {' and '.join(str(depth) for depth in sorted(depths))} folders deep" if parts else "no image"
+    found += "".join(f"; {sentence}" for sentence in listing.told())
     raise DatasetError(f"{root} holds neither {TABLE} nor images in {', '.join(list(LAYOUTS.values())[1:])}: found {found}")
 
 
 def _names_a_split(name: str) -> bool:
-    return name.lower() in _SPLIT_NAMES or _SPLIT_LIKE.fullmatch(name) is not None
+    return fold(name) in _SPLIT_NAMES or _SPLIT_LIKE.fullmatch(fold(name)) is not None
 
 
-def _images(root: Path) -> list[str]:
-    """Paths of all images below `root`, with slashes, sorted; hidden folders and those of archivers are left alone."""
-    found = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if not name.startswith((".", "__"))]
-        here = Path(folder).relative_to(root)
-        found += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
-
-
-def _folder_rows(root: Path, layout: str) -> _Rows:
+def _folder_rows(root: Path, layout: str, listing: Listing) -> tuple[_Rows, tuple[str, ...]]:
     rows, deep = _Rows(), 1 if layout == "class" else 2
-    for path in _images(root):
+    for path in listing.pictures:
         parts = path.split("/")
         if len(parts) - 1 != deep:
             raise DatasetError(f"{root / path} does not fit dataset.layout={layout}: expected {LAYOUTS[layout]}; move it away")
         first = parts[0] if deep == 2 else ""
+        if layout == "patient" and is_missing(first):
+            raise DatasetError(f"{root / first} stands for a missing patient: name the patient, or move the folder away")
         rows.add(path, parts[-2], split=first, patient=first if layout == "patient" else "")
     if not rows.paths:
         raise DatasetError(f"{root} holds no image in {LAYOUTS[layout]}: expected files {', '.join(SUFFIXES)}")
-    return rows
+    rows, said = _one_name_each(root, rows)
+    return rows, (*said, *listing.told(), *_empty(root, layout, listing, rows))
 
 
-def _csv_rows(root: Path) -> _Rows:
-    path, rows, inside = root / TABLE, _Rows(), root.resolve()
+def _empty(root: Path, layout: str, listing: Listing, rows: _Rows) -> tuple[str, ...]:
+    """A sentence for patients that merely lack a class. Raises DatasetError for other class folders without an image that is
+    read, and for what should be one."""
+    deep = 1 if layout == "class" else 2
+    full = {path.rpartition("/")[0] for path in rows.paths}
+    bare = [name for name in listing.folders if name and name.count("/") == deep - 1 and name not in full]
+    classes = {fold(label) for label in rows.labels}
+    lacking = [
+        name for name in bare
+        if layout == "patient" and name not in listing.skipped and fold(name.split("/")[-1]) in classes
+    ]  # fmt: skip
+    wrong = [name for name in bare if name not in lacking]
+    if wrong:
+        told = "; ".join(f"{name} ({counted(listing.skipped.get(name, {})) or 'empty'})" for name in wrong[:4])
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise DatasetError(
+            f"{root}: {len(wrong)} class folders hold no image that is read: {told}{more}; save their images as "
+            f"{', '.join(SUFFIXES)}, or move the folders away"
+        )
+    return (f"{len(lacking)} patients have an empty class folder ({', '.join(lacking[:4])})",) if lacking else ()
+
+
+def _csv_rows(root: Path) -> tuple[_Rows, tuple[str, ...]]:
+    path, rows = root / TABLE, _Rows()
     if not path.is_file():
         raise DatasetError(f"{root} holds no {TABLE}: dataset.layout=csv expects it, with {', '.join(COLUMNS)}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-        if missing:
-            optional = f"and {', '.join(OPTIONAL)} where known"
-            raise DatasetError(f"{path} lacks the columns {', '.join(missing)}; expected {', '.join(COLUMNS)}, {optional}")
-        table = list(reader)
-    for number, row in enumerate(table, start=2):
-        image = (root / row["path"]).resolve()
-        if not image.is_relative_to(inside):
-            raise DatasetError(f"{path}: the path {row['path']!r} leaves the folder")
-        if not image.is_file():
-            raise DatasetError(f"{path}: the image {row['path']!r} is missing")
+    content(path)
+    table = read_labels(path, COLUMNS, OPTIONAL)
+    for number, row in table.rows:
+        if not row["path"]:
+            raise DatasetError(f"{path} line {number} names no image: fill in the column path, or drop the row")
+        try:
+            image = find_image(root, row["path"])
+        except DatasetError as error:
+            raise DatasetError(f"{path} line {number}: {error}") from error
         if not row["label"]:
-            raise DatasetError(f"{path} line {number}: the image {row['path']!r} has no label; fill it in or drop the row")
-        rows.add(row["path"], row["label"], *(row.get(name) or "" for name in OPTIONAL))
+            raise DatasetError(
+                f"{path} line {number}: the image {row['path']!r} has no label (nan, NA, null and none are none): fill it in or "
+                "drop the row"
+            )
+        rows.add(image.relative_to(root).as_posix(), row["label"], *(row.get(name, "") for name in OPTIONAL))
     twice = sorted(name for name, times in Counter(rows.paths).items() if times > 1)
     if twice:
         raise DatasetError(f"{path} lists {len(twice)} images twice ({', '.join(twice[:4])}): every image must stand there once")
     if not rows.paths:
         raise DatasetError(f"{path} has no row: expected an image in each")
-    return rows
+    return _one_name_each(path, rows)
+
+
+def _one_name_each(where: Path, rows: _Rows) -> tuple[_Rows, tuple[str, ...]]:
+    """Classes, patients and sites in one spelling each, and what was joined."""
+    labels, of_labels = one_class(rows.labels, str(where))
+    patients, of_patients = one_patient(rows.patients, str(where))
+    sites, of_sites = one_site(rows.sites, str(where))
+    return replace(rows, labels=labels, patients=patients, sites=sites), (*of_labels, *of_patients, *of_sites)
 
 
 def _patients_known(root: Path, rows: _Rows) -> bool:
     if any(rows.patients) and not all(rows.patients):
-        raise DatasetError(f"{root / TABLE}: some rows have a patient_id and some have none; fill in all or none")
+        absent = sum(not patient for patient in rows.patients)
+        raise DatasetError(
+            f"{root / TABLE}: some rows have a patient_id and some have none ({absent} of {len(rows.patients)} are missing); "
+            "fill in all or none"
+        )
     return all(rows.patients)
 
 
@@ -236,27 +276,28 @@ def _roles(root: Path, config: FolderConfig, layout: str, rows: _Rows) -> tuple[
     if config.split not in SPLITS:
         raise DatasetError(f"dataset.split is {config.split!r}: expected {', '.join(SPLITS)}")
     asked = {"train": config.train, "select": config.select, "report": config.report, "external": config.external}
-    role_of = {name: role for role, names in asked.items() for name in names}
+    key = patient_key if layout == "patient" else fold
+    role_of = {key(name): role for role, names in asked.items() for name in names}
     if len(role_of) < sum(len(names) for names in asked.values()):
         raise DatasetError(
             f"dataset.train, .select, .report and .external are {', '.join(n for names in asked.values() for n in names)}: "
             "expected different names"
         )
-    there = set(rows.splits) - {""}
-    unsplit = not there or (layout == "patient" and not there & set(role_of))
+    there = {key(name): name for name in sorted(set(rows.splits) - {""}, reverse=True)}
+    unsplit = not there or (layout == "patient" and not there.keys() & role_of.keys())
     if config.split == "outer" or (config.split == "auto" and unsplit):
         return rows, np.array([], dtype="<U8"), ()
     what = "patients" if layout == "patient" else "splits"
-    absent = sorted(set(role_of) - there)
+    absent = sorted(name for names in asked.values() for name in names if key(name) not in there)
     if absent or not config.train or not config.report:
         problem = f"none is called {', '.join(absent)}" if absent else "dataset.train and dataset.report must name some"
         raise DatasetError(
-            f"{root} holds the {what} {', '.join(sorted(there)[:8]) or 'none'}, and {problem}: name them with dataset.train=, "
-            "dataset.report= (and .select=, .external=), or set dataset.split=outer for folds over everything"
+            f"{root} holds the {what} {', '.join(sorted(there.values())[:8]) or 'none'}, and {problem}: name them with "
+            "dataset.train=, dataset.report= (and .select=, .external=), or set dataset.split=outer for folds over everything"
         )
-    kept = [i for i, name in enumerate(rows.splits) if name in role_of]
-    roles = np.array([role_of[rows.splits[i]] for i in kept], dtype="<U8")
-    unused = sorted(there - set(role_of))
+    kept = [i for i, name in enumerate(rows.splits) if key(name) in role_of]
+    roles = np.array([role_of[key(rows.splits[i])] for i in kept], dtype="<U8")
+    unused = sorted(name for split, name in there.items() if split not in role_of)
     left = len(rows.paths) - len(kept)
     notes = (f"{left} images of the {what} {', '.join(unused[:4]) or '(none)'} have no role and are not used",) if left else ()
     return rows.only(kept), roles, notes

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
+from histoscale.data.fingerprint import contents
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, folder_in, wants_official
 
@@ -53,7 +54,7 @@ def open_gleason(root: Path, config: PublicConfig, threads: int) -> LabelledPatc
         groups="core" if cores else "slide",
         mpp=config.mpp,
         size_px=common_side(sizes),
-        hash=hash_of("gleason", [path.relative_to(root).as_posix() for path in paths], stamps(paths, threads)),
+        hash=hash_of("gleason", [path.relative_to(root).as_posix() for path in paths], contents(paths)),
         read=ImageFiles(paths, sizes, threads),
         blocks=arrays,
         slide_ids=arrays,
@@ -101,6 +102,7 @@ def _patches_in(folder: Path) -> list[Path]:
 def _by_bytes(folder: Path, root: Path) -> dict[str, int]:
     """sha256 of the core and the file's bytes -> grade."""
     found = {}
+    contents(_patches_in(folder))
     for path in _patches_in(folder):
         parsed = _parsed(path, root)
         core = f"{parsed['array']}{parsed['core']}".encode()

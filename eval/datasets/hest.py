@@ -1,9 +1,11 @@
 """HEST-Bench: 50 genes a task, predicted from 112 µm patches around spots (arXiv 2406.16192)."""
 
 import csv
-import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import h5py
 import numpy as np
 from scipy import sparse
 
+from histoscale.data.fingerprint import content, contents
+from histoscale.data.jsonfiles import read_object
+from histoscale.data.names import known, tidy
 from histoscale.eval.datasets.patches import DatasetError, Reading, hash_of
 from histoscale.eval.datasets.public import PublicConfig, wants_official
 from histoscale.eval.datasets.spots import LabelledSpots, check_splits
+from histoscale.eval.hdf5 import Hdf5Error, array, attributes, check_written, group
 
 AVERAGED = ("IDC", "PRAD", "PAAD", "SKCM", "COAD", "READ", "CCRCC", "LUNG", "LYMPH_IDC")
 TASKS = (*AVERAGED, "HCC")  # the tenth is in the data and not in the published table
@@ -23,6 +29,7 @@ MPP, SIDE = 0.5, 224
 IMAGES, BARCODES = ("img", "imgs", "images"), ("barcode", "barcodes")  # as HEST writes and wrote them
 METADATA, METADATA_COLUMNS = "HEST_v*.csv", ("id", "patient", "dataset_title")
 LAYOUT = "<TASK>/splits/{train,test}_<i>.csv, <TASK>/var_50genes.json, <TASK>/patches/<id>.h5 and <TASK>/adata/<id>.h5ad"
+_SHOWN = 6  # names that an error lists
 _SPLIT = re.compile(r"(train|test)_(\d+)\.csv")
 
 
@@ -65,13 +72,13 @@ def open_task(root: Path, task: str, patients: dict[str, str] | None, config: He
         raise DatasetError(
             f"the metadata in {root} lacks the sample {unknown[0]} of {task}: expected every sample, fetch it again"
         )
-    counts, targets, stamps = [], [], []
+    counts, targets = [], []
     for sample in samples:
         patches, expression = files[sample]
         barcodes = _barcodes(patches)
         targets.append(np.log1p(_expression(expression, genes, barcodes)))
         counts.append(len(barcodes))
-        stamps += [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (patches, expression)]
+    read = contents([path for sample in samples for path in files[sample]])
     slide_ids = np.repeat(samples, counts)
     owners = slide_ids if patients is None else np.array([patients[sample] for sample in slide_ids])
     notes = () if patients is not None else (f"no {METADATA} in data_root, so intervals resample samples and not patients",)
@@ -88,7 +95,7 @@ def open_task(root: Path, task: str, patients: dict[str, str] | None, config: He
         splits=splits,
         mpp=MPP,
         size_px=SIDE,
-        hash=hash_of("hest", task, stamps, genes, np.concatenate(targets)),
+        hash=hash_of("hest", task, samples, read, genes, np.concatenate(targets)),
         read=_reading([files[sample][0] for sample in samples], counts),
         notes=notes,
     )
@@ -136,7 +143,8 @@ def _inside(folder: Path, name: str, listed: Path) -> Path:
 
 def _genes(path: Path) -> tuple[str, ...]:
     try:
-        genes = json.loads(path.read_text())["genes"]
+        content(path)
+        genes = read_object(path)["genes"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} cannot be read ({error!r}): expected {{'genes': […]}}, fetch it again") from error
     if not isinstance(genes, list) or len(set(map(str, genes))) != GENE_COUNT or len(genes) != GENE_COUNT:
@@ -156,10 +164,11 @@ def _patients(root: Path) -> dict[str, str] | None:
         )
     rows = _csv(paths[0], METADATA_COLUMNS)
     # A sample without a patient is taken as its own: nobody can say more.
-    return {row["id"]: f"{row['dataset_title']}/{row['patient']}" if row["patient"] else row["id"] for row in rows}
+    return {row["id"]: f"{row['dataset_title']}/{tidy(row['patient'])}" if known(row["patient"]) else row["id"] for row in rows}
 
 
 def _csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    content(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         missing = sorted(set(columns) - set(reader.fieldnames or ()))
@@ -168,29 +177,46 @@ def _csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         return [{name: row[name] or "" for name in columns} for row in reader]
 
 
-def _open(path: Path) -> h5py.File:
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """Open to read; what is wrong with the file becomes a DatasetError that names it."""
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         raise DatasetError(f"{path} is no HDF5 file ({error}): expected one, fetch it again") from error
+    try:
+        with file:
+            yield file
+    except (Hdf5Error, OSError, RuntimeError, KeyError) as error:
+        why = error if isinstance(error, Hdf5Error) else f"cannot be read ({error})"
+        raise DatasetError(f"{path} {why}: fetch it again") from error
 
 
 def _key(file: h5py.File, names: tuple[str, ...], path: Path) -> str:
-    name = next((name for name in names if name in file), None)
+    name = next((name for name in names if file.get(name, getlink=True) is not None), None)
     if name is None:
-        raise DatasetError(f"{path} has the keys {', '.join(file)}: expected {' or '.join(names)}, fetch it again")
+        held = ", ".join(islice(file, _SHOWN))
+        raise DatasetError(f"{path} has the keys {held}: expected {' or '.join(names)}, fetch it again")
     return name
+
+
+def _whole(group: h5py.Group, name: str, kinds: str) -> np.ndarray:
+    """All of a data set."""
+    data = array(group, name, kinds)
+    check_written(data, name)
+    return data[()]
 
 
 def _barcodes(path: Path) -> list[str]:
     """The barcode of every patch. Raises DatasetError for patches of another shape, or not one barcode each."""
     with _open(path) as file:
-        images = file[_key(file, IMAGES, path)]
+        images = array(file, _key(file, IMAGES, path), "iuf")
+        check_written(images, "img")
         if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
             raise DatasetError(
                 f"{path} has patches {images.dtype} {list(images.shape[1:])}: expected uint8 [{SIDE}, {SIDE}, 3], fetch it again"
             )
-        barcodes = _texts(file[_key(file, BARCODES, path)][()])
+        barcodes = _texts(_whole(file, _key(file, BARCODES, path), "S"))
         if len(barcodes) != len(images) or len(set(barcodes)) != len(barcodes):
             raise DatasetError(
                 f"{path} has {len(images)} patches and {len(set(barcodes))} different barcodes: expected one barcode a patch, "
@@ -209,7 +235,7 @@ def _reading(paths: list[Path], counts: list[int]) -> Reading:
             at = np.flatnonzero(owner == number)
             inside, back = np.unique(rows[at] - starts[number], return_inverse=True)  # HDF5 reads increasing places
             with _open(paths[number]) as file:
-                held = file[_key(file, IMAGES, paths[number])][inside]
+                held = array(file, _key(file, IMAGES, paths[number]), "u")[inside]
             pixels[at] = held[back].transpose(0, 3, 1, 2)
         return pixels
 
@@ -219,8 +245,8 @@ def _reading(paths: list[Path], counts: list[int]) -> Reading:
 def _expression(path: Path, genes: tuple[str, ...], barcodes: list[str]) -> np.ndarray:
     """Raw counts of the genes at the barcodes, float64 [n, G], from AnnData's file format (dense, CSR or CSC)."""
     with _open(path) as file:
-        spots = {name: row for row, name in enumerate(_index(file, "obs", path))}
-        columns = {name: column for column, name in enumerate(_index(file, "var", path))}
+        names = [_index(file, axis, path) for axis in ("obs", "var")]
+        spots, columns = ({name: place for place, name in enumerate(each)} for each in names)
         absent = [barcode for barcode in barcodes if barcode not in spots]
         if absent:
             raise DatasetError(
@@ -231,7 +257,7 @@ def _expression(path: Path, genes: tuple[str, ...], barcodes: list[str]) -> np.n
         if lacking:
             raise DatasetError(f"{path} lacks the genes {', '.join(lacking[:4])}: expected those of {GENES}, fetch it again")
         rows = np.array([spots[barcode] for barcode in barcodes])
-        counts = _matrix(file, path)[:, [columns[gene] for gene in genes]][rows]
+        counts = _matrix(file, path, (len(names[0]), len(names[1])))[:, [columns[gene] for gene in genes]][rows]
     values = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
     values = values.astype(np.float64)
     if not np.isfinite(values).all() or (values < 0).any():
@@ -241,28 +267,29 @@ def _expression(path: Path, genes: tuple[str, ...], barcodes: list[str]) -> np.n
 
 def _index(file: h5py.File, axis: str, path: Path) -> list[str]:
     """The names along an axis: the column that the attribute `_index` of the group names."""
-    group = file.get(axis)
-    name = group.attrs.get("_index") if isinstance(group, h5py.Group) else None
-    name = name.decode() if isinstance(name, bytes) else name
-    if name is None or not isinstance(group.get(name), h5py.Dataset):
+    held = group(file, axis)
+    name = attributes(held, ("_index",)).get("_index")
+    if name is None:
         raise DatasetError(f"{path} has no index of {axis}: expected a file of anndata 0.7 or newer, write it again with that")
-    return _texts(group[name][()])
+    return _texts(_whole(held, str(name), "S"))
 
 
-def _matrix(file: h5py.File, path: Path) -> Any:
-    """X [spots, genes]: a dense array, or a scipy matrix that can be sliced by columns."""
-    held = file.get("X")
-    if isinstance(held, h5py.Dataset):
-        return held[()]
-    kind = held.attrs.get("encoding-type") if isinstance(held, h5py.Group) else None
-    kind = kind.decode() if isinstance(kind, bytes) else kind
+def _matrix(file: h5py.File, path: Path, shape: tuple[int, int]) -> Any:
+    """X of that shape [spots, genes]: a dense array, or a scipy matrix that can be sliced by columns."""
+    if file.get("X", getclass=True, getlink=True) is h5py.HardLink and isinstance(file["X"], h5py.Dataset):
+        return _whole(file, "X", "iuf")
+    held = group(file, "X")
+    kind = attributes(held, ("encoding-type",)).get("encoding-type")
     forms = {"csr_matrix": sparse.csr_matrix, "csc_matrix": sparse.csc_matrix}
     if kind not in forms:
-        raise DatasetError(
-            f"{path} has X as {kind or type(held).__name__}: expected a dense array, csr_matrix or csc_matrix, write it again"
-        )
-    parts = (held["data"][()], held["indices"][()], held["indptr"][()])
-    return forms[kind](parts, shape=tuple(held.attrs["shape"])).tocsc()
+        raise DatasetError(f"{path} has X as {kind}: expected a dense array, csr_matrix or csc_matrix, write it again")
+    parts = (_whole(held, "data", "iuf"), _whole(held, "indices", "iu"), _whole(held, "indptr", "iu"))
+    try:
+        found = forms[str(kind)](parts, shape=shape)
+        found.check_format(full_check=True)  # a place outside would be written to
+    except ValueError as error:
+        raise DatasetError(f"{path} has an X that is no matrix of {list(shape)} ({error}): fetch it again") from error
+    return found.tocsc()
 
 
 def _texts(values: np.ndarray) -> list[str]:

@@ -1,18 +1,20 @@
 """Image files as patches: sizes from their headers, pixels when they are asked for."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from histoscale.data.pictures import PictureError, bits_used, largest_float, pixels_of, size_of
 from histoscale.eval.datasets.patches import DatasetError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_BROKEN = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError)  # what Pillow raises
+Found = TypeVar("Found")
+_LOOKED_AT = 16  # pictures whose bits are counted
+_UNUSED = 2  # bits that none of them uses
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,16 @@ class ImageFiles:
             images = list(pool.map(self._one, rows.tolist()))
         return np.stack(images) if len(images) and (self.sizes == self.sizes[0]).all() else images
 
+    @cached_property
+    def _white(self) -> float:
+        """What floats end at, of all pictures alike: 255 where any of the set goes above 1."""
+        return 255.0 if max(_mapped(largest_float, self.paths, self.threads)) > 1 else 1.0
+
     def _one(self, row: int) -> np.ndarray:
         path, (width, height) = self.paths[row], self.sizes[row].tolist()
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except _BROKEN as error:
+            pixels = pixels_of(path, lambda: self._white)
+        except (PictureError, OSError) as error:
             raise DatasetError(f"{path} cannot be decoded: {error}") from error
         if pixels.shape[:2] != (height, width):
             raise DatasetError(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} px: expected {width} x {height}")
@@ -49,12 +55,32 @@ def measure(paths: Sequence[Path], threads: int) -> np.ndarray:
 
     def one(path: Path) -> tuple[int, int]:
         try:
-            with Image.open(path) as image:
-                return image.size
-        except _BROKEN as error:
+            return size_of(path)
+        except (PictureError, OSError) as error:
             raise DatasetError(f"{path} cannot be decoded: {error}") from error
 
     return np.array(_mapped(one, paths, threads), dtype=np.int64).reshape(-1, 2)
+
+
+def dark_note(paths: Sequence[Path], threads: int) -> tuple[str, ...]:
+    """A sentence where pictures of 16 bits look like data of fewer that were never scaled: how they are read does not hang on it.
+    A few files, evenly spaced, are looked at. Raises DatasetError for one that is no image."""
+
+    def one(path: Path) -> tuple[int, int] | None:
+        try:
+            return bits_used(path)
+        except (PictureError, OSError) as error:
+            raise DatasetError(f"{path} cannot be decoded: {error}") from error
+
+    some = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, _LOOKED_AT).round().astype(int))]
+    deep = [found for found in _mapped(one, some, threads) if found is not None]
+    used = max((bits for _, bits in deep), default=0)
+    if not deep or not 8 < used <= max(stored for stored, _ in deep) - _UNUSED:
+        return ()
+    return (
+        f"{len(deep)} of {len(some)} images that were looked at are stored in {deep[0][0]} bits and use {used}: all are read as "
+        f"{deep[0][0]} bits, so dark; where they hold fewer, scale them, or declare it in TIFFs (SMaxSampleValue={2**used - 1})",
+    )
 
 
 def common_side(sizes: np.ndarray) -> int | None:
@@ -62,16 +88,6 @@ def common_side(sizes: np.ndarray) -> int | None:
     return int(sizes[0, 0]) if (sizes == sizes[0, 0]).all() else None
 
 
-def stamps(paths: Sequence[Path], threads: int) -> np.ndarray:
-    """int64 [n, 2]: bytes and time of the last change (ns), which stand for the pixels in a hash."""
-
-    def one(path: Path) -> tuple[int, int]:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-
-    return np.array(_mapped(one, paths, threads), dtype=np.int64).reshape(-1, 2)
-
-
-def _mapped(one: Callable[[Path], tuple[int, int]], paths: Sequence[Path], threads: int) -> list[tuple[int, int]]:
+def _mapped(one: Callable[[Path], Found], paths: Sequence[Path], threads: int) -> list[Found]:
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(one, paths))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from histoscale.data.pictures import PictureError, pixels_of, size_of
 from histoscale.eval.datasets.patches import DatasetError
 from histoscale.eval.datasets.public import COUNTS, PublicConfig
 
@@ -92,16 +92,15 @@ def inside(root: Path, path: Path) -> Path:
 def image_shape(path: Path) -> tuple[int, int]:
     """Height and width from the header alone. Raises DatasetError."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        width, height = size_of(path)
+    except (PictureError, OSError) as error:
         raise DatasetError(f"{path} cannot be opened ({error}), expected an image: fetch it again") from error
+    return height, width
 
 
 def rgb(path: Path) -> np.ndarray:
     """uint8 [3, h, w]. Raises DatasetError."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        return pixels_of(path).transpose(2, 0, 1)
+    except (PictureError, OSError) as error:
         raise DatasetError(f"{path} cannot be decoded ({error}), expected an image: fetch it again") from error

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
+from histoscale.data.fingerprint import content, contents
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import (
     PublicConfig,
@@ -69,7 +70,7 @@ def open_mhist(root: Path, config: PublicConfig, threads: int) -> LabelledPatche
         groups="none",
         mpp=config.mpp,
         size_px=common_side(sizes),
-        hash=hash_of("mhist", *parts, stamps(paths, threads)),
+        hash=hash_of("mhist", *parts, contents(paths)),
         read=ImageFiles(paths, sizes, threads),
         blocks=names,
         slide_ids=np.full(len(paths), ""),
@@ -92,6 +93,7 @@ def _disagreement(votes: np.ndarray, roles: np.ndarray) -> str:
 
 def _rows(root: Path) -> list[dict[str, str]]:
     path = file_in(root, TABLE, SOURCE)
+    content(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:

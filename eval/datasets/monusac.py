@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from histoscale.data.fingerprint import contents
 from histoscale.eval.datasets.masks import (
     MASK_ROLES,
     LabelledMasks,
@@ -54,6 +55,12 @@ def open_monusac(root: Path, config: PublicConfig) -> LabelledMasks:
                 f"{folder}: {len(bare)} of {len(paths)} images have no XML beside them ({bare[0].name}), expected one for each: "
                 "complete the folder"
             )
+        lone = [path for path in sorted(folder.glob("*/*.xml")) if not path.with_suffix(".tif").is_file()]
+        if lone:
+            raise DatasetError(
+                f"{folder}: {len(lone)} outlines have no image that is read beside them ({lone[0].name}), expected one .tif "
+                "for each: complete the folder"
+            )
         images += paths
         roles += [role] * len(paths)
         found[part] = len(paths)
@@ -75,7 +82,7 @@ def open_monusac(root: Path, config: PublicConfig) -> LabelledMasks:
         return pixels, mask
 
     files = [file for path in images for file in (path, path.with_suffix(".xml"))]
-    stamps = [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    names = [path.relative_to(root).as_posix() for path in files]
     return LabelledMasks(
         name="monusac",
         classes=CLASSES,
@@ -89,7 +96,7 @@ def open_monusac(root: Path, config: PublicConfig) -> LabelledMasks:
         slide_ids=np.array(slides),
         mpp=MPP,
         tile_px=None,
-        hash=hash_of("monusac", stamps, CLASSES, LABELS, roles),
+        hash=hash_of("monusac", names, contents(files), CLASSES, LABELS, roles),
         read=read,
         notes=notes,
     )

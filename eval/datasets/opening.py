@@ -86,6 +86,8 @@ OPENERS: dict[str, Callable[[Any, Place], LabelledPatches]] = {
 }
 
 
+CUT = ("cohort", "tp53")  # from the slides of a catalog
+
 # Sets with a class for every pixel.
 MASKS: dict[str, Callable[[Path, PublicConfig], LabelledMasks]] = {"consep": open_consep, "monusac": open_monusac}
 SPOTS = "hest"  # numbers to regress, task by task: `open_hest`

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from histoscale.data.names import codes, site_key
+
 # Choices see train, and select where a set has an official part for that; report and external are only ever scored.
 ROLES = ("train", "select", "report", "external")
 NEEDED = ("train", "report")
@@ -130,21 +132,34 @@ def check_sites(roles: np.ndarray, sites: np.ndarray) -> None:
     outside, inside = set(sites[roles == "external"]), set(sites[roles != "external"])
     if "" in outside:
         raise DatasetError("external patches have no site, so they prove nothing external: fill it or set dataset.external=null")
-    both = sorted(outside & inside)
+    shared = {site_key(site) for site in outside} & {site_key(site) for site in inside} - {""}
+    both = sorted(site for site in outside if site_key(site) in shared)
     if both:
         raise DatasetError(f"the sites {', '.join(both[:4])} have both external and other patches: an external site must be new")
 
 
 def encode_labels(names: Sequence[str], train: np.ndarray, where: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Sorted classes and int64 labels. Raises DatasetError when fewer than two classes can be learnt from, or when a reported
-    class has no training patch."""
+    """Classes in the order of their folded names, and int64 labels. Raises DatasetError when fewer than two classes can be learnt
+    from, or when a reported class has no training patch."""
     table = np.asarray(names)
-    classes = sorted(set(table.tolist()))
+    labels = codes(table)
+    classes = table[np.unique(labels, return_index=True)[1]].tolist()
     unseen = sorted(set(classes) - set(table[train].tolist()))
     if len(classes) < 2 or unseen:
         problem = f"the class {unseen[0]!r} has no training patch" if unseen else f"there is one class, {classes}"
         raise DatasetError(f"{where}: {problem}; a probe needs at least two classes, each with training patches")
-    return tuple(classes), np.searchsorted(classes, table)
+    return tuple(classes), labels
+
+
+def counted_classes(patches: LabelledPatches) -> str:
+    """`tiles: normal 40 (train 20, report 20), tumour 60 (train 30, report 30)`: what there is, before anything is fitted."""
+    words = []
+    for label, name in enumerate(patches.classes):
+        own = patches.roles[patches.labels == label]
+        roles = [(role, int((own == role).sum())) for role in ROLES if (patches.roles == role).any()]
+        by_role = f" ({', '.join(f'{role} {count}' for role, count in roles)})" if len(roles) > 1 else ""
+        words.append(f"{name} {len(own)}{by_role}")
+    return f"{patches.name}, {len(patches)} images in {len(patches.classes)} classes: {', '.join(words)}"
 
 
 def hash_of(*parts: object) -> str:

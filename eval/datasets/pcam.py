@@ -8,14 +8,16 @@ same tiles are `pcam_10shot`, of which eva learns from 10 tiles a class, drawn a
 import csv
 import os
 import threading
+from itertools import islice
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from histoscale.eval.datasets.imagefiles import stamps
+from histoscale.data.fingerprint import contents
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage, check_roles, hash_of
 from histoscale.eval.datasets.public import PublicConfig, check_classes, check_counts, file_in, listed, wants_official
+from histoscale.eval.hdf5 import Hdf5Error, array
 
 SOURCE = "Zenodo 2546921"
 STEM = "camelyonpatch_level_2_split_"
@@ -28,6 +30,7 @@ USAGE = Usage(choose="select", eva_select="select", eva_report=("report", "selec
 UNBALANCED = 0.01  # all splits are balanced 50/50 (basveeling/pcam README); more than this off is another set
 MISALIGNED = 0.01  # share of rows whose table and label may differ before they are not of the same tiles
 SPAN_ROWS = 256  # read at once from a file without chunks
+_SHOWN = 6  # names that an error lists
 CACHE_BYTES = 64 << 20  # decoded chunks that a process keeps: a batch that ends inside a chunk does not decode it again
 
 
@@ -66,7 +69,7 @@ def open_pcam(root: Path, config: PublicConfig) -> LabelledPatches:
         groups=groups,
         mpp=config.mpp,
         size_px=sides.pop(),
-        hash=hash_of("pcam", stamps(tiles, 1), truth, groups, names),
+        hash=hash_of("pcam", contents(tiles), truth, groups, names),
         read=TileFiles(tiles, counts),
         blocks=names,
         slide_ids=np.full(len(truth), "") if slides is None else names,
@@ -114,7 +117,8 @@ class TileFiles:
         if self._pid != os.getpid():  # HDF5 handles do not survive a fork
             self._pid, self._open = os.getpid(), {}
         if number not in self._open:
-            self._open[number] = h5py.File(self.paths[number], "r", rdcc_nbytes=CACHE_BYTES)["x"]
+            file = h5py.File(self.paths[number], "r", rdcc_nbytes=CACHE_BYTES)
+            self._open[number] = array(file, "x", "u")
         return self._open[number]
 
 
@@ -130,10 +134,17 @@ def _opened(path: Path, key: str) -> h5py.File:
         file = h5py.File(path, "r")
     except OSError as error:
         raise DatasetError(f"{path} is no whole HDF5 file: get it again from {SOURCE} ({error})") from error
-    if key not in file or not isinstance(file[key], h5py.Dataset):
-        held = ", ".join(file) or "nothing"
+    try:
+        if file.get(key, getlink=True) is None:
+            held = ", ".join(islice(file, _SHOWN)) or "nothing"
+            raise DatasetError(f"{path} holds {held}: expected the array {key!r}; get it again from {SOURCE}")
+        array(file, key, "iuf")
+    except DatasetError:
         file.close()
-        raise DatasetError(f"{path} holds {held}: expected the array {key!r}; get it again from {SOURCE}")
+        raise
+    except (Hdf5Error, RuntimeError, OSError, KeyError) as error:
+        file.close()
+        raise DatasetError(f"{path} {error}: get it again from {SOURCE}") from error
     return file
 
 
@@ -143,7 +154,10 @@ def _labels(root: Path, split: str) -> np.ndarray:
         data = file["y"]
         if data.ndim != 4 or data.shape[1:] != (1, 1, 1) or data.dtype != np.uint8:
             raise DatasetError(f"{path} holds y {data.dtype} {data.shape}: expected uint8 (N, 1, 1, 1); get it from {SOURCE}")
-        labels = data[:].reshape(-1).astype(np.int64)
+        try:
+            labels = data[:].reshape(-1).astype(np.int64)
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read: it is damaged, get it again from {SOURCE} ({error})") from error
     if not np.isin(labels, (0, 1)).all():
         raise DatasetError(f"{path} holds the labels {np.unique(labels)[:6].tolist()}: expected 0 and 1; get it from {SOURCE}")
     return labels
@@ -171,6 +185,7 @@ def _slides(root: Path, labels: list[np.ndarray]) -> tuple[np.ndarray | None, tu
         absent = next(path for path in paths if path not in there)
         raise DatasetError(f"{root} holds {there[0].name} and no {absent.name}: expected all three tables or none of them")
     found, notes = [], []
+    contents(paths)
     for path, truth in zip(paths, labels, strict=True):
         slides, centre = _table(path)
         if len(slides) != len(truth):

@@ -65,7 +65,9 @@ def read_polygons(path: Path) -> list[Polygon]:
     parser.EndElementHandler = end
     try:
         parser.Parse(path.read_bytes(), True)
-    except expat.ExpatError as error:
+    except DatasetError:
+        raise
+    except (expat.ExpatError, LookupError, ValueError) as error:  # the last two of its encoding
         raise fail(f"it is not XML ({error})") from error
     return found
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from histoscale.data.fingerprint import content
 from histoscale.eval.datasets.patches import DatasetError
 
 # What changes the protein (MAF's Variant_Classification), and what is known and does not.
@@ -230,6 +231,7 @@ def check_pinned(root: Path, tables: Sequence[str]) -> dict[str, str]:
             listed[name.lstrip(" *").removeprefix("./")] = digest.lower()
     found = {}
     for table in tables:
+        content(root / table)
         found[table] = hashlib.sha256((root / table).read_bytes()).hexdigest()
         if listed.get(table) != found[table]:
             problem = f"pins {table} at {listed[table][:12]}…" if table in listed else f"does not pin {table}"

@@ -51,13 +51,14 @@ class Finding:
     """What the model says, in words for a second reader. value: the number that the slides are listed by. output: such as
     "probability of tumour 0.934". rule: what the threshold is and how it was set; "" where the task has none. flagged: for
     review; None where the task flags nothing. side: +1 where the logit that the maps explain speaks for the output, -1 against
-    it."""
+    it. sweeping: `every` or `no` where the rule gives all slides one answer, so that the flag says nothing of this one."""
 
     value: float
     output: str
     rule: str
     flagged: bool | None
     side: float
+    sweeping: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Measured:
     unread: str
 
     def as_dict(self) -> dict[str, Any]:
-        finding = {"value": self.finding.value, "flagged": self.finding.flagged}
+        finding = {"value": self.finding.value, "flagged": self.finding.flagged, "sweeping": self.finding.sweeping}
         artefacts = None if self.artefacts is None else {k: {"top": t, "all": a} for k, (t, a) in self.artefacts.items()}
         found = {"tiles": self.tiles, **finding, "artefacts": artefacts, "overlap": self.overlap, "deletion_gain": self.gains}
         return {**found, "beats_random": self.above, "picture": self.picture, "unread": self.unread}

@@ -22,10 +22,10 @@ def measure_deletion(case: Case, config: EvidenceConfig) -> Deletion:
 
 
 def measure_artefacts(
-    case: Case, white: np.ndarray, config: EvidenceConfig
+    case: Case, white: np.ndarray, config: EvidenceConfig, threads: int
 ) -> tuple[dict[str, tuple[float, float]], dict[int, list[str]]]:
     """kind -> (share of the most attended tiles, share of all), each from a keyed sample where they are many; and the kinds of
-    each tile looked at, by row.
+    each tile looked at, by row. threads: tiles read at once.
 
     Raises what reading the slide raises.
     """
@@ -35,7 +35,7 @@ def measure_artefacts(
     top = top[permutation(key(config.seed, f"artefacts/top/{case.slide_id}"), len(top))[: config.sample]]
     shown = np.concatenate(extremes(case, config))
     rows = np.unique(np.concatenate([top, sample, shown]))
-    optics = read_optics(case.reader, case.coords[rows], case.size_px, case.mpp, white, config.artefacts)
+    optics = read_optics(case.reader, case.coords[rows], case.size_px, case.mpp, white, config.artefacts, threads)
     place = {row: i for i, row in enumerate(rows.tolist())}
     fair = np.array([place[row] for row in sample.tolist()])
     judged = judge(optics, fair, config.artefacts)

@@ -13,13 +13,13 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from histoscale.data.journal import scrub
 from histoscale.eval.artefacts import RELIABILITY
 from histoscale.eval.evidence.case import Case, Finding, Measured
 from histoscale.eval.evidence.display import Shown, bar_um, length_words
 from histoscale.eval.evidence.geometry import Canvas
 from histoscale.eval.evidence.verdicts import FORMAT, VERDICTS
 from histoscale.eval.mil.faithfulness import Deletion
+from histoscale.eval.page import without_credentials
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ def sentence(finding: Finding) -> str:
     """What the model's output asks of the reader."""
     if finding.flagged is None:
         return "The model gives an estimate for this slide and flags nothing."
+    if finding.sweeping == "every":
+        return "The model's rule flags every slide, this one too: the flag says nothing about it."
+    if finding.sweeping == "no":
+        return "The model's rule flags no slide, nor this one: that says nothing about it."
     if finding.flagged:
         return "The model flags this slide for review."
     return "The model does not flag this slide. That rules nothing out: read it as any other."
@@ -168,13 +172,9 @@ def deletion_plot(curves: Deletion) -> Markup:
 def _render(path: Path, template: str, **values: Any) -> None:
     """Whole or not at all; everything escaped, credentials scrubbed."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_scrubbed
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=without_credentials
     )
     source = resources.files("histoscale.eval.evidence").joinpath(template).read_text(encoding="utf-8")
     partial = path.with_suffix(".partial")
     partial.write_text(environment.from_string(source).render(**values), encoding="utf-8")
     partial.replace(path)
-
-
-def _scrubbed(value: Any) -> Any:
-    return scrub(value) if isinstance(value, str) and not isinstance(value, Markup) and not value.startswith("data:") else value

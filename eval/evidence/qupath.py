@@ -4,7 +4,6 @@ The GeoJSON dialect is that of qupath/qupath, QuPathTypeAdapters: `objectType`, 
 (name -> number) under `properties`; coordinates are level-0 pixels.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import label
 
+from histoscale.data.journal import write_json
 from histoscale.eval.evidence.display import Shown
 
 REGION = "attended region"
@@ -32,10 +32,7 @@ def write_geojson(
     for number, (rings, rows) in enumerate(regions(coords, size_px, top, attention), 1):
         share = {"tiles": float(len(rows)), "attention": float(attention[rows].sum())}
         features.append(_feature(rings, "annotation", REGION, [200, 40, 40], share, f"{REGION} {number}"))
-    partial = path.with_suffix(".partial")
-    # dumps, not dump: only the former is compiled, and slides have tens of thousands of tiles.
-    partial.write_text(json.dumps({"type": "FeatureCollection", "features": features}, separators=(",", ":")))
-    partial.replace(path)
+    write_json(path, {"type": "FeatureCollection", "features": features}, compact=True)
 
 
 def regions(coords: np.ndarray, size_px: int, top: np.ndarray, weight: np.ndarray) -> list[tuple[list[list], np.ndarray]]:

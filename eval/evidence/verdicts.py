@@ -1,10 +1,11 @@
 """What second readers answered: the files that the pages' forms save, read back and counted."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from histoscale.data.jsonfiles import read_object
 
 FORMAT = "histoscale-verdict-1"
 VERDICTS = {
@@ -61,7 +62,7 @@ def count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
 
 def _read(path: Path) -> Verdict:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}")
         texts = {name: values[name] for name in ("slide_id", "task", "verdict", "comment", "reader", "date")}
@@ -72,8 +73,11 @@ def _read(path: Path) -> Verdict:
             raise ValueError(f"flagged is {values['flagged']!r}")
         if texts["verdict"] not in VERDICTS:
             raise ValueError(f"its verdict is {texts['verdict']!r}")
-        return Verdict(**texts, value=float(values["value"]), flagged=values["flagged"], file=path.name)
-    except (ValueError, KeyError, TypeError) as error:
+        value = float(values["value"])
+        if not math.isfinite(value):
+            raise ValueError(f"value is {values['value']!r}")
+        return Verdict(**texts, value=value, flagged=values["flagged"], file=path.name)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise VerdictError(
             f"{path} is no verdict that a page saved ({error}): expected {FORMAT} with {', '.join(VERDICTS)}"
         ) from error

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from histoscale.data.journal import scrub
 from histoscale.data.keys import key
 from histoscale.data.readers.pyramid import DecodeError, level_mpps
 from histoscale.data.readers.scale import choose_scale, read_scaled
+from histoscale.data.secrets import scrub
 from histoscale.data.storage import StorageError
 from histoscale.eval.artefacts import white_point
 from histoscale.eval.evidence.case import Case, EvidenceConfig, Measured
@@ -51,9 +51,10 @@ def choose(cases: Sequence[str], labels: Sequence[int] | None, slides: int | Non
 
 
 def write_slide_pages(
-    folder: Path, cases: Sequence[Case], about: About, config: EvidenceConfig, progress: Callable[[], None]
+    folder: Path, cases: Sequence[Case], about: About, config: EvidenceConfig, threads: int, progress: Callable[[], None]
 ) -> list[Measured]:
     """Write `<folder>/<slide_id>/` for every case and `<folder>/index.html`; `progress` is called after each.
+    threads: tiles read at once.
 
     A case without a reader, or whose slide cannot be read, gets its raw files (tiles.parquet, heatmap.geojson) and no page;
     damaged parts are left white, and their tiles out of the audit. Raises EvidenceError for an id that leaves the folder.
@@ -66,9 +67,9 @@ def write_slide_pages(
             raise EvidenceError(f"the slide id {case.slide_id!r} leaves the folder {folder}: rename it in the manifest")
         home.mkdir(parents=True, exist_ok=True)
         try:
-            measured.append(_write_case(home, case, about, config, limit))
+            measured.append(_write_case(home, case, about, config, limit, threads))
         except (DecodeError, StorageError) as error:
-            raw = _write_case(home, replace(case, reader=None), about, config, limit)
+            raw = _write_case(home, replace(case, reader=None), about, config, limit, threads)
             measured.append(replace(raw, unread=scrub(f"its slide cannot be read: {error}")))
         progress()
     if any(each.picture for each in measured):
@@ -76,7 +77,7 @@ def write_slide_pages(
     return measured
 
 
-def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, limit: float) -> Measured:
+def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, limit: float, threads: int) -> Measured:
     shown = {"attention": attention_shown(case.attention, config.display, limit)}
     shown |= {name: signed_shown(case.values[name], _words(name, case)) for name in case.values if name != "attention"}
     covered = {}
@@ -96,7 +97,7 @@ def _write_case(home: Path, case: Case, about: About, config: EvidenceConfig, li
 
     plan = whole_slide(case.reader, case.mpp, config.pyramid_px)
     picture = read_picture(case.reader, plan)
-    artefacts, kinds = measure_artefacts(case, white_point(picture), config)
+    artefacts, kinds = measure_artefacts(case, white_point(picture), config, threads)
     place, main, opacity = (case.coords, case.size_px), shown["attention"], config.opacity
     write_overlay(home / "attention.ome.tif", *place, main, picture, plan, opacity, config.quality)
     write_values(home / "values.ome.tif", *place, case.values, plan)

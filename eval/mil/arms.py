@@ -1,6 +1,7 @@
 """All trials of a plan: what trains on each, and what every slide is then given by models that never saw its patient."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -43,13 +44,15 @@ class Trained:
         return self.fitted[trial].read(row, self.arm.features)
 
 
-def train(arm: Arm, plan: Plan, task: Task, progress: Progress) -> Trained:
-    """Fit every trial of the plan and read its rows. Raises what `fit` raises."""
+def train(arm: Arm, plan: Plan, task: Task, progress: Progress, folder: Path | None = None) -> Trained:
+    """Fit every trial of the plan and read its rows. folder: of models that are trained already, as in `fit`. Raises what `fit`
+    raises."""
     shape = (len(plan.trials), len(arm.bags.rows), task.outputs)
     outputs, seeds = np.full(shape, np.nan), np.full((arm.config.repeats, *shape), np.nan)
     fitted = []
     for t, trial in enumerate(plan.trials):
-        found = fit(arm.bags, trial.train, arm.features, task, arm.config, progress)
+        own = None if folder is None else folder / str(t)
+        found = fit(arm.bags, trial.train, arm.features, task, arm.config, progress, own)
         for row in (*trial.train, *trial.internal, *trial.external):
             reading = found.read(row, arm.features)
             outputs[t, row], seeds[:, t, row] = reading.output, found.by_seed(row, reading)

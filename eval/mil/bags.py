@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from histoscale.data.manifest import Slide
+from histoscale.data.names import patient_key
 from histoscale.data.splits import groups
-from histoscale.eval.leakage import patient_key
+from histoscale.eval.mil.folder import read_folder
 from histoscale.eval.mil.task import ClassesTask, SurvivalTask, Task, read_targets
-from histoscale.eval.stores import StoreError, StoreInfo, open_store, store_path
+from histoscale.eval.stores import StoreError, StoreInfo, StoreLocked, open_store, store_path
 
+_SHOWN = 3
 _RATIO = 1.15  # of two mpps: an embedding may take a stored level that is up to 5 % off, either way
 
 
 @dataclass(frozen=True)
 class Bag:
     """One slide with a target and an embedding store. group: patient (or slide). target, event: as in task.Target.
-    size_px: side of a tile in level-0 px. tiles_um2: area of all tiles, NaN where the store does not say its mpp. columns: the
-    label columns of its manifest row."""
+    size_px: side of a tile in level-0 px, 0 where the store does not say. tiles_um2: area of all tiles, NaN where the store does
+    not say its mpp. columns: the label columns of its manifest row."""
 
     slide_id: str
     group: str
@@ -66,26 +68,36 @@ class Bags:
         return np.array([self.rows[i].event for i in rows], bool)
 
 
-def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str) -> Bags:
+def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str, unfinished: bool = False) -> Bags:
     """Join stores and manifest. Slides without target or without a whole store are left out by name, never in silence.
 
-    unit: `patient`, or `slide` where patients are unknown. Raises SplitError: slides without patient_id. Raises TaskError: labels
-    that the task does not name. Raises StoreError: a slide id that leaves the folder. Raises BagError: stores of different
-    encoders or mpps, no store at all, a patient with two
-    targets of whom one decision is asked.
+    unit: `patient`, or `slide` where patients are unknown. unfinished: whether stores are taken of an `embed` that has not
+    finished. Raises SplitError: slides without patient_id. Raises TaskError: labels that the task does not name. Raises
+    StoreError: a slide id that leaves the folder. Raises BagError: stores of different encoders or mpps, stores that another
+    process writes to, an unfinished folder, no store at all, a patient with two targets of whom one decision is asked.
     """
     names = dict(zip((s.slide_id for s in slides), _one_spelling(groups(slides, unit), unit), strict=True))
     targets, left_out = read_targets(slides, task)
-    rows, stores = [], []
+    folder = read_folder(embeddings)
+    if folder.unfinished and not unfinished:
+        held = sum(store_path(embeddings, name).exists() for name in targets)
+        raise BagError(
+            f"the embed that fills {embeddings} has not finished (it is {folder.unfinished}; {held} of the {len(targets)} "
+            "labelled slides have a store): let the same embed end, or set allow_unfinished=true to study what is there"
+        )
+    rows, stores, locked = [], [], []
     for slide in (s for s in slides if s.slide_id in targets):
         path = store_path(embeddings, slide.slide_id)
         if not path.exists():
-            left_out[slide.slide_id] = "no embedding store"
+            left_out[slide.slide_id] = folder.absent(slide.slide_id)
             continue
         try:
             store = open_store(path)
-        except StoreError:
-            left_out[slide.slide_id] = "a corrupt embedding store"
+        except StoreLocked as error:
+            locked.append(error)
+            continue
+        except StoreError as error:
+            left_out[slide.slide_id] = spoilt(error)
             continue
         target = targets[slide.slide_id]
         stores.append(store)
@@ -103,10 +115,16 @@ def read_bags(embeddings: Path, slides: Sequence[Slide], task: Task, unit: str) 
                 columns=dict(slide.labels),
             )
         )
+    if locked:
+        more = f" (and {len(locked) - 1} more)" if len(locked) > 1 else ""
+        raise BagError(f"{locked[0]}{more}")
     if not rows:
-        corrupt = [name for name in targets if left_out.get(name) == "a corrupt embedding store"]
-        found = f"; {len(corrupt)} are corrupt, such as {corrupt[0]}: embed those slides again" if corrupt else ""
-        raise BagError(f"{embeddings} holds no store <slide_id>.h5 of the {len(targets)} labelled slides of the manifest{found}")
+        why = reasons({name: left_out[name] for name in targets})
+        hint = f"; {folder.hint}" if folder.hint else ""
+        raise BagError(
+            f"{embeddings} holds no store <slide_id>.h5 that can be used of the {len(targets)} labelled slides: "
+            f"{'; '.join(why)}{hint}"
+        )
     _check_one_encoder(rows, stores)
     if task.decision == "patient":
         _check_one_target(rows, task)
@@ -125,6 +143,22 @@ def _check_one_target(rows: Sequence[Bag], task: Task) -> None:
                 f"the slides {other.slide_id} and {bag.slide_id} of {bag.group} bear different values of {task.label}: give a "
                 "patient one, or set task.decision=slide"
             )
+
+
+def spoilt(error: StoreError) -> str:
+    """Why a slide is left out whose store cannot be used."""
+    return f"its store {error.why or error}"
+
+
+def reasons(left_out: Mapping[str, str]) -> list[str]:
+    """`why: how many (the first names)`, the commonest first."""
+    named: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        named.setdefault(why, []).append(name)
+    return [
+        f"{why}: {len(names)} ({', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' * (len(names) > _SHOWN)})"
+        for why, names in sorted(named.items(), key=lambda pair: -len(pair[1]))
+    ]
 
 
 def without(bags: Bags, why: Mapping[str, str]) -> Bags:

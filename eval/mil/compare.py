@@ -1,7 +1,5 @@
 """Slide-level runs side by side: the same slides read by several models, subtracted on the same patients."""
 
-import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +9,16 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from histoscale.eval.mil.metrics import OF_EVERY_UNIT, Metric, cautious, headline, metrics
+from histoscale.data.jsonfiles import read_object
+from histoscale.data.spreadsheet import read_table
+from histoscale.eval.mil.metrics import NAMES, OF_EVERY_UNIT, Metric, cautious, headline, metrics
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task, TaskConfig
 from histoscale.eval.mil.units import Units, joined
 from histoscale.eval.runs import RunsError, check_folders
 from histoscale.eval.scores.auroc import areas, difference, report_difference
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
 from histoscale.eval.scores.mcnemar import holm, mcnemar
+from histoscale.eval.scores.operating import rule_name
 
 PARTS = ("internal", "external")
 SCORES, SUMMARY = "scores.csv", "summary.json"
@@ -26,7 +27,8 @@ SCORES, SUMMARY = "scores.csv", "summary.json"
 @dataclass(frozen=True)
 class MilRun:
     """What a run of `histoscale mil` left. rows: its slides by part, in the order of their ids. own: its numbers by part
-    (internal, external, gap) and metric, as it reported them. split: fixed, folds or sites."""
+    (internal, external, gap) and metric, as it reported them. split: fixed, folds or sites. notes: what its numbers must not be
+    read without (rules that sweep, slides that it lacks, metrics that it withheld)."""
 
     name: str
     task: Task
@@ -35,6 +37,7 @@ class MilRun:
     encoder: str
     rows: dict[str, list[dict[str, str]]]
     own: dict[str, dict[str, Interval]]
+    notes: list[str]
 
     def units(self, part: str) -> tuple[Units, np.ndarray]:
         """The decisions of a part, and whether each is flagged at each required sensitivity: bool [U, S]."""
@@ -49,7 +52,7 @@ class MilRun:
             trial=np.array([trials[row["trial"]] for row in rows], np.int64),
             slides=len(rows),
         )
-        needed = [f"{value:g}" for value in task.sensitivities] if isinstance(task, BinaryTask) else []
+        needed = [rule_name(*one) for one in task.requirements] if isinstance(task, BinaryTask) else []
         flags = np.array([[row[f"flagged_{value}"] == "1" for value in needed] for row in rows], bool).reshape(len(rows), -1)
         if task.decision == "slide":
             return found, flags
@@ -108,6 +111,16 @@ class Comparison:
     gaps: list[Difference]
     tests: list[DecisionTest]
     left_out: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """Of all runs, those that several share said once."""
+        held: dict[str, list[str]] = {}
+        for run in self.runs:
+            for note in run.notes:
+                held.setdefault(note, []).append(run.name)
+        everyone = len(self.runs)
+        return [f"{'All runs' if len(names) == everyone else ', '.join(names)}: {note}" for note, names in held.items()]
 
 
 def is_mil_run(folder: str) -> bool:
@@ -228,8 +241,8 @@ def _decisions(
     if isinstance(task, BinaryTask):
         positive = units.labels == 1
         return [
-            (f"{name} units where {required:g} is required", own, flags[:, k] == positive, first_flags[:, k] == positive)
-            for k, required in enumerate(task.sensitivities)
+            (f"{name} units where {keeps} {required:g} is required", own, flags[:, k] == positive, first_flags[:, k] == positive)
+            for k, (keeps, required) in enumerate(task.requirements)
             for name, own in (("positive", positive), ("negative", ~positive))
             if own.any()
         ]
@@ -251,10 +264,12 @@ def _columns(task: Task) -> list[str]:
 
 def _open(name: str, folder: Path) -> MilRun:
     try:
-        found = json.loads((folder / SUMMARY).read_text())["mil"]
-        task: Task = TypeAdapter(TaskConfig).validate_python(found["definition"])
-        with (folder / SCORES).open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] in PARTS]
+        found = read_object(folder / SUMMARY)["mil"]
+        definition = found["definition"]
+        if definition["kind"] == "binary":  # runs of before had rules for sensitivities alone
+            definition = {"specificities": [], **definition}
+        task: Task = TypeAdapter(TaskConfig).validate_python(definition)
+        rows = [row for row in read_table(folder / SCORES) if row["part"] in PARTS]
         needed = {
             "slide_id",
             "patient_id",
@@ -269,10 +284,27 @@ def _open(name: str, folder: Path) -> MilRun:
         own = {part: {metric: Interval(**one) for metric, one in found[part]["metrics"].items()} for part in PARTS if found[part]}
         own["gap"] = {metric: Interval(**one) for metric, one in found["gap"].items()}
         by_part = {part: sorted((row for row in rows if row["part"] == part), key=_slide) for part in PARTS}
-        return MilRun(name, task, found["split"], found["groups"], found["encoder_hash"], by_part, own)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return MilRun(name, task, found["split"], found["groups"], found["encoder_hash"], by_part, own, _notes(found))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RunsError(f"{folder} is no finished run of `histoscale mil` ({what}): run it again") from error
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    said = [
+        f"the rule for {at['keeps']} {at['required']:g} flags {at['flags']} {found['decision']} and sorts nothing"
+        for at in found["thresholds"].values()
+        if at.get("flags")  # runs of before do not say
+    ]
+    said += [
+        f"{part}: {', '.join(NAMES[metric] for metric in withheld)} withheld ({next(iter(withheld.values()))})"
+        for part in PARTS
+        if found[part] and (withheld := found[part].get("withheld"))
+    ]
+    lacks = found.get("absent") or {}
+    if lacks.get("why"):
+        said.append(f"{len(lacks['why'])} of {lacks['labelled']} labelled slides have no usable store and are in no number")
+    return said
 
 
 def _slide(row: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from histoscale.eval.drawings import Mark, interval_plot
 from histoscale.eval.mil.compare import PARTS, Comparison, Difference, best_known
 from histoscale.eval.mil.metrics import NAMES, chance, headline
 from histoscale.eval.mil.words import columns
-from histoscale.eval.page import Cell, Chapter, Drawing, Grid, Heading, Prose, write_page
+from histoscale.eval.page import Chapter, Drawing, Folded, Grid, Heading, Prose, write_page
 from histoscale.eval.page import Part as Piece
 
 _WHERE = {"internal": "inside", "external": "outside", "gap": "gap"}
@@ -17,6 +17,8 @@ def show(found: Comparison) -> str:
     """Each run's numbers, then every run less the first, then the tests of single decisions."""
     task, names = found.runs[0].task, best_known(found.runs[0].task)
     lines = [f"{task.name}: {len(found.runs)} runs on the same slides, intervals by {found.runs[0].groups}"]
+    lines += [f"  {name}: {value}" for name, value in shared_facts(found)]
+    lines += [f"- {note}" for note in found.notes]
     for metric in names:
         lines += ["", f"{NAMES[metric]}", *columns([["run", *_head(found)], *_own(found, metric)])]
     if found.differences:
@@ -41,13 +43,30 @@ def markdown(found: Comparison) -> str:
     if found.tests:
         head = ["run", "part", "among", "by it alone", "by the first alone", "p", "p after Holm"]
         parts += ["## Single decisions", _table(head, _test_rows(found))]
-    return "\n\n".join([*parts, *found.left_out]) + "\n"
+    return "\n\n".join([*parts, *(_escaped(note) for note in found.notes), *found.left_out]) + "\n"
 
 
-def write_comparison(path: Path, found: Comparison) -> None:
-    """Write report.html."""
+def shared_facts(found: Comparison) -> list[tuple[str, str]]:
+    """What is the same in all runs, in words."""
+    first = found.runs[0]
+    splits = {run.split for run in found.runs}
+    facts = [("task", first.task.name), ("decision", f"by {first.task.decision}, intervals by {first.groups}")]
+    facts += [("split", first.split)] if len(splits) == 1 else []
+    if len({run.encoder for run in found.runs}) == 1:
+        facts.append(("encoder", first.encoder or "not named by the stores"))
+    for part in PARTS:
+        if first.rows[part]:
+            patients = len({row["patient_id"] for row in first.rows[part]})
+            facts.append((part, f"{len(first.rows[part])} slides of {patients} patients"))
+    return facts
+
+
+def write_comparison(path: Path, found: Comparison, settings: Sequence[Chapter] = ()) -> None:
+    """Write report.html: what all runs share, the headline, and folded the rest. settings: chapters of what was set."""
     task, first = found.runs[0].task, found.runs[0].name
     name, names = NAMES[headline(task)], best_known(task)
+    shared: list[Piece] = [Grid(["the same in all runs", ""], [list(pair) for pair in shared_facts(found)], 2, "")]
+    shared += [Prose(note) for note in found.notes]
     marks = []
     for run in found.runs:
         for part in PARTS:
@@ -59,24 +78,29 @@ def write_comparison(path: Path, found: Comparison) -> None:
     if marks:
         caption = "Violet: slides of sites that the model knew. Orange: of sites that it never saw."
         parts.append(Drawing(interval_plot(marks, name, chance(task)), caption))
-    for metric in names:
-        parts += [Heading(NAMES[metric], ""), Grid(["run", *_head(found)], _own(found, metric), 1, "")]
-    chapters = [Chapter("Inside, outside, and the gap", parts)]
+    parts.append(Grid(["run", *_head(found)], _own(found, names[0]), 1, name))
+    others: list[Piece] = []
+    for metric in names[1:]:
+        others += [Heading(NAMES[metric], ""), Grid(["run", *_head(found)], _own(found, metric), 1, "")]
+    if others:
+        parts.append(Folded(f"Other numbers: {', '.join(NAMES[metric] for metric in names[1:])}", others))
+    chapters = [Chapter("What all runs share", shared), *settings, Chapter("Inside, outside, and the gap", parts)]
     if found.differences:
-        rows: list[Sequence[Cell | str]] = [list(row) for row in _less_rows(found, [*NAMES])]
         note = (
             "Differences of areas of single models by DeLong's test, others by shared draws of patients. A gap that is smaller "
             "than the first's has an interval below 0 (above, where less is better)."
         )
-        grid = Grid(["run", "where", "number", "difference", "p", "p after Holm"], rows, 3, note)
-        chapters.append(Chapter(f"Less {first}, on the same patients", [grid]))
+        head = ["run", "where", "number", "difference", "p", "p after Holm"]
+        main, more = (_less_rows(found, each) for each in ([names[0]], [metric for metric in NAMES if metric != names[0]]))
+        less: list[Piece] = [Grid(head, main, 3, note)]
+        less += [Folded(f"The other numbers: {len(more)} differences", [Grid(head, more, 3, "")])] if more else []
+        chapters.append(Chapter(f"Less {first}, on the same patients", less))
     if found.tests or found.left_out:
         pieces: list[Piece] = [Prose(words) for words in found.left_out]
         if found.tests:
             head = ["run", "part", "among", "right by it alone", "by the first alone", "exact p", "p after Holm"]
-            pieces.append(
-                Grid(head, _test_rows(found), 3, "McNemar's exact test at each run's own thresholds, fixed in training.")
-            )
+            grid = Grid(head, _test_rows(found), 3, "McNemar's exact test at each run's own thresholds, fixed in training.")
+            pieces.append(Folded(f"{len(found.tests)} tests of single decisions", [grid]))
         chapters.append(Chapter("Who is right where the other is wrong", pieces))
     kept = [one for one in found.differences if one.metric == headline(task)][:4]
     facts = {f"{name}, {one.part}: {one.run} above {first}": str(one.interval) for one in kept}

@@ -1,6 +1,5 @@
 """The deployed slide model: fold models with their standardisation, averaged; saved without pickles."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +11,14 @@ from pydantic import Field, TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from histoscale.data.journal import write_json
+from histoscale.data.jsonfiles import read_object
 from histoscale.eval.mil.aggregators.abmil import Abmil, AbmilConfig
 from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
 from histoscale.eval.mil.aggregators.pooled import Aggregator, Pooled, Tiles, Whole
 from histoscale.eval.mil.aggregators.pooling import MaxConfig, MaxPool, MeanConfig, MeanPool
 from histoscale.eval.mil.aggregators.transmil import Transmil, TransmilConfig
+from histoscale.pretrain.tensorfile import read_header
 
 Aggregators = AbmilConfig | ClamConfig | TransmilConfig | MeanConfig | MaxConfig
 AggregatorConfig = Annotated[Aggregators, Field(discriminator="kind")]
@@ -152,21 +154,30 @@ class Ensemble:
         save_file(tensors, folder / "model.safetensors")
         values = {"models": len(self.models), "width": self.width, "outputs": self.outputs, "kind": self.kind}
         values |= {"aggregator": asdict(self.config), **facts}
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / "config.json", values)
 
 
 def load_ensemble(folder: Path) -> tuple[Ensemble, dict[str, Any]]:
-    """The ensemble of `Ensemble.save` and the whole of its config.json. Raises ValueError when the two disagree."""
-    facts = json.loads((folder / "config.json").read_text())
-    config: Aggregators = TypeAdapter(AggregatorConfig).validate_python(facts["aggregator"])
-    tensors = load_file(folder / "model.safetensors")
-    models = []
-    for i in range(facts["models"]):
-        model = SlideModel(facts["width"], config, facts["outputs"])
-        part = {name.removeprefix(f"{i}."): tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
-        try:
-            model.load_state_dict(part)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: model.safetensors does not hold what config.json describes: {error}") from error
-        models.append(model)
-    return Ensemble(models, facts["width"], facts["outputs"], config, facts["kind"]), facts
+    """The ensemble of `Ensemble.save` and the whole of its config.json. Raises ValueError for files that are damaged or disagree,
+    OSError."""
+    try:
+        facts = read_object(folder / "config.json")
+        config: Aggregators = TypeAdapter(AggregatorConfig).validate_python(facts["aggregator"])
+        read_header(folder / "model.safetensors")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            number, _, rest = name.partition(".")
+            parts.setdefault(number, {})[rest] = tensor
+        models = []
+        if set(parts) != {str(i) for i in range(min(facts["models"], len(parts) + 1))}:
+            raise ValueError(f"{len(parts)} models for {facts['models']}")
+        for i in range(len(parts)):
+            if list(parts[str(i)]["shift"].shape) != [facts["width"]]:  # before a network of that width is built
+                raise ValueError(f"features of {list(parts[str(i)]['shift'].shape)} for a width of {facts['width']}")
+            model = SlideModel(facts["width"], config, facts["outputs"])
+            model.load_state_dict(parts[str(i)])
+            models.append(model)
+        return Ensemble(models, facts["width"], facts["outputs"], config, facts["kind"]), facts
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        why = " ".join(f"{error}".split())[:300]
+        raise ValueError(f"{folder}: model.safetensors does not hold what config.json describes: {why}") from error

@@ -16,7 +16,7 @@ from histoscale.eval.mil.bags import Bag
 from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 from histoscale.eval.mil.trials import Plan
-from histoscale.eval.scores.operating import Threshold
+from histoscale.eval.scores.operating import Rate, Threshold, answer_of, rate, score_words, sweeping
 
 OUTLINES = ("{id}.xml", "{id}.geojson", "{id}/foci.geojson")  # where a folder of annotations may hold a slide's
 COLUMN = "annotations"  # of the manifest
@@ -34,14 +34,18 @@ class Outlines:
     def of(self, bag: Bag) -> Annotations | None:
         """None where nobody drew any. Raises AnnotationError for a file that is none, OSError for one that the manifest names
         and that is not there."""
+        path = self.path(bag)
+        return None if path is None else read_annotations(path, self.exclude)
+
+    def path(self, bag: Bag) -> Path | None:
+        """The file of a slide; one that the manifest names need not be there."""
         named = bag.columns.get(COLUMN)
         if named:
-            return read_annotations(self.manifest.parent / named, self.exclude)
+            return self.manifest.parent / named
         if self.folder is None:
             return None
         known = (self.folder / name.format(id=bag.slide_id) for name in OUTLINES)
-        path = next((path for path in known if path.is_file()), None)
-        return None if path is None else read_annotations(path, self.exclude)
+        return next((path for path in known if path.is_file()), None)
 
 
 def case_of(
@@ -52,6 +56,8 @@ def case_of(
     Raises what reading the store and the annotations raises.
     """
     bag, (t, part) = trained.arm.bags.rows[row], reader_of(plan, row)
+    rules = found.of_trials.get(plan.trials[t].name, found.thresholds)
+    flagged = found.flagged_by.get(plan.trials[t].name, [rate(0, 0)] * len(rules))
     fitted, features = trained.fitted[t], trained.arm.features
     reading, members = trained.read(t, row), fitted.held_out.get(row)
     explained = int(np.argmax(reading.output)) if isinstance(task, ClassesTask) else 0
@@ -63,7 +69,7 @@ def case_of(
         patient=bag.group,
         facts=facts,
         hidden={"label of the manifest": label_words(bag, task)},
-        finding=finding(reading.output, explained, task, found.of_trials.get(plan.trials[t].name, found.thresholds)),
+        finding=finding(reading.output, explained, task, rules, flagged),
         explained=_names(task)[explained],
         coords=features.coords(row),
         size_px=bag.size_px,
@@ -86,25 +92,36 @@ def place_of(catalog: Catalog, slide_id: str) -> int | None:
         return None
 
 
-def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence[Threshold]) -> Finding:
-    """output: float64 [K], as a Reading has it. thresholds: of the trial that read the slide, the first of which rules."""
+def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence[Threshold], flagged: Sequence[Rate]) -> Finding:
+    """output: float64 [K], as a Reading has it. thresholds: of the trial that read the slide, the first of which rules; flagged:
+    what each of them flags of all that the trial reads."""
     value = float(output[explained])
     match task:
         case BinaryTask():
-            at = thresholds[0]
-            rule = (
-                f"flagged from {at.value:.3f}: a threshold fixed on training patients for a sensitivity of {at.required:g}"
-                if math.isfinite(at.value)
-                else f"every slide is flagged: {at.note}"
-            )
+            pairs = list(zip(thresholds, flagged, strict=True))
+            rules = [rule_words(value >= at.value, at, of, task.decision) for at, of in pairs]
+            at, of = pairs[0]
             side = 1.0 if value > 0.5 else -1.0  # what the maps are asked to explain: the side that the model took
-            return Finding(value, f"score {value:.3f} for {_names(task)[0]}", rule, value >= at.value, side)
+            words = " ".join([*rules, "Thresholds were fixed on training patients."])
+            return Finding(
+                value, f"score {score_words(value)} for {_names(task)[0]}", words, value >= at.value, side, answer_of(at, of)
+            )
         case ClassesTask():
             return Finding(value, f"{_names(task)[explained]}, probability {value:.3f}", "", None, 1.0)
         case RegressionTask():
             return Finding(value, f"{task.label} {value:.4g}", "", None, 1.0)
         case SurvivalTask():
             return Finding(value, f"log-risk {value:+.3f}, 0 is the mean of the training slides", "", None, 1.0)
+
+
+def rule_words(flagged: bool, at: Threshold, of: Rate, unit: str) -> str:
+    """A slide under a rule, and whether the rule says the same of all. of: what it flags of all that it reads."""
+    answer = f"{'Flagged' if flagged else 'Not flagged'} for a required {at.keeps} of {at.required:g}"
+    if math.isinf(at.value):
+        return f"{answer}, as every {unit} is: {at.note}."
+    all_of = f"of the {of.n} {unit}s that it read is"
+    same = {"every": f", as every one {all_of}", "no": f", as none {all_of}"}
+    return f"{answer}, from a score of {score_words(at.value)} on{same.get(sweeping(of), '')}."
 
 
 def label_words(bag: Bag, task: Task) -> str:

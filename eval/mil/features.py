@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from histoscale.data.keys import key_array
-from histoscale.eval.stores import Extent, StoreError, check_finite, read_coords, read_extent, read_features, read_rows
+from histoscale.eval.stores import Extent, check_finite, read_coords, read_extent, read_features, read_rows, unreadable
 
 _BLOCK = 4 << 20  # bytes that one read asks for
 _GAP = 128 << 10  # bytes between two wanted tiles that are read along: seeking over fewer is no cheaper
@@ -66,6 +66,22 @@ class Features:
                 squares += ones[: len(part)] @ part.square_()
             self._moments[row] = (total / len(values)).numpy(), (squares / len(values)).numpy()
         return self._moments[row]
+
+    def of(self, rows: Sequence[int]) -> "Features":
+        """The features of some rows, numbered anew; what was read of them stays in memory."""
+        kept = Features([self.stores[row] for row in rows], self.width, self.cache_bytes, self.threads)
+        paths = {path for stores in kept.stores for path in stores}
+        kept._extents = {path: extent for path, extent in self._extents.items() if path in paths}
+        kept._held = {path: values for path, values in self._held.items() if path in paths}
+        kept._bytes = sum(values.nbytes for values in kept._held.values())
+        kept._moments = {new: self._moments[old] for new, old in enumerate(rows) if old in self._moments}
+        return kept
+
+    def check_copies(self) -> None:
+        """Read every stain-jittered copy once. Raises StoreError for one that is broken."""
+        for stores in self.stores:
+            for path in stores[1:]:
+                self._whole(self._extent(path))
 
     def batches(self, plan: Iterable[Sequence[Draw]], tiles: int) -> Iterator[list[np.ndarray]]:
         """Of every draw at most `tiles` tiles without replacement, in the order of the store: [<= tiles, D] in its type.
@@ -123,9 +139,8 @@ class Features:
         if extent is None:
             extent = read_extent(path)
             if extent.width != self.width:
-                raise StoreError(
-                    f"{path} holds {extent.width} numbers a tile, the study {self.width}: one encoder for all slides"
-                )
+                why = f"holds {extent.width} numbers a tile, the study {self.width}"
+                raise unreadable(path, why, "one encoder for all slides")
             self._extents[path] = extent
         return extent
 
@@ -178,7 +193,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb", buffering=0) as file:
             yield file
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error}): embed that slide again") from error
+        raise unreadable(path, f"cannot be read ({error.strerror})") from error
 
 
 def _fill(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -187,5 +202,5 @@ def _fill(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
     while done < len(buffer):
         read = os.preadv(descriptor, [buffer[done : done + _BLOCK]], offset + done)
         if read == 0:
-            raise StoreError(f"{path} ends before its tiles do: embed that slide again")
+            raise unreadable(path, "ends before its tiles do")
         done += read

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from histoscale.eval.mil.aggregators.clam import Clam, ClamConfig
 from histoscale.eval.mil.bags import Bag, BagError, Bags
 from histoscale.eval.mil.ensemble import AggregatorConfig, Ensemble, Reading, SlideModel, to_output
 from histoscale.eval.mil.features import Draw, Features
+from histoscale.eval.mil.kept import Kept
 from histoscale.eval.mil.losses import binary_loss, class_loss, cox_loss
 from histoscale.eval.mil.optimizer import Optimizer, OptimizerConfig, ScheduleConfig
 from histoscale.eval.mil.split import grouped_folds
@@ -70,8 +73,17 @@ class Fitted:
         return to_output(np.stack([reading.models[each].mean(0) for each in places]), self.ensemble.kind)
 
 
-def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config: FitConfig, progress: Progress) -> Fitted:
-    """Train on some rows; `progress` advances once an epoch of a model.
+def fit(
+    bags: Bags,
+    rows: Sequence[int],
+    features: Features,
+    task: Task,
+    config: FitConfig,
+    progress: Progress,
+    folder: Path | None = None,
+) -> Fitted:
+    """Train on some rows; `progress` advances once an epoch of a model. folder: where each model is kept as soon as it is
+    trained, and taken from when this is called again with the same slides, targets, stores and configuration; None keeps none.
 
     Of a slide with stain-jittered copies one store is drawn each epoch. Deterministic: equal inputs and thread count give equal
     bits. Raises BagError when a fold would lack a class, StoreError when a store fails.
@@ -86,6 +98,7 @@ def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config:
     models: list[SlideModel] = []
     held_out: dict[int, list[int]] = {row: [] for row in rows}
     repeats: list[list[int]] = []
+    kept = None if folder is None else Kept.of(folder, _made_of(bags, rows, features, task, config))
     for repeat in range(config.repeats):
         repeats.append([])
         for fold in inner_folds([bags.rows[i] for i in rows], task, config.folds, key(config.seed, "mil/folds", repeat)):
@@ -93,7 +106,17 @@ def fit(bags: Bags, rows: Sequence[int], features: Features, task: Task, config:
             for row in out:
                 held_out[row].append(len(models))
             repeats[-1].append(len(models))
-            models.append(_train([i for i in rows if i not in out], bags, features, task, config, len(models), progress))
+            trains = [i for i in rows if i not in out]
+            state = None if kept is None else kept.load(len(models))
+            if state is not None:
+                with torch.random.fork_rng(devices=[]):  # its initial weights are drawn, and replaced
+                    models.append(SlideModel(bags.width, config.aggregator, task.outputs).eval())
+                models[-1].load_state_dict(state)
+                progress.advance(config.epochs)
+                continue
+            models.append(_train(trains, bags, features, task, config, len(models), progress))
+            if kept is not None:
+                kept.save(len(models) - 1, models[-1].state_dict())
     return Fitted(Ensemble(models, bags.width, task.outputs, config.aggregator, task.kind), held_out, repeats)
 
 
@@ -123,6 +146,14 @@ def _needed(task: Task, count: int) -> list[tuple[int, str, int]]:
         case SurvivalTask():
             return [(1, "an event", count)]
     return []
+
+
+def _made_of(bags: Bags, rows: Sequence[int], features: Features, task: Task, config: FitConfig) -> list[Any]:
+    """Everything that the models of a fit are made of; of stores their sizes and times of change."""
+    bag = bags.rows
+    slides = [(i, bag[i].slide_id, bag[i].group, bag[i].site, bag[i].target, bag[i].event) for i in rows]
+    stores = [(path, path.stat().st_size, path.stat().st_mtime_ns) for i in rows for path in features.stores[i]]
+    return [config, task, bags.width, slides, stores]
 
 
 def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

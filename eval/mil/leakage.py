@@ -8,11 +8,12 @@ import numpy as np
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.manifest import Slide
+from histoscale.data.names import site_key
 from histoscale.data.splits import SplitError
 from histoscale.eval.leakage import corpus_of_catalog, find_leaks, same_collection, trained_rows
 from histoscale.eval.mil.bags import Bag, Bags
-from histoscale.eval.mil.lookalikes import Pair, alike, equal_files, equal_tiles
-from histoscale.eval.mil.trials import PARTS, Check, Plan, plainly, some
+from histoscale.eval.mil.lookalikes import Moments, Pair, alike, equal_files, equal_tiles
+from histoscale.eval.mil.trials import PARTS, Check, Plan, some
 from histoscale.eval.page import Cell, Chapter, Grid, Part, Prose
 
 _SHOWN = 4
@@ -32,14 +33,16 @@ def leakage_checks(
     pretraining: Catalog | None,
     roles: Sequence[str] | None,
     corpora: Sequence[str] | None,
+    moments: Moments | None = None,
 ) -> tuple[Check, ...]:
     """Every line of the page: the plan's own, then equal features, files and looks between two sides, then pretraining.
 
     catalog: of the slides, for files and thumbnails. encoder: its name in words. pretraining: the catalog that it was trained on,
     or of that the slides of some roles. corpora: public collections that it saw; None where that is not known.
-    Raises SplitError when two slides of two sides have the same tiles and features. Raises StoreError.
+    moments: of the features by row, where they are known already. Raises SplitError when two slides of two sides have the same
+    features. Raises StoreError.
     """
-    checks = [*plan.checks, _tiles(bags, plan)]
+    checks = [*plan.checks, _tiles(bags, plan, moments)]
     if catalog is not None:
         checks += [_files(bags, plan, catalog), _looks(bags, plan, catalog)]
     if pretraining is not None:
@@ -84,16 +87,17 @@ def _across(plan: Plan, pairs: Iterable[Pair]) -> list[Pair]:
     ]
 
 
-def _tiles(bags: Bags, plan: Plan) -> Check:
-    pairs = equal_tiles(bags.rows)
+def _tiles(bags: Bags, plan: Plan, moments: Moments | None) -> Check:
+    pairs = equal_tiles(bags.rows, moments)
     torn = _across(plan, pairs)
     if torn:
         raise SplitError(
-            f"{len(torn)} pairs of slides on two sides have the same tiles and features ({_named(bags.rows, torn)}): "
+            f"{len(torn)} pairs of slides on two sides have equal features ({_named(bags.rows, torn)}): "
             "they are one slide under two names; leave one out, or give both one patient"
         )
     inside = f"; {len(pairs)} pairs on one side are equal ({_named(bags.rows, pairs)})" if pairs else ""
-    return Check("features", "tiles and features of all stores, between two sides", f"no two are equal{inside}", not pairs)
+    compared = "features of all stores, in whatever order, between two sides"
+    return Check("features", compared, f"no two are equal{inside}", not pairs)
 
 
 def _files(bags: Bags, plan: Plan, catalog: Catalog) -> Check:
@@ -173,8 +177,8 @@ def _seen_sites(bags: Bags, plan: Plan, pretraining: Catalog, rows: Sequence[int
         return []
     everyone = pretraining.texts("site")
     sites = [str(everyone[i] or "") for i in (range(len(everyone)) if rows is None else rows)]
-    plain = {plainly(site) for site in outside}
-    known, nameless = [site for site in sites if site and plainly(site) in plain], sum(not site for site in sites)
+    plain = {site_key(site) for site in outside}
+    known, nameless = [site for site in sites if site and site_key(site) in plain], sum(not site for site in sites)
     compared = f"external sites ({some(sorted(outside))}) against the sites of the pretraining catalog"
     unknown = f"; the site of {nameless} of {len(sites)} slides is not known" if nameless else ""
     if not known:

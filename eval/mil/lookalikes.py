@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +10,18 @@ from PIL import Image, UnidentifiedImageError
 
 from histoscale.data.catalog import Catalog
 from histoscale.eval.mil.bags import Bag
-from histoscale.eval.stores import read_coords, read_rows
+from histoscale.eval.stores import read_coords, read_features, read_rows
 
-_SAMPLED = 16  # tiles of two slides with equal grids that are compared
+_SAMPLED = 16  # tiles of two slides that are compared
 _EQUAL = 0.01  # relative distance of the features of one tile, embedded twice in other batches or types
+_SAME_MEAN = 0.005  # difference of two slides' mean tiles, in standard deviations of the tiles, under which tiles are compared
 _SIDE = 32  # px of a thumbnail's tissue when two are compared
 # Where both have tissue, 80 unrelated slides of the synthetic cohort correlate up to .32, as do 40 drawn biopsies of one outline;
 # one slide compressed anew and brightened .93 and more. Whole frames of unrelated thin biopsies correlate up to .97.
 _ALIKE = 0.7
 _OVERLAP = 0.6  # least share of tissue that is common to two slides
 _BLOCK = 512  # rows of the matrix of correlations that are held at once
+Moments = Callable[[int], tuple[np.ndarray, np.ndarray]]  # of a row: mean and mean of squares over its tiles, [D] each
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,77 @@ class Pair:
     second: int
 
 
-def equal_tiles(rows: Sequence[Bag]) -> list[Pair]:
-    """Slides with the same tiles whose features agree: one slide, embedded under two names. Raises StoreError."""
-    grids: dict[str, list[int]] = {}
+def equal_tiles(rows: Sequence[Bag], moments: Moments | None = None) -> list[Pair]:
+    """Slides whose features are equal: one slide, embedded under two names, whatever the order of its tiles, their type and
+    their corners. moments: as `Features.moments`, where they are known already. Raises StoreError.
+
+    Two ways: the same grid of tiles whose features agree in some of them; and as many tiles of the same mean and variance, some
+    of which have their like in the other slide.
+    """
+    found = {*_of_one_grid(rows), *_of_one_set(rows, moments or _moments(rows))}
+    return sorted(found, key=lambda pair: (pair.first, pair.second))
+
+
+def _of_one_grid(rows: Sequence[Bag]) -> list[Pair]:
+    grids: dict[str, list[tuple[int, np.ndarray]]] = {}
     for i, bag in enumerate(rows):
-        grids.setdefault(hashlib.sha256(read_coords(bag.path).tobytes()).hexdigest(), []).append(i)
+        coords = read_coords(bag.path)
+        order = np.lexsort((coords[:, 0], coords[:, 1]))
+        grids.setdefault(hashlib.sha256(coords[order].tobytes()).hexdigest(), []).append((i, order))
     found = []
     for same in (places for places in grids.values() if len(places) > 1):
-        sampled = np.unique(np.linspace(0, rows[same[0]].tiles - 1, _SAMPLED).round().astype(np.int64))
-        features = {i: read_rows(rows[i].path, sampled).astype(np.float64) for i in same}
-        for place, i in enumerate(same):
-            for j in same[place + 1 :]:
+        sampled = np.unique(np.linspace(0, rows[same[0][0]].tiles - 1, _SAMPLED).round().astype(np.int64))
+        features = {i: _some(rows[i], order[sampled]) for i, order in same}
+        for place, (i, _) in enumerate(same):
+            for j, _ in same[place + 1 :]:
                 distance = np.linalg.norm(features[i] - features[j], axis=1)
                 if (distance <= _EQUAL * np.linalg.norm(features[i], axis=1)).all():
                     found.append(Pair(i, j))
     return found
+
+
+def _of_one_set(rows: Sequence[Bag], moments: Moments) -> list[Pair]:
+    """Sums do not know the order of what is summed, so they name the candidates; each sampled tile is then looked for among all
+    of the other slide, at a distance that is measured in the spread of that slide's tiles."""
+    numbers: dict[int, list[int]] = {}
+    for i, bag in enumerate(rows):
+        numbers.setdefault(bag.tiles, []).append(i)
+    found = []
+    for same in (places for places in numbers.values() if len(places) > 1):
+        means, squares = (np.stack(each) for each in zip(*(moments(i) for i in same), strict=True))
+        spread = np.sqrt(np.maximum(squares - means**2, 0))
+        apart = int((means.std(0) / (spread.mean(0) + 1e-12)).argmax())  # the number that tells slides apart best
+        order = means[:, apart].argsort(kind="stable")
+        for place, a in enumerate(order.tolist()):
+            near = _SAME_MEAN * spread[a] + 1e-3 * np.abs(means[a]) + 1e-12
+            end = int(np.searchsorted(means[order, apart], means[a, apart] + near[apart], "right"))
+            later = order[place + 1 : end]
+            close = (np.abs(means[later] - means[a]) <= near).all(1) & (np.abs(spread[later] - spread[a]) <= near).all(1)
+            pairs = [Pair(min(same[a], same[b]), max(same[a], same[b])) for b in later[close].tolist()]
+            found += [pair for pair in pairs if _alike_sets(rows[pair.first], rows[pair.second])]
+    return found
+
+
+def _alike_sets(one: Bag, other: Bag) -> bool:
+    sampled = np.unique(np.linspace(0, one.tiles - 1, _SAMPLED).round().astype(np.int64))
+    wanted, among = _some(one, sampled).astype(np.float32), read_features(other.path).astype(np.float32)
+    scale = np.linalg.norm(among - among.mean(0), axis=1).mean() if len(among) > 1 else np.linalg.norm(among)
+    nearest = np.array([np.linalg.norm(among - tile, axis=1).min() for tile in wanted])
+    return bool((nearest <= 10 * _EQUAL * scale).all())
+
+
+def _some(bag: Bag, tiles: np.ndarray) -> np.ndarray:
+    """float64 [m, D] of some tiles in the order given."""
+    ascending = np.sort(tiles)
+    return read_rows(bag.path, ascending)[np.searchsorted(ascending, tiles)].astype(np.float64)
+
+
+def _moments(rows: Sequence[Bag]) -> Moments:
+    def of(i: int) -> tuple[np.ndarray, np.ndarray]:
+        values = read_features(rows[i].path).astype(np.float64)
+        return values.mean(0), (values**2).mean(0)
+
+    return of
 
 
 def equal_files(rows: Sequence[Bag], catalog: Catalog) -> list[Pair]:

@@ -10,8 +10,6 @@ import torch
 from histoscale.data.keys import keys, uniform
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Task
 from histoscale.eval.mil.units import Units
-from histoscale.eval.scores.auroc import REPORTABLE_CLASS
-from histoscale.eval.scores.binomial import clopper_pearson
 from histoscale.eval.scores.calibration import (
     errors_if_calibrated,
     intercept_in_the_large,
@@ -26,8 +24,9 @@ from histoscale.eval.scores.classification import (
     quadratic_kappa_of,
 )
 from histoscale.eval.scores.concordance import Concordance
-from histoscale.eval.scores.interval import REPORTABLE_PATIENTS, Interval, IntervalConfig
+from histoscale.eval.scores.interval import Interval, IntervalConfig
 from histoscale.eval.scores.ranking import Ranking
+from histoscale.eval.scores.rare import cautious as cautious
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
 
@@ -94,27 +93,6 @@ def bounded(found: Interval, name: str) -> Interval:
     return replace(found, low=max(found.low, least), high=min(found.high, most))
 
 
-def cautious(found: Interval, rarer: int | None, level: float | None) -> Interval:
-    """What a bootstrap of patients does not know. Under 3 groups of the rarest class (or with an event) no interval, under 10 a
-    warning, as `report_area` does. Where draws all agree because nothing went wrong, or all: the ends are Clopper-Pearson's of
-    those groups at `level`; of a difference, or of what is no proportion (level None), there are none. rarer: of
-    `Units.rarer`."""
-    if rarer is None or found.low is None:
-        return found
-    if rarer < REPORTABLE_CLASS:
-        return replace(
-            found, low=None, high=None, note=f"interval withheld: {rarer} patients of the rarer class or with an event"
-        )
-    if found.low == found.high and level is None:
-        return replace(found, low=None, high=None, note="interval withheld: it does not vary between patients")
-    if found.low == found.high == found.value and level is not None and found.value in (0.0, 1.0):
-        low, high = clopper_pearson(round(found.value) * rarer, rarer, level)
-        found = replace(found, low=low, high=high, note=f"the exact interval of {rarer} groups that all agree")
-    if rarer >= REPORTABLE_PATIENTS:
-        return found
-    return replace(found, note="; ".join(filter(None, [f"warning: {rarer} of the rarer class or with an event", found.note])))
-
-
 def ece_intervals(found: Units, task: Task, bins: int, config: IntervalConfig) -> dict[str, Interval]:
     """The expected calibration error, without interval because resampling would add to it, beside what a perfectly calibrated
     model of the same probabilities would show: mean and range over drawn outcomes. Of several classes: of the one named."""
@@ -147,7 +125,7 @@ def _binary(found: Units) -> dict[str, Metric]:
     return {
         "auroc": ranking.auroc,
         "auprc": ranking.average_precision,
-        "balanced_accuracy": _of_confusion(_counts(y, (p > 0.5).astype(np.int64), 2), balanced_accuracy_of),
+        "balanced_accuracy": _of_confusion(_counts(y, (p > 0.5).astype(np.int64), 2), _of_two(balanced_accuracy_of)),
         "brier": _of_sums(squares, lambda s: s[:, 0] / s[:, 2]),
         "brier_skill": _of_sums(squares, _skill),
         "slope": lambda weights: slope_and_intercept(logits, y, weights)[0],
@@ -163,9 +141,9 @@ def _classes(found: Units, task: ClassesTask) -> dict[str, Metric]:
     truth = np.eye(k)[y]
     rankings = [Ranking.of(truth[:, c].astype(np.int64), p[:, c], found.trial) for c in range(k)]
     squares = np.stack([((p - truth) ** 2).sum(1), np.ones(len(p))], 1)
-    of_counts = {"balanced_accuracy": balanced_accuracy_of, "macro_f1": macro_f1_of, "accuracy": accuracy_of}
+    of_counts = {"balanced_accuracy": _of_two(balanced_accuracy_of), "macro_f1": _of_two(macro_f1_of), "accuracy": accuracy_of}
     if task.ordered:
-        of_counts["quadratic_kappa"] = quadratic_kappa_of
+        of_counts["quadratic_kappa"] = _of_two(quadratic_kappa_of)
     return {
         **{name: _of_confusion(counts, of) for name, of in of_counts.items()},
         "auroc": lambda weights: _mean_present(np.stack([one.auroc(weights) for one in rankings])),
@@ -200,6 +178,15 @@ def _of_confusion(rows: np.ndarray, statistic: Metric) -> Metric:
     """rows: of `_counts`; statistic: of matrices of counts [b, K, K]."""
     side = round(rows.shape[1] ** 0.5)
     return _of_sums(rows, lambda sums: statistic(sums.reshape(-1, side, side)))
+
+
+def _of_two(statistic: Metric) -> Metric:
+    """NaN where all units are of one class: naming it always would be right, and says nothing of telling classes apart."""
+
+    def metric(counts: np.ndarray) -> np.ndarray:
+        return np.where((counts.sum(-1) > 0).sum(-1) > 1, statistic(counts), np.nan)
+
+    return metric
 
 
 def _counts(y: np.ndarray, named: np.ndarray, classes: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task
 from histoscale.eval.mil.units import Units
 from histoscale.eval.scores.calibration import Bins
 from histoscale.eval.scores.interval import Interval
-from histoscale.eval.scores.operating import Operation, Rate, rate
+from histoscale.eval.scores.operating import Operation, Rate, rate, rule_name, sweeping
 from histoscale.eval.scores.recalibration import Recalibrated
 
 RATES = ("sensitivity", "specificity", "fnr", "flagged", "ppv", "npv")
@@ -23,6 +23,11 @@ class Operating:
     required: float
     found: Operation
     clustered: dict[str, Interval]
+    keeps: str = "sensitivity"
+
+    @property
+    def name(self) -> str:
+        return rule_name(self.keeps, self.required)
 
     def as_dict(self) -> dict[str, Any]:
         ppv, npv = self.found.at_prevalence
@@ -30,6 +35,7 @@ class Operating:
             **{name: rate_dict(getattr(self.found, name)) for name in RATES},
             "at_prevalence": {"prevalence": self.found.prevalence, "ppv": ppv, "npv": npv},
             "drift": self.found.drift,
+            "sweeping": sweeping(self.found.flagged),
             "needed_threshold": self.found.needed,
             "clustered": {name: interval.as_dict() for name, interval in self.clustered.items()},
         }
@@ -40,8 +46,9 @@ class Part:
     """One set of slides. units: decisions (slides or patients). counts: units by class, or with and without the event.
 
     headline: the metric in which floors stand beside (`floors`) and are subtracted (`minus`); None where it is undefined.
-    metrics: the others too. operating: of a binary task, one a required sensitivity. recalls: of a task of classes.
-    roc: [k, 2], of a single model; bins: of the probability of the positive class; confusion: [K, K]. points: of a number
+    metrics: the others too; withheld: metric -> why these units have none. operating: of a binary task, one a requirement.
+    recalls: of a task of classes. roc: [k, 2], of a single model; bins: of the probability of the positive class; confusion:
+    [K, K]. points: of a number
     [U, 2], observed and predicted; of times [U, 3], time, event and whether the risk is above the training median of its trial.
     """
 
@@ -53,6 +60,7 @@ class Part:
     counts: dict[str, int]
     headline: Interval | None
     metrics: dict[str, Interval]
+    withheld: dict[str, str]
     floors: dict[str, Interval]
     minus: dict[str, Interval]
     operating: list[Operating]
@@ -79,9 +87,9 @@ class Part:
             for name in ("sensitivity", "specificity"):
                 own: Rate = getattr(each.found, name)
                 if name in each.clustered:
-                    found[f"{name}@{each.required:g}"] = each.clustered[name]
+                    found[f"{name}@{each.name}"] = each.clustered[name]
                 elif own.n:
-                    found[f"{name}@{each.required:g}"] = Interval(own.value, *own.wilson, own.n, own.n, "")
+                    found[f"{name}@{each.name}"] = Interval(own.value, *own.wilson, own.n, own.n, "")
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -91,14 +99,26 @@ class Part:
             "auc": self.auc.as_dict() if self.auc else None,
             "headline": self.headline.as_dict() if self.headline else None,
             "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
+            "withheld": self.withheld,
             "floors": {name: interval.as_dict() for name, interval in self.floors.items()},
             "minus": {name: interval.as_dict() for name, interval in self.minus.items()},
-            "operating": {f"{each.required:g}": each.as_dict() for each in self.operating},
+            "operating": {each.name: each.as_dict() for each in self.operating},
             "recalls": {name: rate_dict(each) for name, each in self.recalls.items()},
             "reliability": {name: getattr(bins, name).tolist() for name in ("count", "predicted", "observed")} if bins else None,
             "confusion": self.confusion.tolist() if self.confusion is not None else None,
             "recalibration": [asdict(each) for each in self.recalibration],
         }
+
+
+def why_undefined(metric: str, found: Units, task: Task) -> str:
+    """Why a metric has no value on these units."""
+    if isinstance(task, BinaryTask | ClassesTask):
+        held = [name for name, count in counts(found, task).items() if count]
+        if len(held) == 1:
+            return f"one class: all are {held[0]}"
+    if isinstance(task, SurvivalTask) and not found.event.any():
+        return "no event"
+    return "a threshold separates the classes" if metric in ("slope", "intercept") else "nothing varies"
 
 
 def counts(found: Units, task: Task) -> dict[str, int]:

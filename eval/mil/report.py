@@ -17,17 +17,28 @@ from histoscale.eval.drawings import (
     scatter_plot,
     survival_plot,
 )
+from histoscale.eval.mil.absent import Absent
 from histoscale.eval.mil.decodability import Decodability, Decoded
 from histoscale.eval.mil.metrics import NAMES, headline
 from histoscale.eval.mil.part import Operating, Part
 from histoscale.eval.mil.split import Check
 from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask
-from histoscale.eval.mil.words import cannot_say, count_words, counted, metric_words, plainly, rate_words
+from histoscale.eval.mil.words import (
+    cannot_say,
+    count_words,
+    counted,
+    headline_words,
+    metric_words,
+    plainly,
+    rate_words,
+    threshold_words,
+    value_words,
+)
 from histoscale.eval.page import Cell, Chapter, Drawing, Folded, Grid, Heading, Matrix, Prose, write_page
 from histoscale.eval.page import Part as Piece
 from histoscale.eval.scores.interval import Interval
-from histoscale.eval.scores.operating import Rate
+from histoscale.eval.scores.operating import Rate, score_words, sweeping
 from histoscale.eval.scores.recalibration import LOSSES
 
 
@@ -41,13 +52,15 @@ def write_mil_page(
     pages: Mapping[str, str],
     rows: Sequence[Mapping[str, Any]],
     encoder: str,
+    absent: Absent | None = None,
 ) -> None:
-    """Write report.html.
+    """Write report.html. absent: labelled slides that the study lacks, which stand first.
 
     checks, leakage: what was compared between the parts, and its chapter. seeds: of `seed_values`. pages: slide_id -> relative
     address of its page, percent-encoded; rows: of `score_rows`, from which their line is taken. encoder: its name or hash.
     """
-    chapters = [Chapter("Inside and outside", _sides(found, seeds))]
+    chapters = [Chapter("Not in the study", _absent(absent))] if absent is not None and absent.why else []
+    chapters.append(Chapter("Inside and outside", _sides(found, seeds)))
     if isinstance(found.task, BinaryTask):
         chapters.append(Chapter("Decisions at thresholds fixed in training", _decisions(found)))
         chapters.append(Chapter("Do the probabilities mean what they say?", _calibration(found)))
@@ -62,7 +75,8 @@ def write_mil_page(
         chapters.append(Chapter("Slides for the second reader", [_slides(pages, rows)]))
     limits = cannot_say(found, checks, decoded)
     chapters.append(Chapter("What this study cannot say", [Prose("\n\n".join(limits))]))
-    write_page(path, found.task.name, _lead(found, encoder), _facts(found), chapters)
+    lacking = f" {absent.sentence}" if absent is not None and absent.sentence else ""
+    write_page(path, found.task.name, _lead(found, encoder) + lacking, _facts(found), chapters)
 
 
 def _lead(found: Study, encoder: str) -> str:
@@ -83,9 +97,18 @@ def _facts(found: Study) -> dict[str, str]:
         facts[f"{name}, internal minus external"] = str(found.gap[headline(found.task)])
     outermost = found.external or found.internal
     if outermost is not None and outermost.operating:
-        at = outermost.operating[0]
-        missed = f"missed of the positive, {outermost.name}, where {at.required:g} were to be found"
-        facts |= {missed: rate_words(at.found.fnr), f"flagged for review, {outermost.name}": rate_words(at.found.flagged)}
+        rules = list(enumerate(outermost.operating))
+        swept = [(i, at) for i, at in rules if found.flags(i) or sweeping(at.found.flagged)]
+        if swept and swept[0][0] == 0:
+            at, flagged = swept[0][1], swept[0][1].found.flagged
+            words = f"{found.flags(0) or sweeping(flagged)} {found.task.decision}: {flagged.hits} of {flagged.n}"
+            facts[f"flagged by the rule for {at.keeps} {at.required:g}, {outermost.name}: it sorts nothing"] = words
+        sorting = [at for i, at in rules if (i, at) not in swept]
+        if sorting:
+            at = sorting[0]
+            rule = f"{outermost.name}, rule for {at.keeps} {at.required:g}"
+            facts[f"missed of the positive, {rule}"] = rate_words(at.found.fnr)
+            facts[f"flagged for review, {rule}"] = rate_words(at.found.flagged)
     return facts
 
 
@@ -100,6 +123,20 @@ def _all(found: Study) -> list[tuple[str, Part]]:
     return parts + [(f"{site}, site known", part) for site, part in found.sites_inside.items()]
 
 
+def _absent(absent: Absent) -> list[Piece]:
+    rows: list[Sequence[Cell | str]] = [
+        [kind, name, str(lack.absent), str(lack.of)]
+        for kind, lacks in (("part", absent.parts), ("hospital", absent.sites))
+        for name, lack in lacks.items()
+    ]
+    by_name: list[Sequence[Cell | str]] = [[name, Cell(why, look="small")] for name, why in absent.why.items()]
+    return [
+        Prose("\n\n".join(absent.words)),
+        Grid(["", "", "absent", "labelled"], rows, 2, "What made them absent may be tied to the label."),
+        Folded("Every absent slide, and why", [Grid(["slide", "why"], by_name, 2, "")]),
+    ]
+
+
 def _sides(found: Study, seeds: Mapping[str, Sequence[float]]) -> list[Piece]:
     name = NAMES[headline(found.task)]
     marks = [
@@ -110,19 +147,20 @@ def _sides(found: Study, seeds: Mapping[str, Sequence[float]]) -> list[Piece]:
     caption = "Violet: sites that the model knew. Orange: sites that it never saw. Squares: training slides, out of fold."
     parts: list[Piece] = [Drawing(interval_plot(marks, name, found.chance), caption)] if marks else []
     table: list[Sequence[Cell | str]] = [
-        [label, _role(part), str(part.slides), str(part.patients), count_words(part), _number(part.headline)]
+        [label, _role(part), str(part.slides), str(part.patients), count_words(part), headline_words(part)]
         for label, part in _all(found)
     ]
     kinds = f" ({' / '.join(found.train.counts)})" if isinstance(found.task, ClassesTask) else ""
     head = ["set", "read by", "slides", "patients", counted(found) + kinds, name]
     parts += [Heading("Every part and site", ""), Grid(head, table, 2, _interval_note(found))]
-    order = [metric for metric in NAMES if any(metric in part.metrics for part in found.reported)]
+    order = [metric for metric in NAMES if any(metric in (*part.metrics, *part.withheld) for part in found.reported)]
     order += [metric for metric in found.gap if metric not in NAMES]
     own = [part.intervals() for part in found.reported]
     rows: list[Sequence[Cell | str]] = [
         [
             metric_words(metric),
-            *(_number(each.get(metric)) for each in own),
+            *(_number(each.get(metric)) if metric in each else value_words(part, metric)
+              for part, each in zip(found.reported, own, strict=True)),
             *([_number(found.gap.get(metric))] if found.gap else []),
         ]
         for metric in order
@@ -160,9 +198,7 @@ def _decisions(found: Study) -> list[Piece]:
             Drawing(roc_plot(lines), "Discs: where the thresholds fixed in training end up, never moved to these slides.")
         )
     for i, at in enumerate(found.thresholds):
-        words = [at.note]
-        if math.isfinite(at.value):
-            words.insert(0, f"flagged from a score of {at.value:.3f}")
+        words = [threshold_words(found, i)]
         if len(found.of_trials) > 1:
             words.append("each trial's slides are flagged by that trial's own threshold")
         parts_ = [(label, part.operating[i]) for label, part in _all(found)]
@@ -174,10 +210,10 @@ def _decisions(found: Study) -> list[Piece]:
         head = ["set", "sensitivity", "specificity", "missed (FNR)", "flagged", "PPV / NPV as observed",
                 f"PPV / NPV at {found.task.prevalence:g}", "drift (threshold it would need)"]  # fmt: skip
         note = (
-            "Hits of units with Wilson's interval. Drift: achieved minus required sensitivity; the "
+            f"Hits of units with Wilson's interval. Drift: achieved minus required {at.keeps}; the "
             "needed threshold is a diagnosis of the shift, and nothing uses it."
         )
-        parts += [Heading(f"Required sensitivity {at.required:g}", "; ".join(words).capitalize()), Grid(head, rows, 1, note)]
+        parts += [Heading(f"Required {at.keeps} {at.required:g}", "; ".join(words).capitalize()), Grid(head, rows, 1, note)]
         names = ["set", "sensitivity", "specificity", "missed (FNR)", "flagged"]
         parts.append(Folded("The same with Clopper-Pearson's exact intervals", [Grid(names, exact, 1, "")]))
     return parts
@@ -198,7 +234,7 @@ def _exact(rate: Rate) -> str:
 def _drift(at: Operating) -> str:
     if math.isnan(at.found.drift):
         return "–"
-    return f"{at.found.drift:+.3f}" + ("" if math.isnan(at.found.needed) else f" ({at.found.needed:.3f})")
+    return f"{at.found.drift:+.3f}" + ("" if math.isnan(at.found.needed) else f" ({score_words(at.found.needed)})")
 
 
 def _calibration(found: Study) -> list[Piece]:
@@ -208,7 +244,7 @@ def _calibration(found: Study) -> list[Piece]:
             parts.append(Drawing(reliability_plot(part.bins, "positive"), f"{part.name.capitalize()}. {_PERFECT}"))
     names = ("ece", "ece_if_calibrated", "brier", "brier_skill", "slope", "intercept", "intercept_in_the_large")
     rows: list[Sequence[Cell | str]] = [
-        [label, *(_number(part.metrics.get(name)) for name in names)] for label, part in _all(found)
+        [label, *(value_words(part, name) for name in names)] for label, part in _all(found)
     ]
     note = (
         "Slope under 1: too sure. Intercept at slope 1 over 0: more positives than predicted. Skill: against always saying the "
@@ -347,7 +383,7 @@ def _slides(pages: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> Grid
 
 
 def _plain(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    return score_words(value) if isinstance(value, float) else str(value)
 
 
 def _number(interval: Interval | None) -> Cell | str:

@@ -11,7 +11,7 @@ from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Su
 
 
 def score_rows(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[dict[str, Any]]:
-    """Rows of `scores.csv`: one a slide and place where a trial read it; flagged_<sensitivity>: the slide's own decision.
+    """Rows of `scores.csv`: one a slide and place where a trial read it; flagged_<rule>: the slide's own decision.
 
     score: the probability of the positive class, the value or the log-risk; of several classes score_<class> each.
     """
@@ -24,7 +24,7 @@ def score_rows(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[
                 place = {"slide_id": bag.slide_id, "patient_id": bag.group, "site": bag.site, "trial": trial.name, "part": part}
                 match task:
                     case BinaryTask():
-                        flags = {f"flagged_{at.required:g}": int(given[0] >= at.value) for at in thresholds[t]}
+                        flags = {f"flagged_{at.name}": int(given[0] >= at.value) for at in thresholds[t]}
                         rest: dict[str, Any] = {"label": bag.label, "score": given[0], **flags}
                     case ClassesTask():
                         names = list(task.classes)

@@ -10,7 +10,8 @@ from histoscale.eval.mil.units import places, units
 
 
 def seed_values(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> dict[str, list[float]]:
-    """The headline of each seed, by part (train, internal, external); parts that a plan does not read are absent.
+    """The headline of each seed, by part (train, internal, external); parts that a plan does not read, or where the headline is
+    undefined, are absent.
 
     outputs: float64 [R, T, n, K], of seed, trial and row. Their spread is no interval: patients stay the same.
     """
@@ -20,5 +21,6 @@ def seed_values(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> dict
         if where:
             each = [units(bags, where, one, task) for one in outputs]
             values = [metrics(one, task)[headline(task)](np.ones((1, len(one.groups))))[0] for one in each]
-            found[part] = [float(value) for value in values]
+            if not np.isnan(values).any():
+                found[part] = [float(value) for value in values]
     return found

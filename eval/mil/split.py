@@ -1,6 +1,6 @@
 """Which slides train and which are read, in one or several trials: fixed parts, folds, one site at a time; never overlapping."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from histoscale.data.keys import key
+from histoscale.data.names import fold as folded
 from histoscale.data.splits import UNITS, SplitError, ordered
 from histoscale.eval.mil.bags import Bag, Bags
 from histoscale.eval.mil.trials import PARTS, Plan, Trial, check_trials, some
@@ -117,6 +118,17 @@ def make_plan(bags: Bags, config: FixedSplit | FoldSplit | SiteSplit) -> Plan:
     return Plan(config.kind, tuple(trials), len(trials) - 1, check_trials(bags.rows, trials, config.unit), left_out)
 
 
+def side_of(site: str, columns: Mapping[str, str], config: FixedSplit | FoldSplit | SiteSplit) -> str:
+    """Where a slide stands, or would stand, in words; "" in no part. By its site and manifest columns alone, so that slides
+    without a store are counted too; shares and folds are drawn among those that have one, so they are only known to be inside."""
+    if isinstance(config, FixedSplit) and config.role is not None:
+        return _SIDES.get(_roles(config).get(folded(columns.get(config.role, "")), ""), "")
+    if isinstance(config, SiteSplit):
+        return "every hospital in turn"
+    outside = {folded(each) for each in config.external_sites}
+    return _SIDES["external"] if folded(site) in outside else "inside (train or test)"
+
+
 def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
     """A fold in range(count) for every row: groups whole, targets as level as that allows, then sites, then sizes.
 
@@ -159,12 +171,20 @@ def grouped_folds(rows: Sequence[Bag], count: int, seed: int) -> list[int]:
     return [fold[row.group] for row in rows]
 
 
+_SIDES = {"train": "train", "internal": "internal test", "external": "external"}
+
+
+def _roles(config: FixedSplit) -> dict[str, str]:
+    """Folded value of the column -> part."""
+    return {folded(value): part for part in PARTS for value in getattr(config, part)}
+
+
 def _fixed(rows: Sequence[Bag], config: FixedSplit) -> tuple[list[Trial], dict[str, str]]:
     left_out: dict[str, str] = {}
     if config.role is not None:
         values = _column(rows, config.role, "split.role")
-        part_of = {value: part for part in PARTS for value in getattr(config, part)}
-        parts = [part_of.get(value, "") for value in values]
+        part_of = _roles(config)
+        parts = [part_of.get(folded(value), "") for value in values]
         for row, value, part in zip(rows, values, parts, strict=True):
             if not part:
                 what = f"its {config.role} {value!r} is" if value else f"it has no {config.role} and is"
@@ -252,13 +272,14 @@ def _column(rows: Sequence[Bag], column: str, option: str) -> list[str]:
 
 
 def _outside(rows: Sequence[Bag], external_sites: Sequence[str]) -> set[str]:
-    absent = sorted(set(external_sites) - {row.site for row in rows})
+    sites = {folded(row.site): row.site for row in rows if row.site}
+    absent = sorted(site for site in external_sites if folded(site) not in sites)
     if absent:
         known = sorted({row.site for row in rows} - {""})
         raise SplitError(
             f"split.external_sites names {', '.join(absent)}, which no labelled slide comes from: expected some of {some(known)}"
         )
-    return set(external_sites)
+    return {sites[folded(site)] for site in external_sites}
 
 
 def _whole(rows: Sequence[Bag], inside: Sequence[int], names: Sequence[str], column: str) -> None:

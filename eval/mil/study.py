@@ -20,14 +20,14 @@ from histoscale.eval.mil.metrics import (
     metrics,
     ranks_alone,
 )
-from histoscale.eval.mil.part import Operating, Part, confusion, counts, recalls
+from histoscale.eval.mil.part import Operating, Part, confusion, counts, recalls, why_undefined
 from histoscale.eval.mil.split import Plan
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 from histoscale.eval.mil.units import Place, Units, places, units
 from histoscale.eval.scores.auroc import areas, report_area, report_difference
 from histoscale.eval.scores.calibration import reliability
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
-from histoscale.eval.scores.operating import Threshold, operate, operation, threshold
+from histoscale.eval.scores.operating import Rate, Threshold, answer_of, operate, operation, rate, threshold
 from histoscale.eval.scores.ranking import roc_points
 from histoscale.eval.scores.recalibration import Recalibrated, RecalibrationConfig, local_recalibration
 
@@ -42,7 +42,8 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Study:
-    """thresholds: of the deployed trial; of_trials: of every trial that is read, by name. train: out-of-fold scores, where the
+    """thresholds: of the deployed trial; of_trials: of every trial that is read, by name, and flagged_by: the share of what it
+    reads that each of them flags. train: out-of-fold scores, where the
     deployed thresholds come from. external is None without an external site. sites: of external sites their external part.
     sites_inside: the same sites read by models that knew them, where a plan reads both. gap: internal minus external."""
 
@@ -51,6 +52,7 @@ class Study:
     groups: str
     thresholds: list[Threshold]
     of_trials: dict[str, list[Threshold]]
+    flagged_by: dict[str, list[Rate]]
     train: Part
     internal: Part | None
     external: Part | None
@@ -69,9 +71,18 @@ class Study:
     def reported(self) -> list[Part]:
         return [part for part in (self.internal, self.external) if part is not None]
 
+    def flagged(self, which: int) -> Rate:
+        """What the rule of a requirement flags of all that was read, each unit by the threshold of its trial."""
+        read = [each[which] for each in self.flagged_by.values()]
+        return rate(sum(one.hits for one in read), sum(one.n for one in read))
+
+    def flags(self, which: int) -> str:
+        """`every` or `no` where that rule gives all one answer, else ""."""
+        return answer_of(self.thresholds[which], self.flagged(which))
+
     def as_dict(self) -> dict[str, Any]:
         """The values of `summary.json` under `mil`."""
-        named = {f"{at.required:g}": asdict(at) for at in self.thresholds}
+        named = {at.name: {**asdict(at), "flags": self.flags(k)} for k, at in enumerate(self.thresholds)}
         return {
             "task": self.task.name,
             "kind": self.task.kind,
@@ -83,7 +94,7 @@ class Study:
             "chance": self.chance,
             "thresholds": named,
             "thresholds_of_trials": {
-                name: {f"{at.required:g}": at.value for at in found} for name, found in self.of_trials.items()
+                name: {at.name: at.value for at in found} for name, found in self.of_trials.items()
             },
             "train": self.train.as_dict(),
             "internal": self.internal.as_dict() if self.internal else None,
@@ -126,6 +137,7 @@ def study(
         groups=bags.groups,
         thresholds=reads.thresholds[plan.deployed],
         of_trials={plan.trials[t].name: found for t, found in enumerate(reads.thresholds) if found and t in read},
+        flagged_by={plan.trials[t].name: reads.flagged_of(t, where) for t in sorted(read) if reads.thresholds[t]},
         train=reads.part("train (out of fold)", "train", where["train"]),
         internal=internal,
         external=external,
@@ -181,6 +193,7 @@ class _Reads:
             counts=counts(found, task),
             headline=main,
             metrics=known,
+            withheld={metric: why_undefined(metric, found, task) for metric in of if metric not in known},
             floors=floors,
             minus=minus,
             operating=self._operating(found, draws) if isinstance(task, BinaryTask) else [],
@@ -224,7 +237,7 @@ class _Reads:
         for k, at in enumerate(self.thresholds[self.plan.deployed]):
             right = (self._flagged(found, k)) == (found.labels == 1)
             for name, side in (("sensitivity", 1), ("specificity", 0)):
-                of[f"{name}@{at.required:g}"] = _share(right, found.labels == side)
+                of[f"{name}@{at.name}"] = _share(right, found.labels == side)
         return of
 
     def _flagged(self, found: Units, which: int) -> np.ndarray:
@@ -232,18 +245,24 @@ class _Reads:
         limits = np.array([self.thresholds[t][which].value for t in found.trial], np.float64)
         return found.outputs[:, 0] >= limits
 
+    def flagged_of(self, trial: int, where: Mapping[str, Sequence[Place]]) -> list[Rate]:
+        """What the thresholds of a trial flag of all that it reads, internal and external together."""
+        own = [place for role in ("internal", "external") for place in where[role] if place[0] == trial]
+        found = units(self.bags, own, self.outputs, self.task)
+        return [rate(int((found.outputs[:, 0] >= at.value).sum()), len(found.groups)) for at in self.thresholds[trial]]
+
     def _operating(self, found: Units, draws: Resampling) -> list[Operating]:
         assert isinstance(self.task, BinaryTask)
         operating = []
-        for k, required in enumerate(self.task.sensitivities):
+        for k, (keeps, required) in enumerate(self.task.requirements):
             if found.pooled:
                 flagged = self._flagged(found, k)
-                done = operation(found.labels == 1, flagged, required, self.task.prevalence, math.nan)
+                done = operation(found.labels == 1, flagged, required, self.task.prevalence, math.nan, keeps)
             else:
                 at = self.thresholds[found.trial[0]][k]
                 done = operate(found.labels, found.outputs[:, 0], at, self.task.prevalence)
             clustered = self._clustered(found, k) if len(set(found.groups)) < len(found.groups) else {}
-            operating.append(Operating(required, done, clustered))
+            operating.append(Operating(required, done, clustered, keeps))
         return operating
 
     def _clustered(self, found: Units, which: int) -> dict[str, Interval]:
@@ -260,14 +279,16 @@ class _Reads:
 
 
 def trial_thresholds(bags: Bags, plan: Plan, outputs: np.ndarray, task: Task) -> list[list[Threshold]]:
-    """Of every trial, one a required sensitivity, from its own out-of-fold scores; none without a binary task."""
+    """Of every trial, one a requirement, from its own out-of-fold scores; none without a binary task."""
     if not isinstance(task, BinaryTask):
         return [[] for _ in plan.trials]
     found = []
     for t, trial in enumerate(plan.trials):
         known = units(bags, [(t, i) for i in trial.train], outputs, task)
         scores = known.outputs[:, 0]
-        found.append([threshold(known.labels, scores, at, task.rule, known.groups) for at in task.sensitivities])
+        found.append(
+            [threshold(known.labels, scores, at, task.rule, known.groups, keeps) for keeps, at in task.requirements]
+        )
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from histoscale.data.manifest import Slide
+from histoscale.data.names import same_value, truth
 from histoscale.eval.scores.operating import RULES
 
 DECISIONS = ("slide", "patient")
@@ -25,7 +26,8 @@ class TaskError(ValueError):
 @dataclass(frozen=True)
 class BinaryTask:
     """label: a manifest column; positive, negative: its values. sensitivities: what a threshold each must keep, by `rule`
-    (conformal or empirical). prevalence: the stated one for PPV and NPV. decision: `slide`, or `patient` (highest slide)."""
+    (conformal or empirical). specificities: the same of the other side, for what a threshold finds that passes so many negatives.
+    prevalence: the stated one for PPV and NPV. decision: `slide`, or `patient` (highest slide)."""
 
     kind: Literal["binary"]
     name: str
@@ -33,6 +35,7 @@ class BinaryTask:
     positive: list[Value]
     negative: list[Value]
     sensitivities: list[float]
+    specificities: list[float]
     rule: str
     prevalence: float
     decision: str
@@ -41,9 +44,10 @@ class BinaryTask:
         _check_decision(self.decision)
         if self.rule not in RULES:
             raise TaskError(f"task.rule is {self.rule!r}: expected {' or '.join(RULES)}")
-        if not self.sensitivities or not all(0 < value < 1 for value in (*self.sensitivities, self.prevalence)):
-            given = f"task.sensitivities is {self.sensitivities}, task.prevalence {self.prevalence}"
-            raise TaskError(f"{given}: expected numbers between 0 and 1")
+        shares = (*self.sensitivities, *self.specificities, self.prevalence)
+        if not self.sensitivities or not all(0 < value < 1 for value in shares):
+            given = f"task.sensitivities is {self.sensitivities}, task.specificities {self.specificities}, "
+            raise TaskError(f"{given}task.prevalence {self.prevalence}: expected numbers between 0 and 1")
         if not self.positive or not self.negative or set(self.positive) & set(self.negative):
             given = f"task.positive is {self.positive}, task.negative {self.negative}"
             raise TaskError(f"{given}: expected a value or more in each, and none in both (they share a value or one is empty)")
@@ -51,6 +55,12 @@ class BinaryTask:
     @property
     def outputs(self) -> int:
         return 1
+
+    @property
+    def requirements(self) -> list[tuple[str, float]]:
+        """What the thresholds keep, in the order of every table: (`sensitivity` or `specificity`, share)."""
+        named = (("sensitivity", self.sensitivities), ("specificity", self.specificities))
+        return [(keeps, value) for keeps, values in named for value in values]
 
 
 @dataclass(frozen=True)
@@ -160,16 +170,17 @@ def _target(slide: Slide, task: Task) -> Target | None:
     text = slide.labels[task.label]
     match task:
         case BinaryTask():
-            return Target(float(text in task.positive), True) if text in (*task.positive, *task.negative) else None
+            positive, negative = _among(text, task.positive), _among(text, task.negative)
+            return Target(float(positive), True) if positive != negative else None
         case ClassesTask():
-            places = [i for i, values in enumerate(task.classes.values()) if text in values]
-            return Target(float(places[0]), True) if places else None
+            places = [i for i, values in enumerate(task.classes.values()) if _among(text, values)]
+            return Target(float(places[0]), True) if len(places) == 1 else None
         case RegressionTask():
             number = _number(text)
             return None if number is None else Target(number, True)
         case SurvivalTask():
-            time, event = _number(text), _number(slide.labels[task.event])
-            return None if time is None or time < 0 or event not in (0.0, 1.0) else Target(time, event == 1)
+            time, event = _number(text), truth(slide.labels[task.event])
+            return None if time is None or time < 0 or event is None else Target(time, event)
 
 
 def _expected(task: Task) -> str:
@@ -182,6 +193,10 @@ def _expected(task: Task) -> str:
             return "a finite number"
         case SurvivalTask():
             return "a time of 0 or more with 1 (it happened) or 0 (censored)"
+
+
+def _among(text: str, values: Sequence[str]) -> bool:
+    return any(same_value(text, value) for value in values)
 
 
 def _number(text: str) -> float | None:

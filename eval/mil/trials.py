@@ -1,11 +1,10 @@
 """Trials of a study, and what their sides must not share."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from histoscale.data.names import patient_key, site_key, slide_key
 from histoscale.data.splits import SplitError
-from histoscale.eval.leakage import patient_key, slide_key
 from histoscale.eval.mil.bags import Bag
 
 PARTS = ("train", "internal", "external")
@@ -121,18 +120,13 @@ def _refuse_site(trial: Trial, rows: Sequence[Bag]) -> None:
             "fill the manifest's site column"
         )
     inside = {rows[i].site for i in (*trial.train, *trial.internal)}
-    shared = {plainly(site) for site in outside} & {plainly(site) for site in inside} - {""}
-    both = sorted(site for site in outside | inside if plainly(site) in shared)
+    shared = {site_key(site) for site in outside} & {site_key(site) for site in inside} - {""}
+    both = sorted(site for site in outside | inside if site_key(site) in shared)
     if both:
         raise SplitError(
             f"the trial {trial.name} has the sites {some(both)} inside and outside: an external site is never trained on; name "
             "whole sites external"
         )
-
-
-def plainly(site: str) -> str:
-    """A site however it is written: `St. Mary` and `st mary` are one."""
-    return " ".join(re.findall(r"\w+", site.casefold()))
 
 
 def _barcode(row: Bag) -> str:

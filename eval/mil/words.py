@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from histoscale.eval.mil.absent import Absent
+from histoscale.eval.mil.bags import reasons
 from histoscale.eval.mil.decodability import Decodability
 from histoscale.eval.mil.metrics import NAMES, headline
 from histoscale.eval.mil.part import Operating, Part
@@ -11,26 +13,27 @@ from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, SurvivalTask
 from histoscale.eval.scores.binomial import needed_without_miss
 from histoscale.eval.scores.interval import Interval
-from histoscale.eval.scores.operating import Rate
+from histoscale.eval.scores.operating import Rate, score_words, sweeping
 
 FEW_SITES = 10  # fewer cannot be resampled, so no interval over sites exists
 
 
-def show(found: Study, checks: Sequence[Check], decoded: Decodability | None) -> str:
-    """The headline by part and site with the floors, a table of decisions for each required sensitivity, and the limits."""
+def show(found: Study, checks: Sequence[Check], decoded: Decodability | None, absent: Absent | None = None) -> str:
+    """What the study lacks, the headline by part and site with the floors, a table of decisions for each rule, and the limits."""
     parts = [found.train, *found.reported, *found.sites.values()]
     task, name = found.task, NAMES[headline(found.task)]
     table = [("part", "slides", "patients", counted(found), name)]
     table += [(p.name, str(p.slides), str(p.patients), count_words(p), headline_words(p)) for p in parts]
-    lines = [f"{task.name}: scores by {task.decision}, intervals by {found.groups}", "", *columns(table)]
+    lines = [f"{task.name}: scores by {task.decision}, intervals by {found.groups}", ""]
+    lines += [absent.sentence, ""] if absent is not None and absent.sentence else []
+    lines += columns(table)
     if isinstance(task, BinaryTask):
         for i, at in enumerate(found.thresholds):
-            carried = f"flagged from {at.value:.3f}; " if math.isfinite(at.value) else ""
-            lines += ["", f"required sensitivity {at.required:g}: {carried}{at.note}"]
+            lines += ["", f"required {at.keeps} {at.required:g}: {threshold_words(found, i)}"]
             prevalence = f"PPV / NPV at {task.prevalence:g}"
             rows = [("part", "sensitivity", "specificity", "FNR", "flagged", prevalence)]
             lines += columns([*rows, *[(part.name, *decision_words(part.operating[i])) for part in parts]])
-    others = {metric for part in found.reported for metric in part.metrics} - {headline(task)}
+    others = {metric for part in found.reported for metric in (*part.metrics, *part.withheld)} - {headline(task)}
     if found.reported and others:
         head = ["", *(part.name for part in found.reported), *(["internal minus external"] if found.gap else [])]
         order = [headline(task), *(metric for metric in NAMES if metric in others)]
@@ -53,9 +56,7 @@ def cannot_say(found: Study, checks: Sequence[Check], decoded: Decodability | No
     """The limits of a study in sentences, from its own numbers: sites, patients, positives, overlap, floors, calibration."""
     task, units = found.task, f"{found.task.decision}s"
     said = [*_site_limits(found)]
-    for at in found.thresholds:
-        if math.isinf(at.value):
-            said.append(f"At {at.required:g}, {at.note}; sensitivity 1 and specificity 0 are that rule and no finding.")
+    said += _rule_limits(found)
     for part in found.reported:
         said += _limits(part, found, units)
     said += _gap_limits(found)
@@ -73,7 +74,7 @@ def cannot_say(found: Study, checks: Sequence[Check], decoded: Decodability | No
             f"numbers are those of the models that held {inside} out, each with its own threshold."
         )
     if found.left_out:
-        said.append(f"{len(found.left_out)} slides of the manifest are not in the study: {_reasons(found.left_out)}.")
+        said.append(f"{len(found.left_out)} slides of the manifest are not in the study: {'; '.join(reasons(found.left_out))}.")
     if isinstance(task, BinaryTask):
         said.append(
             f"PPV and NPV at a prevalence of {task.prevalence:g} are computed from sensitivity and specificity, not observed. "
@@ -82,6 +83,22 @@ def cannot_say(found: Study, checks: Sequence[Check], decoded: Decodability | No
     else:
         said.append("A predicted value asks a pathologist to look; it is no diagnosis and replaces no reading of the slide.")
     return said
+
+
+def threshold_words(found: Study, which: int) -> str:
+    """The threshold of a requirement, what fixed it, and whether it sweeps."""
+    at = found.thresholds[which]
+    carried = f"flagged from {score_words(at.value)}; " if math.isfinite(at.value) else ""
+    return carried + "; ".join(filter(None, [at.note, sweep_words(found, which)]))
+
+
+def sweep_words(found: Study, which: int) -> str:
+    """What is to be known of a rule that gives all slides one answer; "" of one that sorts."""
+    answer, read = found.flags(which), found.flagged(which)
+    if not answer:
+        return ""
+    count = f" ({read.hits} of {read.n} read)" if read.n else ""
+    return f"it flags {answer} {found.task.decision}{count} and sorts nothing"
 
 
 def decoded_words(found: Decodability) -> list[str]:
@@ -116,12 +133,20 @@ def count_words(part: Part) -> str:
 
 
 def headline_words(part: Part) -> str:
-    return str(part.headline) if part.headline else "undefined"
+    return str(part.headline) if part.headline else f"withheld ({next(iter(part.withheld.values()), 'undefined')})"
+
+
+def value_words(part: Part, metric: str) -> str:
+    """A metric of a part, or why it has none; `–` where the task knows no such metric."""
+    if metric in part.metrics:
+        return str(part.metrics[metric])
+    return f"withheld ({part.withheld[metric]})" if metric in part.withheld else "–"
 
 
 def metric_words(name: str) -> str:
     """`sensitivity@0.95` and metrics, as people say them."""
-    return NAMES.get(name, name.replace("@", " where ") + " is required" if "@" in name else plainly(name))
+    metric, _, rule = name.partition("@")
+    return NAMES.get(name, f"{metric} where {plainly(rule)} is required" if rule else plainly(name))
 
 
 def decision_words(operating: Operating) -> tuple[str, ...]:
@@ -137,7 +162,7 @@ def rate_words(rate: Rate) -> str:
 
 
 def _metric_row(metric: str, found: Study) -> list[str]:
-    values = [str(part.metrics[metric]) if metric in part.metrics else "-" for part in found.reported]
+    values = [value_words(part, metric) for part in found.reported]
     gap = [str(found.gap[metric]) if metric in found.gap else "-"] if found.gap else []
     return [NAMES[metric], *values, *gap]
 
@@ -161,7 +186,26 @@ def _site_limits(found: Study) -> list[str]:
         said.append(f"{count} external sites{spread} are too few to say how a further one would differ.")
     mute = [site for site in found.external_sites if found.sites[site].headline is None]
     if mute:
-        said.append(f"{NAMES[headline(found.task)]} is undefined at {_some(mute)}: one class, or nothing that varies.")
+        named = [f"{site} ({found.sites[site].withheld[headline(found.task)]})" for site in mute]
+        said.append(f"{NAMES[headline(found.task)]} is withheld at {_some(named)}.")
+    return said
+
+
+def _rule_limits(found: Study) -> list[str]:
+    """Rules that give every slide one answer, in all that was read or in one part of it."""
+    said = []
+    for i, at in enumerate(found.thresholds):
+        rule, one = f"The rule for {at.keeps} {at.required:g}", found.task.decision
+        shares = {"every": "sensitivity 1 and specificity 0 are", "no": "sensitivity 0 and specificity 1 are"}
+        if found.flags(i):
+            words = sweep_words(found, i).removeprefix("it ") + (f": {at.note}" if math.isinf(at.value) else "")
+            said.append(f"{rule} {words}; {shares[found.flags(i)]} that rule and no finding.")
+            continue
+        for part in found.reported:
+            flagged = part.operating[i].found.flagged
+            if answer := sweeping(flagged):
+                count = f"{flagged.hits} of {flagged.n}"
+                said.append(f"{rule} flags {answer} {one} of {part.name} ({count}): it sorts nothing there.")
     return said
 
 
@@ -175,7 +219,7 @@ def _limits(part: Part, found: Study, units: str) -> list[str]:
             few = f"{part.positives} positive {units} cannot prove a sensitivity of {required:g}"
             said.append(f"{name}: {few}; {proof} without a miss would.")
     if part.headline is None:
-        said.append(f"{name}: {metric} is undefined, because of one class or because nothing varies.")
+        said.append(f"{name}: {metric} is withheld ({part.withheld[headline(task)]}).")
     elif part.headline.low is None:
         said.append(f"{name}: {metric} has no interval ({part.headline.note.removeprefix('interval withheld: ')}).")
     elif part.headline.low <= found.chance:
@@ -233,11 +277,6 @@ def _decoded_limits(found: Decodability) -> list[str]:
             f"({elsewhere.score}, chance {elsewhere.chance:.3f})."
         )
     return said
-
-
-def _reasons(left_out: Mapping[str, str]) -> str:
-    reasons = list(left_out.values())
-    return "; ".join(f"{reason} ({reasons.count(reason)})" for reason in dict.fromkeys(reasons))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from histoscale.eval.probe import LinearProbe, ProbeConfig, fit_linear
 from histoscale.eval.robustness.findings import Finding
 from histoscale.eval.scores.classification import balanced_accuracy_of
 from histoscale.eval.scores.interval import IntervalConfig, Resampling
+from histoscale.eval.scores.rare import of_classes
 
 CLEAN = "clean"
 CURVES = ("balanced_accuracy", "cosine_to_clean")  # what `curve` finds
@@ -108,6 +109,10 @@ def curve(
     def add(measure: str, condition: str, sums: np.ndarray, of: Callable[[np.ndarray], np.ndarray], minus: str = "") -> None:
         words = ", ".join((asked.role, condition))
         interval = asked.draws.interval(sums, of)
+        unchanged = minus and interval.low == interval.high == 0 and len(np.unique(asked.labels)) > 1
+        if measure == "balanced_accuracy" and not unchanged:
+            level = None if minus else asked.draws.config.level
+            interval = of_classes(interval, asked.labels, asked.draws.codes, level)
         note = probed.note if condition == CLEAN else ""
         found.append(Finding(measure, name, normalise, words, interval, asked.groups, floor, minus=minus, note=note))
 

@@ -4,7 +4,6 @@ As PLISM is used (owkin/plism-dataset, arXiv 2501.16239): for every pair of slid
 retrieval among the tiles of both; medians over pairs, by what differs.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure, stamps
-from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches, hash_of
+from histoscale.data.fingerprint import content, contents
+from histoscale.data.names import NamesError, fold, one_spelling, patient_key
+from histoscale.eval.datasets.imagefiles import ImageFiles, common_side, measure
+from histoscale.eval.datasets.labels import find_image, read_labels
+from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetError, LabelledPatches, hash_of
 from histoscale.eval.knn import unit
 from histoscale.eval.robustness.curves import cosine
 from histoscale.eval.robustness.findings import Finding, RobustnessError
@@ -22,6 +24,7 @@ from histoscale.eval.scores.interval import IntervalConfig, Resampling
 
 TABLE = "registered.csv"
 COLUMNS = ("path", "tile_id", "scanner", "stain")
+KEYS = {"scanner": fold, "stain": fold, "patient_id": patient_key}
 DIFFER = ("scanner", "stain", "both")
 SIMILARITIES = 1 << 25
 
@@ -56,18 +59,23 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
     path = root / TABLE
     if not path.is_file():
         raise RobustnessError(f"{root} holds no {TABLE}: expected one with the columns {', '.join(COLUMNS)}")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-        if missing:
-            raise RobustnessError(f"{path} lacks the columns {', '.join(missing)}: expected {', '.join(COLUMNS)}")
-        rows = list(reader)
+    content(path)
+    try:
+        table = read_labels(path, COLUMNS, ("patient_id",))
+        rows = [row for _, row in table.rows]
+        for name in ("scanner", "stain", "patient_id"):
+            spelt, _ = one_spelling([row.get(name, "") for row in rows], f"names in the column {name}", KEYS[name])
+            for row, value in zip(rows, spelt, strict=True):
+                row[name] = value
+    except (DatasetError, NamesError) as error:
+        raise RobustnessError(str(error)) from error
     seen: set[tuple[str, str, str]] = set()
-    for number, row in enumerate(rows, start=2):
-        row["path"] = row["path"] or ""  # of a line that ends early
-        image, place = (root / row["path"]).resolve(), (row["tile_id"], row["scanner"], row["stain"])
-        if not image.is_relative_to(root.resolve()) or not image.is_file():
-            raise RobustnessError(f"{path} line {number}: the image {row['path']!r} is missing or leaves the folder")
+    for number, row in table.rows:
+        place = (row["tile_id"], row["scanner"], row["stain"])
+        try:
+            row["path"] = find_image(root, row["path"]).relative_to(root).as_posix()
+        except DatasetError as error:
+            raise RobustnessError(f"{path} line {number}: {error}") from error
         if not all(place) or place in seen:
             raise RobustnessError(
                 f"{path} line {number}: tile {place[0]!r} of scanner {place[1]!r} and stain {place[2]!r} stands twice or lacks "
@@ -88,7 +96,7 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
     patches = LabelledPatches(
         name=root.name, classes=("tile",), labels=np.zeros(len(rows), np.int64), roles=np.full(len(rows), "report"),
         patients=owners, sites=names, groups="patient" if known else "none", mpp=config.mpp, size_px=common_side(sizes),
-        hash=hash_of("registered", *(row["path"] for row in rows), stamps(paths, threads)),
+        hash=hash_of("registered", *(row["path"] for row in rows), contents(paths)),
         read=ImageFiles(paths, sizes, threads), blocks=owners, slide_ids=names, usage=USAGE_OF_OWN,
     )  # fmt: skip
     return RegisteredTiles(patches, tuple(slides), conditions, tiles, owners, "patient" if known else "tile")

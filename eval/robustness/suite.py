@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from histoscale.data.journal import Journal
+from histoscale.data.names import codes
 from histoscale.eval.datasets.patches import LabelledPatches, check_roles
 from histoscale.eval.robustness.clusters import ClustersConfig, cluster
 from histoscale.eval.robustness.confounding import ConfoundingConfig, design, performance_drop
@@ -80,8 +81,9 @@ def known_of(patches: LabelledPatches) -> Known:
             f"{patches.name}: neither slides nor patients are known, and patches of one slide are near each other anyway: "
             "fill in slide_id or patient_id"
         )
-    names, codes = np.unique(patches.sites, return_inverse=True)
-    where = Where(patches.labels, codes, patches.slide_ids if slides else patches.patients, patches.patients)
+    sites = codes(patches.sites)
+    names = patches.sites[np.unique(sites, return_index=True)[1]]
+    where = Where(patches.labels, sites, patches.slide_ids if slides else patches.patients, patches.patients)
     external = patches.rows("external")
     return Known(where, np.setdiff1d(np.flatnonzero(used), external), external, patches.groups, tuple(map(str, names)))
 

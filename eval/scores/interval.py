@@ -10,6 +10,7 @@ import torch
 from scipy.special import stdtrit
 
 from histoscale.data.keys import keys, uniform
+from histoscale.data.names import codes
 
 BOOTSTRAP_PATIENTS = 20  # fewer: the percentile bootstrap is too narrow, so a t-interval and a warning
 REPORTABLE_PATIENTS = 10  # fewer: no interval at all
@@ -112,13 +113,13 @@ class Resampling:
         """Raises ValueError for no rows."""
         if len(patients) == 0:
             raise ValueError("an interval needs at least one row, got none")
-        _, codes = np.unique(np.asarray(patients), return_inverse=True)
-        number = int(codes.max()) + 1
+        own = codes(patients)
+        number = int(own.max()) + 1
         draws = config.draws if number >= BOOTSTRAP_PATIENTS else 0
         counts = np.empty((draws, number), np.uint8)  # a patient is drawn 256 times with probability 1e-507
         for part in _batches(draws, number):
             counts[part] = _counted(np.arange(draws)[part], number, 0, config.seed)
-        return Resampling(codes, counts, config)
+        return Resampling(own, counts, config)
 
     def sums(self, rows: np.ndarray) -> np.ndarray:
         """Sums over the rows of each patient: float [n, C] -> float64 [P, C]."""
@@ -210,9 +211,9 @@ def _members(patients: Sequence[str]) -> list[np.ndarray]:
     """The rows of each patient, patients in the order of their ids."""
     if len(patients) == 0:
         raise ValueError("an interval needs at least one row, got none")
-    _, codes = np.unique(np.asarray(patients), return_inverse=True)
-    order = np.argsort(codes, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    own = codes(patients)
+    order = np.argsort(own, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(own))[:-1])
 
 
 def _strata(members: list[np.ndarray], strata: Sequence[str] | None) -> list[np.ndarray]:
@@ -222,8 +223,8 @@ def _strata(members: list[np.ndarray], strata: Sequence[str] | None) -> list[np.
     for rows in members:
         if len(np.unique(labels[rows])) > 1:
             raise ValueError(f"a patient stands in the strata {sorted(set(labels[rows]))}: expected one stratum a patient")
-    _, codes = np.unique(labels[[rows[0] for rows in members]], return_inverse=True)
-    return [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    _, own = np.unique(labels[[rows[0] for rows in members]], return_inverse=True)
+    return [np.flatnonzero(own == code) for code in range(own.max() + 1)]
 
 
 def _draw(groups: list[np.ndarray], draws: np.ndarray, attempt: int, seed: int) -> np.ndarray:
