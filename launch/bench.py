@@ -1,15 +1,16 @@
 """How fast: reading, views and training steps, each beside a limit or a plain implementation, in shuffled rounds of one run.
 
 Examples:
-    histoscale bench what=read out=bench                     (draws a synthetic slide first)
-    histoscale bench what=read catalog=catalog rounds=9 out=bench
-    histoscale bench what=catalog out=bench_catalog          (simulates 100,000 slides: 3 GB in out)
-    histoscale bench what=views out=bench_views              (augmentation and stain normalisation, ms a patch)
-    histoscale bench what=train train.recipe=demo out=bench_train    (a training step by part, beside the plainest one)
-    histoscale bench what=probe rounds=1 out=bench_probe             (a linear probe with its selection, and protocol=eva)
-    histoscale bench what=mil rounds=3 out=bench_mil                 (1,000 slides of 10,000 tiles: 20 GB in out, cold reads)
-    histoscale bench what=remote catalog=catalog out=bench_remote    (Azurite behind a proxy that delays)
-    histoscale bench what=read catalog=catalog sampler.grid=8 sampler.mpps=[0.25] sampler.weights=[1] out=bench
+    histoscale bench what=read out=runs/bench                               # draws a synthetic slide first
+    histoscale bench what=read catalog=runs/catalog rounds=9 out=runs/bench_read
+    histoscale bench what=read catalog=runs/catalog sampler.grid=8 'sampler.mpps=[0.25]' 'sampler.weights=[1]' out=runs/bench_grid
+    histoscale bench what=catalog out=runs/bench_catalog                    # simulates 100,000 slides: 3 GB in out
+    histoscale bench what=remote catalog=runs/catalog out=runs/bench_remote # Azurite behind a proxy that delays
+    histoscale bench what=views out=runs/bench_views                        # augmentation and stain normalisation, ms a patch
+    histoscale bench what=train train.recipe=demo out=runs/bench_train      # a training step by part, beside the plainest one
+    histoscale bench what=probe rounds=1 out=runs/bench_probe               # a linear probe with its selection, and eva's
+    histoscale bench what=mil rounds=3 out=runs/bench_mil                   # 1,000 slides of 10,000 tiles: 20 GB in out
+    histoscale bench what=soak out=runs/bench_soak                         # half an hour of faults: does anything grow?
 
 Trust the ratios: each is taken within a round and its median over rounds is printed. Rates move with the machine's load.
 """
@@ -21,12 +22,12 @@ from typing import Any
 
 from histoscale.data.cohort.write import CohortConfig
 from histoscale.data.journal import Journal, JournalConfig
+from histoscale.data.memory import StreamConfig
 from histoscale.data.normalise.macenko import MacenkoConfig
 from histoscale.data.normalise.reinhard import ReinhardConfig
 from histoscale.data.normalise.vahadane import VahadaneConfig
 from histoscale.data.plan import SamplerConfig
 from histoscale.data.storage import StorageConfig
-from histoscale.data.stream import StreamConfig
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.views import ViewsConfig
 from histoscale.eval.eva import EvaConfig
@@ -37,7 +38,7 @@ from histoscale.launch.bench_remote import RemoteConfig
 
 RESULT = (
     "what", "catalog", "seed", "rounds", "visits", "batch", "sampler", "cohort", "tissue", "catalog_scale", "remote",
-    "views", "macenko", "vahadane", "reinhard", "train", "probe", "eva", "probed", "bagged",
+    "views", "macenko", "vahadane", "reinhard", "train", "probe", "eva", "probed", "bagged", "soak",
 )  # fmt: skip
 SUBJECTS = (
     "read",
@@ -47,6 +48,7 @@ SUBJECTS = (
     "train",
     "probe",
     "mil",
+    "soak",
 )  # function NAME of bench_NAME, imported alone: memory is measured
 
 
@@ -81,6 +83,39 @@ class BaggedConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """delay_s: added to every request. throttle, cut, corrupt, stall: shares of the requests (launch/faultproxy.py). outage_s:
+    how long the store is gone in every `outage_every_s`."""
+
+    delay_s: float
+    throttle: float
+    cut: float
+    corrupt: float
+    stall: float
+    outage_s: float
+    outage_every_s: float
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """minutes: of pretraining. opens, embeds: slides. look_s: between two looks. warm_up: share of a series that is left out.
+    blocks: of looks, whose medians are fitted. confidence: of the intervals. cohort, pretrain, embed: what these commands take
+    besides their inputs and `out`."""
+
+    minutes: float
+    opens: int
+    embeds: int
+    look_s: float
+    warm_up: float
+    blocks: int
+    confidence: float
+    faults: FaultsConfig
+    cohort: list[str]
+    pretrain: list[str]
+    embed: list[str]
+
+
+@dataclass(frozen=True)
 class Config:
     """what: one of SUBJECTS. catalog: null draws one slide. visits: grid^2 patches each, that every method reads in a round.
     batch: slots of the stream."""
@@ -107,6 +142,7 @@ class Config:
     eva: EvaConfig
     probed: ProbedConfig
     bagged: BaggedConfig
+    soak: SoakConfig
     out: str
     logging: JournalConfig
 

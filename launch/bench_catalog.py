@@ -21,7 +21,7 @@ import simplejpeg
 from scipy import ndimage
 
 from histoscale.data.catalog import open_catalog
-from histoscale.data.journal import Journal
+from histoscale.data.journal import Journal, write_atomic
 from histoscale.data.keys import key
 from histoscale.data.manifest import Slide
 from histoscale.data.merge import write_catalog
@@ -96,7 +96,7 @@ def simulate(folder: Path, config: "Config", journal: Journal) -> None:
     counts = _write_tiles(folder / "tiles.jpg", draw)
     distinct = [row_of(_slide(i, folder / "tiles.jpg", counts, draw)) for i in range(scale.distinct)]
     write_catalog(folder, _rows(distinct, scale.slides), config.tissue)
-    mark.write_text(words)
+    write_atomic(mark, words)
 
 
 def _rows(distinct: list[Row], count: int) -> Iterator[Row]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from histoscale.data.journal import Journal, Progress
+from histoscale.data.journal import Journal, Progress, write_atomic
 from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import Slide
 from histoscale.eval.mil.bags import read_bags
@@ -91,7 +91,7 @@ def simulate(folder: Path, wanted: "BaggedConfig", seed: int, journal: Journal) 
                      "number": i}  # fmt: skip
             write_store(path, features, coords, attrs, StoreConfig(wanted.dtype))
             progress.advance(1)
-    mark.write_text(words)
+    write_atomic(mark, words)
     return paths
 
 

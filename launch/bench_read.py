@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
 from histoscale.data.manifest import read_manifest
-from histoscale.data.plan import Plan, Visit
+from histoscale.data.plan import Plan, Visit, target_name
 from histoscale.data.readers.codec import decode_tile, jpegparts, with_tables
 from histoscale.data.readers.pyramid import Canvas, Damage, Level, Reader
 from histoscale.data.readers.region import touched
@@ -126,7 +127,8 @@ class _TracedSource(SlideSource):
         return Opened(_Traced(opened.reader, self.notes), opened.mpps, opened.tissue, self.sampler)
 
 
-_LOOKS = 512  # places that are tried
+_LOOKS = 512  # places of a visit that are tried
+_TURNS = 16  # visits for each region: slides too small for one are passed over
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,24 @@ class _Region:
     grid: int
 
 
-def _region(source: SlideSource, visit: Visit) -> _Region:
+def _regions(source: SlideSource, plan: Plan, count: int) -> list[_Region]:
+    """Those of the first visits that have one. Raises ValueError with fewer than `count`."""
+    visits = (plan.visit(slot, 0, turn) for turn in range(_TURNS) for slot in range(count))
+    found = list(islice(filter(None, (_region(source, visit) for visit in visits)), count))
+    if len(found) < count:
+        grid, side = source.sampler.grid, source.sampler.grid * source.sampler.patch_px
+        mpps = " or ".join(map(target_name, plan.targets))
+        wanted = f"{grid} x {grid} patches, {side} px at {mpps} um/px, with tissue in their middle"
+        raise ValueError(
+            f"{len(found)} of {_TURNS * count} visits to {len(source.catalog)} slides have room for {wanted}, and visits={count} "
+            f"regions are measured: give a smaller sampler.grid=, or larger slides"
+        )
+    return found
+
+
+def _region(source: SlideSource, visit: Visit) -> _Region | None:
     """The first place of a visit whose region lies inside the level with tissue in its middle, as single patches have: glass is
-    quick to decode. Its corners may be glass."""
+    quick to decode. Its corners may be glass. None where the slide has none."""
     opened, grid = source.open_slide(visit.slide), source.sampler.grid
     serving = opened.at(visit.mpp)
     sides = (serving.cells.width, serving.cells.height)
@@ -152,11 +169,9 @@ def _region(source: SlideSource, visit: Visit) -> _Region:
         corner = [max(0, min(at, int(side - grid * serving.cells.size))) for at, side in zip((x, y), sides, strict=True)]
         fits = serving.cells.fits(np.array(corner[:1]), np.array(corner[1:]), grid)[0]
         if fits[half, half].all():
-            break
-    else:
-        raise ValueError(f"no region of {grid} x {grid} patches at {visit.mpp:g} um/px has tissue in its middle")
-    x, y = corner
-    return _Region(opened.reader, serving.scale, x * serving.reduce, y * serving.reduce, grid)
+            x, y = corner
+            return _Region(opened.reader, serving.scale, x * serving.reduce, y * serving.reduce, grid)
+    return None
 
 
 def _cut(region: _Region, side: int) -> list[np.ndarray]:
@@ -185,7 +200,7 @@ def _methods(config: "Config", catalog: Catalog, store: Store) -> dict[str, Call
 
         return _timed(read, patches)
 
-    regions = [_region(plans[sampler.grid][1], plans[sampler.grid][0].visit(slot, 0, 0)) for slot in range(config.visits)]
+    regions = _regions(plans[sampler.grid][1], plans[sampler.grid][0], config.visits)
     methods = {
         "region": _timed(lambda: [_cut(region, sampler.patch_px) for region in regions], patches),
         "visit": ours(sampler.grid),

@@ -17,9 +17,11 @@ import numpy as np
 from histoscale.data.catalog import open_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.keys import key, permutation
+from histoscale.data.memory import StreamConfig, memory_bytes
 from histoscale.data.plan import Plan, SamplerConfig, Visit
+from histoscale.data.spreadsheet import write_table
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Stream, StreamConfig, memory_bytes
+from histoscale.data.stream import Stream
 from histoscale.data.visit import Patches, SlideSource
 from histoscale.launch.bench_read import draw_slide
 from histoscale.launch.footprint import Footprint
@@ -86,7 +88,7 @@ def remote(config: "Config", journal: Journal) -> dict[str, Any]:
         between.set()
         there = _index(journal, container, list(files), connection_string(between.url))
         journal.say(f"bench: {', '.join(files)} in Azurite; opening a catalogued slide …")
-        opening = _opening_requests(there, _store(config.storage, "obstore", between), sampler)
+        opening = _opening_requests(there, behind(config.storage, "obstore", between), sampler)
         found = _measure(config, sampler, local, there, between, journal)
     found["requests_to_open"] = opening
     journal.say(_text(found, rule, config.rounds))
@@ -98,14 +100,14 @@ def _index(journal: Journal, container: str, names: list[str], connection: str) 
     from histoscale.launch.run import invoke
 
     folder = journal.path(f"remote/{time.time_ns()}/manifest.csv").parent
-    rows = [f"{Path(name).stem},{container}/{name},{i}" for i, name in enumerate(names)]
-    (folder / "manifest.csv").write_text("\n".join(["slide_id,uri,patient_id", *rows]) + "\n")
+    rows = [{"slide_id": Path(name).stem, "uri": f"{container}/{name}", "patient_id": i} for i, name in enumerate(names)]
+    write_table(folder / "manifest.csv", ("slide_id", "uri", "patient_id"), rows)
     options = f"storage.options.az.connection_string='{connection}'"
     invoke("index", [f"manifest={folder}/manifest.csv", f"out={folder}/catalog", "workers=0", "logging.progress=off", options])
     return str(folder / "catalog")
 
 
-def _store(storage: StorageConfig, backend: str, between: Proxy) -> Store:
+def behind(storage: StorageConfig, backend: str, between: Proxy) -> Store:
     options = {"az": {"connection_string": connection_string(between.url)}}
     return Store(replace(storage, backend=backend, options=options))
 
@@ -189,11 +191,11 @@ class _Reader:
         flight: int,
     ) -> None:
         self.rule, self.between, self.delay_s = config.remote, between, delay_s
-        self.store = _store(config.storage, backend, between) if between is not None else Store(config.storage)
+        self.store = behind(config.storage, backend, between) if between is not None else Store(config.storage)
         self.source = _Counted(open_catalog(catalog, self.store), self.store, sampler)
         self.plan = Plan(config.seed, self.rule.batch, sampler, self.source.table())
         self.stream = _in_flight(config.stream, flight, self.rule.prefetch)
-        self.budget_bytes = memory_bytes(self.plan, self.rule.batch, self.stream)
+        self.budget_bytes = memory_bytes(config.seed, sampler, range(self.rule.batch), self.stream)
 
     def __call__(self, number: int) -> _Round:
         store, source, steps = self.store, self.source, self.rule.steps

@@ -24,6 +24,7 @@ from histoscale.data.views import make_views
 from histoscale.launch import pretrain
 from histoscale.launch.bench_read import draw_slide
 from histoscale.launch.config import load
+from histoscale.launch.precision import settled
 from histoscale.pretrain.backbone import timm_arguments
 from histoscale.pretrain.flops import flops_a_patch
 from histoscale.pretrain.meter import PARTS
@@ -54,7 +55,10 @@ def train(config: "Config", journal: Journal) -> dict[str, Any]:
         draw_slide(config, store, journal)
         catalog = str(journal.out / "slide" / "catalog")
     given = [f"recipe={config.train.recipe}", *config.train.overrides, f"catalog={catalog}", f"out={journal.out}"]
-    wanted: pretrain.Config = load("pretrain", given).config
+    composed, decided = settled(load("pretrain", given), None)
+    if decided:
+        journal.say(decided)
+    wanted: pretrain.Config = composed.config
     wanted = replace(wanted, schedule=replace(wanted.schedule, steps=max(wanted.schedule.steps, config.train.steps + 1)))
     ranks = open_ranks(wanted.hardware.device, wanted.hardware.timeout_s)
     opened = pretrain.open_source(wanted, journal)
@@ -87,7 +91,7 @@ def train(config: "Config", journal: Journal) -> dict[str, Any]:
         "recipe": config.train.recipe,
         "overrides": config.train.overrides,
         "batch": wanted.optim.global_batch,
-        "precision": wanted.optim.precision,
+        "precision": wanted.precision,
         "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32},
         "gflops_a_patch": flops_a_patch(wanted.model, wanted.method, wanted.views) / 1e9,
         "ms": {part: _spread([one[part] for one in rounds["ours"]]) for part in PARTS},
@@ -135,7 +139,7 @@ def _no_plain(config: "Config", wanted: pretrain.Config, ranks: Ranks) -> str:
         "the plain step has no micro-batches": wanted.optim.micro_batches > 1,
         "the plain step has no Gram term": not isinstance(wanted.method, DinoConfig) and wanted.method.gram is not None,
         "the plain step clips by module": wanted.optim.clip_scope != "module",
-        "the plain step has fp32 and bf16 alone": wanted.optim.precision not in ("fp32", "bf16"),
+        "the plain step has fp32 and bf16 alone": wanted.precision not in ("fp32", "bf16"),
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds)
 
@@ -168,7 +172,7 @@ def _plain(plain: ModuleType, wanted: pretrain.Config, steps: int, batches: Call
     student, _ = build(wanted.model, wanted.method, wanted.seed)
     backbone = timm.create_model(wanted.model.architecture, **timm_arguments(wanted.model))
     weights = {name: x.to(ranks.device, copy=True) for name, x in student.state_dict().items()}
-    trainer = plain.PlainTrainer(backbone, weights, wanted.method, wanted.optim, wanted.views.global_count)
+    trainer = plain.PlainTrainer(backbone, weights, wanted.method, wanted.optim, wanted.precision, wanted.views.global_count)
     stream = batches(0)
     feed = islice(stream, steps + 1)
 

@@ -3,7 +3,10 @@
 import sys
 from importlib.util import find_spec
 
-from histoscale.launch.config import COMMANDS, nearest
+from histoscale import __version__
+from histoscale.launch.config import COMMANDS
+from histoscale.launch.overrides import nearest
+from histoscale.launch.run import answer, execute
 
 ABOUT = {
     "demo": "the whole story on a synthetic cohort, on a laptop, ending in one HTML report",
@@ -25,14 +28,16 @@ ABOUT = {
 
 def usage() -> str:
     rows = "\n".join(f"  {name:<10} {ABOUT[name]}" for name in COMMANDS)
-    return f"usage: histoscale <command> key=value …      (histoscale <command> --help)\n\n{rows}"
+    return f"usage: histoscale <command> key=value …      (histoscale <command> --help, --help all, --cfg; --version)\n\n{rows}"
 
 
 def main() -> int:
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        answer(usage())
         return 0 if argv else 2
+    if "--version" in argv:
+        return answer(f"histoscale {__version__}")
     command, *rest = argv
     if command not in COMMANDS:
         print(f"histoscale: unknown command {command!r}{nearest(command, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
@@ -40,8 +45,6 @@ def main() -> int:
     if find_spec("torch") is None:
         print("histoscale: torch is not installed here; `python3 launch/up.py doctor` sets the environment up", file=sys.stderr)
         return 2
-    from histoscale.launch.run import execute
-
     return execute(command, rest)
 
 

@@ -1,8 +1,8 @@
 """Which is better, and on what? Several runs of `histoscale probe`, or of `histoscale mil`, side by side, with differences.
 
-    histoscale compare runs=[runs/phikon_crc,runs/ours_crc] out=runs/compare
-    histoscale compare runs=[runs/mil_plain,runs/mil_jitter,runs/mil_macenko] out=runs/compare
-    histoscale compare 'runs=[runs/phikon_crc,runs/ours_crc,runs/phikon_bach,runs/ours_bach]' paired=[balanced_accuracy,auroc]
+    histoscale compare 'runs=[runs/crc,runs/phikon_crc]' out=runs/compare
+    histoscale compare 'runs=[runs/crc,runs/phikon_crc,runs/own,runs/phikon_own]' 'paired=[balanced_accuracy,auroc]'
+    histoscale compare 'runs=[runs/mil_plain,runs/mil_jitter,runs/mil_macenko]' out=runs/compare_mil
 
 Reads the predictions.npz that each run left; embeds and fits nothing. Encoders stand against sets; two encoders on one set are
 also subtracted on the same draws of patients. A mean is taken only over sets that all encoders have. Runs that scored one set
@@ -10,26 +10,31 @@ on different files are refused. Slide models of one task stand against the first
 DeLong's test and McNemar's. Leaves table.txt, table.md, report.html and summary.json.
 """
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from histoscale.data.journal import Journal, JournalConfig, write_atomic
+from histoscale.data.fingerprint import content
+from histoscale.data.journal import Journal, JournalConfig, write_text
 from histoscale.eval.matrix import Overview, overviews
-from histoscale.eval.mil.compare import SCORES, compare_mil, is_mil_run, open_mil_runs
+from histoscale.eval.mil.compare import SCORES, SUMMARY, compare_mil, is_mil_run, open_mil_runs
 from histoscale.eval.mil.compare_page import markdown, show, write_comparison
-from histoscale.eval.page import Cell, Chapter, Grid, Heading, Part, Prose, write_page
+from histoscale.eval.page import Cell, Chapter, Folded, Grid, Heading, Part, Prose, write_page
 from histoscale.eval.patch_report import ReportConfig, few_shot_chapter, score_chapter
+from histoscale.eval.predictions import FILE
 from histoscale.eval.results import Score
-from histoscale.eval.runs import RunsError, gathered, mcnemar_tests, open_runs, paired_scores
+from histoscale.eval.runs import RunsError, check_folders, gathered, mcnemar_tests, open_runs, paired_scores
 from histoscale.eval.scores.interval import Interval, IntervalConfig
-from histoscale.eval.table import Footnotes, blocks, cell, general_notes, is_few_shot, number, summary
+from histoscale.eval.table import Block, Footnotes, blocks, cell, general_notes, is_few_shot, number, summary
 from histoscale.eval.table_text import markdown_overview, markdown_table, terminal_overview, terminal_table
+from histoscale.launch.compare_settings import read_settings, told
+from histoscale.launch.held import check_summary
 
 RESULT = ("runs", "metrics", "paired", "mcnemar", "interval", "report")
+INPUTS = ("runs",)
+MADE = ("table.txt", "table.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,11 @@ class Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """What each run had found, not only where it stands."""
-    if _of_mil(config):
-        found = [Path(folder).expanduser() for folder in config.runs]
-        return {"scores": [hashlib.sha256((folder / SCORES).read_bytes()).hexdigest() for folder in found]}
-    held = [run.predictions for run in open_runs(config.runs)]
-    return {"predictions": [[p.dataset, p.data_hash, p.encoders, [asdict(score) for score in p.scores]] for p in held]}
+    for path in check_folders(config.runs).values():
+        check_summary(path / SUMMARY)
+    names = (SCORES, SUMMARY) if _of_mil(config) else (FILE,)
+    read = [content(path / name) for path in check_folders(config.runs).values() for name in names]
+    return {"runs": list(check_folders(config.runs)), "read": read}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
@@ -68,13 +73,14 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     pairs = paired_scores(decisions, config.paired, config.interval, scores)
     tests = mcnemar_tests(decisions) if config.mcnemar else []
     everything, level, table = [*scores, *pairs], config.interval.level, config.report.table
-    found = overviews(scores, config.metrics)
+    found = sorted(overviews(scores, config.metrics), key=lambda one: not _of_all(one, scores))  # stable
     words = "\n\n".join([*(terminal_overview(one, table) for one in found), terminal_table(everything, level, table)])
     journal.say(words)
-    write_atomic(journal.path("table.txt"), words + "\n")
+    write_text(journal.path("table.txt"), words + "\n")
     parts = [*(markdown_overview(one) for one in found), markdown_table(everything, level, table)]
-    write_atomic(journal.path("table.md"), "\n".join(parts))
+    write_text(journal.path("table.md"), "\n".join(parts))
     _write_page(journal.path("report.html"), everything, pairs, tests, found, config)
+    _say_next(config, journal)
     return {
         "compare": {
             "runs": {one.name: {"dataset": one.predictions.dataset, "data_hash": one.predictions.data_hash,
@@ -99,9 +105,11 @@ def _run_mil(config: Config, journal: Journal) -> dict[str, Any]:
     found = compare_mil(open_mil_runs(config.runs), config.interval, config.mcnemar)
     words = show(found)
     journal.say(words)
-    write_atomic(journal.path("table.txt"), words + "\n")
-    write_atomic(journal.path("table.md"), markdown(found))
-    write_comparison(journal.path("report.html"), found)
+    write_text(journal.path("table.txt"), words + "\n")
+    write_text(journal.path("table.md"), markdown(found))
+    settings = told(read_settings(check_folders(config.runs)))
+    write_comparison(journal.path("report.html"), found, settings)
+    _say_next(config, journal)
     return {
         "compare": {
             "task": found.runs[0].task.name,
@@ -111,8 +119,20 @@ def _run_mil(config: Config, journal: Journal) -> dict[str, Any]:
             "gaps": [one.as_dict() for one in found.gaps],
             "mcnemar": [asdict(one) for one in found.tests],
             "left_out": found.left_out,
+            "notes": found.notes,
         }
     }
+
+
+def _say_next(config: Config, journal: Journal) -> None:
+    out = Path(config.out)
+    journal.say(f"\nopen {out / 'report.html'}\n{out / 'table.md'} holds the same tables, for a model card")
+
+
+def _of_all(found: Overview, scores: Sequence[Score]) -> bool:
+    """Whether every encoder of the comparison was scored under that protocol and probe, on one set at least."""
+    encoders = {score.encoder for score in scores if not score.floor and not score.minus}
+    return bool(found.common) and encoders <= {row[0] for row in found.rows}
 
 
 def _plain(values: Mapping[str, Interval]) -> dict[str, Any]:
@@ -139,14 +159,19 @@ def _write_page(
 ) -> None:  # fmt: skip
     table = blocks(scores, config.report.table.published)
     few, notes = [block for block in table if is_few_shot(block.probe)], Footnotes()
-    parts: list[Part] = []
-    for one in found:
-        parts += [Heading(one.title, ""), _overview_grid(one)]
-    chapters = [Chapter("Encoders against sets", parts)]
-    chapters.append(score_chapter([block for block in table if block not in few], notes, []))
+    shared = {(one.sets[k][0], one.protocol, one.probe) for one in found if _of_all(one, scores) for k in one.common}
+    few = [each for part in _split(few, shared) for each in part]
+    both, rest = _split([block for block in table if block not in few], shared)
+    chapters = [Chapter("Encoders against sets", _overview_parts(found, scores))]
+    chapters.append(score_chapter(both or rest, notes, []))
+    if both and rest:
+        folded = score_chapter(rest, Footnotes(), [])
+        title = f"{len(rest)} tables of sets, protocols and probes that not every encoder has"
+        chapters.append(Chapter("What not all share", [Folded(title, folded.parts)]))
     chapters += few_shot_chapter(scores, few, notes, [])
     if tests:
         chapters.append(Chapter("Who is right where the other is wrong", [_tests_grid(tests)]))
+    chapters += told(read_settings(check_folders(config.runs)))
     chapters.append(Chapter("How to read this page", [Prose("\n\n".join(general_notes(table, config.interval.level)))]))
     encoders = dict.fromkeys(score.encoder for score in scores if not score.floor and not score.minus)
     datasets = dict.fromkeys(score.dataset for score in scores)
@@ -155,18 +180,45 @@ def _write_page(
     write_page(path, "Encoders side by side", lead, facts, chapters)
 
 
-def _overview_grid(found: Overview) -> Grid:
-    averaged = len(found.mean_over) > 1
+def _split(found: Sequence[Block], shared: set[tuple[str, str, str]]) -> tuple[list[Block], list[Block]]:
+    """Blocks that every encoder has, and the others."""
+    both = [block for block in found if (block.dataset, block.protocol, block.probe) in shared]
+    return both, [block for block in found if block not in both]
+
+
+def _overview_parts(found: Sequence[Overview], scores: Sequence[Score]) -> list[Part]:
+    """The sets that all encoders have first; those of some alone, and protocols and probes of some alone, folded below."""
+    parts: list[Part] = []
+    rest: list[Part] = []
+    for one in found:
+        everywhere = _of_all(one, scores)
+        alone = [k for k in range(len(one.sets)) if k not in one.common] if everywhere else list(range(len(one.sets)))
+        if everywhere:
+            parts += [Heading(one.title, ""), _overview_grid(one, one.common)]
+        if alone:
+            rest += [Heading(one.title, ""), _overview_grid(one, alone)]
+    if not parts:
+        return rest  # nothing is shared: nothing is more important than the rest
+    return [*parts, Folded("Sets, protocols and probes that not every encoder has", rest)] if rest else parts
+
+
+def _overview_grid(found: Overview, places: Sequence[int]) -> Grid:
+    """The columns of some sets, and the mean where it is over sets among them."""
+    averaged = len(found.mean_over) > 1 and set(found.mean_over) <= set(places)
     rows: list[Sequence[Cell | str]] = []
-    for (encoder, embedding, resolution), scores, mean in zip(found.rows, found.cells, found.means, strict=True):
+    for (encoder, embedding, resolution), row, mean in zip(found.rows, found.cells, found.means, strict=True):
+        scores = [row[place] for place in places]
+        if not any(scores):
+            continue
         floor = any(score is not None and score.floor for score in scores)
         look = "quiet" if floor else "strong"
         cells = [Cell(number(score), look=look) for score in scores]
         means = [Cell("–" if mean is None else f"{mean:.3f}", look=look)] if averaged else []
         form = Cell(" ".join(filter(None, (embedding, resolution))), look="quiet")
         rows.append([Cell(encoder + (" (floor)" if floor else ""), look=look), form, *cells, *means])
-    head = ["encoder", "embedding", *(f"{dataset}, {metric.replace('_', ' ')}" for dataset, _, metric in found.sets)]
-    return Grid([*head, *(["mean"] if averaged else [])], rows, 2, found.mean_words)
+    head = ["encoder", "embedding", *(f"{found.sets[place][0]}, {found.sets[place][2].replace('_', ' ')}" for place in places)]
+    words = found.mean_words if averaged or set(places) == set(range(len(found.sets))) else ""
+    return Grid([*head, *(["mean"] if averaged else [])], rows, 2, words)
 
 
 def _tests_grid(tests: Sequence[dict[str, Any]]) -> Grid:

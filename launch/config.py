@@ -1,31 +1,33 @@
-"""Hydra composes the YAML tree; the dataclasses of each command give it types; unknown, missing and wrong keys are named."""
+"""Hydra composes the YAML tree; the dataclasses of each command give it types; unknown, missing and wrong keys are named.
+
+The tree alone says which keys there are, so that help and refusals need none of the code that a command runs.
+"""
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from types import ModuleType
 from typing import Any, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_module
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
 
-from histoscale.data.journal import hide_options
+from histoscale.data.secrets import hide, scrubbed
+from histoscale.launch import proportion
+from histoscale.launch.overrides import ConfigError, nearest, read_overrides
+from histoscale.launch.paths import credential, expanded, uri_on_disk
+from histoscale.launch.renamed import renamed
 
 COMMANDS = (
     "demo", "cohort", "manifest", "index", "pretrain", "release", "fetch", "probe", "compare", "embed", "mil", "robustness",
     "bench", "doctor",
 )  # fmt: skip
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key and what to do."""
+FREE = ("storage.options", "phases", "labels.columns", "task.classes", "segment.eva_patience")  # anything may stand below these
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,27 @@ class Composed:
         return self.module.RESULT
 
 
-def nearest(name: str, known: Iterator[str] | list[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def load(command: str, words: list[str]) -> Composed:
+    """Compose `configs/<command>.yaml` with the words of a command line into the command's `Config`.
 
-
-def load(command: str, overrides: list[str]) -> Composed:
-    """Compose `configs/<command>.yaml` with Hydra overrides into the command's `Config`.
-
-    Raises ConfigError for an unknown command, group, key or value, and for required keys that were not given.
+    Raises ConfigError for an unknown command, group, key or value, for required keys that were not given, for a URI where only a
+    disk will do, and for one that carries a credential. Nothing of the command is imported before its keys are known to be right.
     """
-    if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}{nearest(command, list(COMMANDS))} Commands: {', '.join(COMMANDS)}")
+    tree, missing = composed(command, words)
+    if missing:
+        named = ", ".join(f"{key}={_offer(key)}" for key in missing)
+        raise ConfigError(f"{command} needs {named} (`histoscale {command} --help` shows an example)")
+    values = expanded(_plain(command, tree))
+    wrong = credential(flatten(values)) or uri_on_disk(flatten(values))
+    if wrong:
+        raise ConfigError(f"{command}: {wrong}")
+    from pydantic import TypeAdapter, ValidationError
+
     module = import_module(f"histoscale.launch.{command}")
-    overrides = _checked(command, module.Config, overrides)
     try:
-        with initialize_config_module("histoscale.configs", version_base="1.3"):
-            composed = compose(config_name=command, overrides=overrides)
-        values = _resolved(command, composed)
-        hide_options((values.get("storage") or {}).get("options") or {})  # before anything is written or printed
         config = TypeAdapter(module.Config).validate_python(values)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{command}: {_first_lines(error)}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e.get('input')!r}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(_problem(".".join(map(str, e["loc"])), e.get("input"), e["msg"]) for e in error.errors())
         raise ConfigError(f"{command}: {problems}") from error
     unknown = sorted(set(flatten(values)) - set(flatten(dataclasses.asdict(config))))
     if unknown:
@@ -73,20 +72,103 @@ def load(command: str, overrides: list[str]) -> Composed:
     return Composed(module, config, values)
 
 
-def _resolved(command: str, composed: DictConfig) -> dict[str, Any]:
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(
-            f"{command} needs {', '.join(f'{key}=' for key in missing)} (`histoscale {command} --help` shows an example)"
-        )
-    values = OmegaConf.to_container(composed, resolve=True)
+def _problem(key: str, given: Any, what: str) -> str:
+    [value] = scrubbed({key: given}).values()
+    return f"{key} = {value!r}: {what}"
+
+
+def shown(command: str, words: list[str]) -> dict[str, Any]:
+    """The configuration of a command for people: keys that must still be given hold ???. Raises ConfigError."""
+    tree, missing = composed(command, words)
+    unchosen = {group: "???" for group in missing if group not in tree}
+    return {**unchosen, **expanded(_plain(command, tree, resolve=not missing))}  # what refers to a missing key cannot be resolved
+
+
+def composed(command: str, words: list[str]) -> tuple[DictConfig, list[str]]:
+    """The tree of a command with what a command line sets, and the groups and keys that must be given and were not."""
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+    overrides = read_overrides(command, words)
+    for override in overrides:  # what Hydra says of one that it refuses may hold a credential
+        hide({override.key_or_group: override.value()})
+    for override in overrides:
+        if now := renamed(command, override.key_or_group):
+            raise ConfigError(f"{command}: {override.key_or_group}= is called {now}= now")
+    chosen = {override.key_or_group for override in overrides if _is_group(override)}
+    unchosen = [group for group, choice in defaults(command).items() if choice == "???" and group not in chosen]
+    left_out = [f"~{group}" for group in unchosen]
+    proportion.register()
+    lines = [("++" if _free(override) else "") + (override.input_line or "") for override in overrides]
+    try:
+        with initialize_config_module("histoscale.configs", version_base="1.3"):
+            tree = compose(config_name=command, overrides=[*left_out, *lines])
+    except (HydraException, OmegaConfBaseException) as error:
+        with initialize_config_module("histoscale.configs", version_base="1.3"):
+            raise ConfigError(f"{command}: {_mistake(command, overrides, left_out) or _in_one_line(error)}") from error
+    empty = [key for key, value in flatten(_plain(command, tree, resolve=False)).items() if value == "???"]
+    return tree, [*unchosen, *empty]
+
+
+def _mistake(command: str, overrides: list[Override], left_out: list[str]) -> str | None:
+    """The choice that no group offers, or the key that the chosen groups do not have; None where Hydra's words must do."""
+    chosen = [override for override in overrides if _is_group(override)]
+    for override in chosen:
+        group = override.key_or_group.partition("@")[0]
+        value = override.value()
+        for choice in value if isinstance(value, list) else [value]:
+            if choice not in choices(group):
+                question = nearest(str(choice), choices(group)) or "."
+                return f"{group}={choice} is no choice of {group}{question} There are: {', '.join(choices(group))}"
+    try:
+        tree = compose(config_name=command, overrides=[*left_out, *(override.input_line or "" for override in chosen)])
+    except (HydraException, OmegaConfBaseException):
+        named = [override.key_or_group for override in chosen if override.key_or_group not in defaults(command)]
+        return f"{command} has no group {', '.join(named)}; its groups are {', '.join(defaults(command))}" if named else None
+    known = branches(OmegaConf.to_container(tree))
+    for override in overrides:
+        if override in chosen or _free(override):
+            continue
+        for key in (override.key_or_group, *branches(override.value(), f"{override.key_or_group}.")):
+            if key not in known:
+                return f"unknown key {key!r}{_elsewhere(key) or nearest(key, [*known, *defaults(command)])}"
+    return None
+
+
+def _elsewhere(key: str) -> str:
+    """The choices of a key's group that would have it."""
+    group, _, rest = key.partition(".")
+    if group not in groups():
+        return ""
+    have = [choice for choice in choices(group) if rest in branches(yaml.safe_load(_text(f"{group}/{choice}")) or {})]
+    return f", which only {group}={', '.join(have)} {'has' if len(have) == 1 else 'have'}" if have else ""
+
+
+def _is_group(override: Override) -> bool:
+    group = override.key_or_group.partition("@")[0]
+    named = isinstance(override.value(), str | list)
+    return named and resources.files("histoscale.configs").joinpath(group).is_dir() and not group.startswith(("_", "."))
+
+
+def _free(override: Override) -> bool:
+    return any(override.key_or_group == free or override.key_or_group.startswith(f"{free}.") for free in FREE)
+
+
+def _offer(key: str) -> str:
+    return f"{'|'.join(choices(key))}" if key in groups() else ""
+
+
+def _plain(command: str, tree: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(tree, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{command}: {_in_one_line(error)}") from error
     assert isinstance(values, dict)
-    return {str(k): v for k, v in values.items()}
+    hide(values)  # before anything of it is written or printed
+    return {str(name): value for name, value in values.items()}
 
 
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:12])
+def _in_one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def schema_keys(schema: type, prefix: str = "") -> dict[str, bool]:
@@ -118,6 +200,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def branches(values: Any, prefix: str = "") -> list[str]:
+    """The dotted keys of nested mappings, those that hold mappings too."""
+    if not isinstance(values, dict):
+        return []
+    return [key for name, below in values.items() for key in (f"{prefix}{name}", *branches(below, f"{prefix}{name}."))]
+
+
 def groups() -> list[str]:
     """The Hydra groups: folders of `configs`."""
     folders = (entry.name for entry in resources.files("histoscale.configs").iterdir() if entry.is_dir())
@@ -130,36 +219,14 @@ def choices(group: str) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
-def _checked(command: str, schema: type, overrides: list[str]) -> list[str]:
-    """The overrides as Hydra takes them: what stands below a free mapping is added, without a `+` from the user.
+def defaults(name: str) -> dict[str, Any]:
+    """The groups of a file of `configs` (a command's, or group/choice) -> what is chosen in them, ??? where it must be."""
+    listed = (yaml.safe_load(_text(name)) or {}).get("defaults", [])
+    return {str(group): choice for one in listed if isinstance(one, dict) for group, choice in one.items()}
 
-    Refuses what Hydra would accept in silence: `+unknown=1` composes and then vanishes.
-    """
-    taken = []
-    for text in overrides:
-        if text.startswith("-"):
-            raise ConfigError(f"{command}: {text!r} is a flag; this command takes key=value (and --help, --cfg)")
-        if "=" not in text and not text.startswith("~"):
-            raise ConfigError(f"{command}: {text!r} is not key=value{nearest(text, list(COMMANDS))}")
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        hint = "quote values that hold = , or brackets: 'key=\"value\"'"
-        raise ConfigError(f"{command}: {_first_lines(error)} ({hint})") from error
-    known = schema_keys(schema)
-    names = [*known, *groups()]
-    for override in parsed:
-        name = override.key_or_group.split("@")[0].replace("/", ".")
-        parts = name.split(".")
-        free = any(known.get(".".join(parts[:i]), False) for i in range(1, len(parts) + 1))
-        taken.append("++" + (override.input_line or "").lstrip("+") if free else override.input_line or "")
-        if name not in names and not free:
-            raise ConfigError(f"{command}: unknown key {name!r}{nearest(name, names)}")
-        if override.is_delete():
-            raise ConfigError(f"{command}: {override.input_line!r} deletes a key; set it to a value (null where it may be empty)")
-        if override.is_sweep_override():
-            raise ConfigError(f"{command}: {override.input_line!r} is a sweep; one command runs one configuration")
-    return taken
+
+def _text(name: str) -> str:
+    return resources.files("histoscale.configs").joinpath(f"{name}.yaml").read_text()
 
 
 def under_torchrun() -> bool:

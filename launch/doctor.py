@@ -1,7 +1,10 @@
 """Is this machine ready? Checks torch and the GPU, the decoders, OpenSlide, memory for workers, open files, write access.
 
     histoscale doctor
-    histoscale doctor store=az://container/slides       (also: can that store be listed?)
+    histoscale doctor store=az://container/slides.csv      # also: can that file be read?
+
+A line is ok, WARN (work goes on, slower or with less room) or FAIL (commands cannot run, or the store that was asked for does not
+answer); with a FAIL it ends with code 2. It looks anew each time.
 """
 
 import os
@@ -14,8 +17,10 @@ from typing import Any
 
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.storage import StorageConfig, Store
+from histoscale.launch.config import ConfigError
 
 RESULT: tuple[str, ...] = ()
+REPEATS = True  # a machine changes
 MIN_FREE_BYTES = 1 << 30  # doctor warns
 LEAST_FREE_BYTES = 1 << 27  # no command starts
 MIN_OPEN_FILES = 1024
@@ -23,8 +28,20 @@ MIN_SHARED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
+class Found:
+    """level: `ok`, `WARN` or `FAIL`."""
+
+    level: str
+    text: str
+
+
+class NotReady(ConfigError):
+    """What was asked for, or what every command needs, is missing; the message names it."""
+
+
+@dataclass(frozen=True)
 class Config:
-    """store: a file of an object store to read the first bytes of, or null."""
+    """store: a file of an object store whose size is asked for, or null."""
 
     store: str | None
     out: str
@@ -47,6 +64,7 @@ def quick_check(out: Path) -> None:
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
+    """Raises NotReady where a check fails; the summary is written before."""
     checks = {
         "python": _python(),
         "torch": _torch(),
@@ -59,18 +77,33 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     }
     if config.store is not None:
         checks["store"] = _store(config.store, config.storage)
-    for name, (good, text) in checks.items():
-        print(f"{'ok  ' if good else 'WARN'} {name:<14} {text}")
-    bad = [name for name, (good, _) in checks.items() if not good]
-    print("ready" if not bad else f"look at: {', '.join(bad)}")
-    return {"doctor": {name: {"ok": good, "text": text} for name, (good, text) in checks.items()}}
+    for name, found in checks.items():
+        print(f"{found.level:<4} {name:<14} {found.text}")
+    warned, failed = ([name for name, found in checks.items() if found.level == level] for level in ("WARN", "FAIL"))
+    summary = {
+        "doctor": {name: {"ok": found.level == "ok", "level": found.level, "text": found.text} for name, found in checks.items()}
+    }
+    if failed:
+        journal.path("summary.json").unlink(missing_ok=True)
+        journal.summary(summary)
+        raise NotReady(f"not ready: {'; '.join(f'{name}: {checks[name].text}' for name in failed)}")
+    print(f"ready; look at: {', '.join(warned)}" if warned else "ready")
+    return summary
 
 
-def _python() -> tuple[bool, str]:
-    return sys.version_info >= (3, 11), f"{sys.version.split()[0]} on {os.cpu_count()} cores"
+def _needed(good: bool, text: str) -> Found:
+    return Found("ok" if good else "FAIL", text)
 
 
-def _torch() -> tuple[bool, str]:
+def _wanted(good: bool, text: str) -> Found:
+    return Found("ok" if good else "WARN", text)
+
+
+def _python() -> Found:
+    return _needed(sys.version_info >= (3, 11), f"{sys.version.split()[0]} on {os.cpu_count()} cores")
+
+
+def _torch() -> Found:
     import torch
 
     try:
@@ -78,14 +111,14 @@ def _torch() -> tuple[bool, str]:
 
         versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     except RuntimeError as error:  # a torch build that torchvision was not made for
-        return False, f"torch {torch.__version__} and torchvision do not fit: {error}"
+        return _needed(False, f"torch {torch.__version__} and torchvision do not fit: {error}")
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return True, f"{versions}; CUDA {torch.version.cuda}: {names}; bf16 {torch.cuda.is_bf16_supported()}"
-    return True, f"{versions}; no GPU: CPU only ({torch.get_num_threads()} threads)"
+        return _needed(True, f"{versions}; CUDA {torch.version.cuda}: {names}; bf16 {torch.cuda.is_bf16_supported()}")
+    return _needed(True, f"{versions}; no GPU: CPU only ({torch.get_num_threads()} threads)")
 
 
-def _decoders() -> tuple[bool, str]:
+def _decoders() -> Found:
     import imagecodecs
     import numpy as np
     import simplejpeg
@@ -94,54 +127,55 @@ def _decoders() -> tuple[bool, str]:
     decoded = simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(flat, quality=95))
     good = bool(np.abs(decoded.astype(int) - 128).max() <= 2) and bool(imagecodecs.JPEG2K.available)
     versions = f"simplejpeg {simplejpeg.__version__}, imagecodecs {imagecodecs.__version__}"
-    return good, f"{versions} (JPEG 2000: {imagecodecs.JPEG2K.available})"
+    return _needed(good, f"{versions} (JPEG 2000: {imagecodecs.JPEG2K.available})")
 
 
-def _jpeg_in_place() -> tuple[bool, str]:
+def _jpeg_in_place() -> Found:
     """Only speed: the pixels are the same without it."""
     from histoscale.data.readers.codec import jpegparts
 
     if jpegparts is not None:
-        return True, "compiled: JPEG tiles decode straight into their region"
+        return _wanted(True, "compiled: JPEG tiles decode straight into their region")
     how = "install a C compiler and libjpeg-turbo's headers (Debian: gcc libjpeg62-turbo-dev; Ubuntu: gcc libjpeg-turbo8-dev)"
-    return False, f"not compiled, tiles decode whole and are copied, up to a fifth slower: {how}, then install histoscale again"
+    slow = "not compiled, tiles decode whole and are copied, up to a fifth slower"
+    return _wanted(False, f"{slow}: {how}, then install histoscale again")
 
 
-def _openslide() -> tuple[bool, str]:
+def _openslide() -> Found:
     import openslide
 
-    return True, f"OpenSlide {openslide.__library_version__} (python {openslide.__version__})"
+    return _needed(True, f"OpenSlide {openslide.__library_version__} (python {openslide.__version__})")
 
 
-def _shared_memory() -> tuple[bool, str]:
+def _shared_memory() -> Found:
     path = Path("/dev/shm")
     if not path.exists():
-        return True, "no /dev/shm on this system"
+        return _wanted(True, "no /dev/shm on this system")
     free = shutil.disk_usage(path).free
     hint = "" if free >= MIN_SHARED_BYTES else "; workers hand patches over through it: give the container --shm-size=8g"
-    return free >= MIN_SHARED_BYTES, f"{free / 2**30:.1f} GiB free{hint}"
+    return _wanted(free >= MIN_SHARED_BYTES, f"{free / 2**30:.1f} GiB free{hint}")
 
 
-def _open_files() -> tuple[bool, str]:
+def _open_files() -> Found:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     hint = "" if soft >= MIN_OPEN_FILES else f"; `ulimit -n {min(hard, 65536)}` raises it"
-    return soft >= MIN_OPEN_FILES, f"{soft} (limit {hard}){hint}"
+    return _wanted(soft >= MIN_OPEN_FILES, f"{soft} (limit {hard}){hint}")
 
 
-def _disk(out: Path) -> tuple[bool, str]:
+def _disk(out: Path) -> Found:
     folder = out
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    return free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free at {folder}"
+    return _wanted(free >= MIN_FREE_BYTES, f"{free / 2**30:.1f} GiB free at {folder}")
 
 
-def _store(uri: str, storage: StorageConfig) -> tuple[bool, str]:
+def _store(uri: str, storage: StorageConfig) -> Found:
     try:
-        fingerprint = Store(storage).fingerprint(uri)
-    except OSError as error:
-        return False, f"{uri}: {error}"
-    return True, f"{uri}: {fingerprint.size} bytes"
+        found = Store(storage).fingerprint(uri)
+    except (OSError, ValueError) as error:
+        return _needed(False, str(error))
+    return _needed(True, f"{uri}: {found.size} bytes")
 
 
 if __name__ == "__main__":

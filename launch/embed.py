@@ -10,6 +10,7 @@ rows in failures.jsonl. Under torchrun the ranks share the slides. jitter.copies
 jitter-1, jitter-2, … beside the plain stores.
 """
 
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,21 +22,37 @@ from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.normalise.slide import NormaliseConfig
 from histoscale.data.ranks import open_ranks
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.eval.embed import EmbedError, JitterConfig, Recipe, embed_slides, prepare, settle, shares
+from histoscale.eval.embed import (
+    EmbedError,
+    JitterConfig,
+    Recipe,
+    check_served,
+    embed_slides,
+    grid_words,
+    prepare,
+    settle,
+    shares,
+)
 from histoscale.eval.encoder import open_encoder
-from histoscale.eval.grid import GridConfig, PipeConfig
+from histoscale.eval.grid import GridConfig, PipeConfig, ReadingConfig
+from histoscale.eval.hardware import EncodingConfig, torch_threads
+from histoscale.eval.inputs import read_catalog, read_encoder
 from histoscale.eval.stores import StoreConfig
 
 _PATIENCE_S = 7 * 86400.0  # ranks wait for each other as long as slides take
 RESULT = ("encoder", "precision", "catalog", "pool", "grid", "normalise", "jitter", "store")
+REPEATS = True  # slides may have come, or have been replaced since
+INPUTS = ("encoder", "catalog")
+MADE = ("failures.jsonl",)
+HOLDS = ("*.h5",)
 
 
 @dataclass(frozen=True)
 class Config:
-    """encoder: a release, a checkpoint, timm:<name>, random:<folder or timm name> or colour. precision: fp32, bf16, fp16.
+    """encoder: a release, a checkpoint, timm:<name>, random:<folder or timm name> or colour. precision: fp32, bf16, fp16 or auto.
 
     pool: cls, mean or cls+mean. normalise: brings slides to one stain before the encoder sees them. jitter: copies of the stores
-    with other stains. store: how features are written. device: auto, cpu, cuda.
+    with other stains. store: how features are written. hardware, stream: how fast.
     """
 
     encoder: str
@@ -46,8 +63,8 @@ class Config:
     normalise: NormaliseConfig
     jitter: JitterConfig
     store: StoreConfig
-    pipe: PipeConfig
-    device: str
+    hardware: EncodingConfig
+    stream: ReadingConfig
     storage: StorageConfig
     logging: JournalConfig
     out: str
@@ -57,15 +74,28 @@ def identity(config: Config) -> dict[str, Any]:
     """The bytes behind the names: weights and slides."""
     store = Store(config.storage)
     encoder = open_encoder(config.encoder, store, "cpu", config.precision)
-    return {"encoder_hash": encoder.hash, "catalog_hash": open_catalog(config.catalog, store).hash}
+    read_encoder(config.encoder, store)
+    return {"encoder_hash": encoder.hash, "catalog": read_catalog(config.catalog, store)}
+
+
+def continues(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Another state of the catalog goes on in the same `out`: each store says what slide it was made of."""
+    return old["result"] == new["result"] and {**old["facts"], "catalog": ""} == {**new["facts"], "catalog": ""}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    store, ranks = Store(config.storage), open_ranks(config.device, _PATIENCE_S)
+    with torch_threads(config.hardware.threads):
+        return _run(config, journal)
+
+
+def _run(config: Config, journal: Journal) -> dict[str, Any]:
+    store, ranks = Store(config.storage), open_ranks(config.hardware.device, _PATIENCE_S)
     catalog = open_catalog(config.catalog, store)
     if not catalog.slides:
         raise EmbedError(f"the catalog {config.catalog} holds no slide")
     encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
+    check_served(catalog, encoder, config.grid)
+    journal.say(grid_words(encoder, config.grid))
     recipe = Recipe(config.pool, config.grid, config.normalise, config.jitter, config.store)
     out = Path(config.out)
 
@@ -75,7 +105,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
 
     start = time.perf_counter()
     share = ranks.first(first)[ranks.rank]
-    found = settle(ranks.objects(embed_slides(encoder, catalog, share, recipe, config.pipe, store, out, journal)))
+    pipe = PipeConfig(config.hardware.batch, **asdict(config.stream))
+    found = settle(ranks.objects(embed_slides(encoder, catalog, share, recipe, pipe, store, out, journal)))
     seconds = time.perf_counter() - start
     journal.say(f"{found.slides} of {len(catalog.slides)} slides have a store in {out}, {found.kept} of them from before")
     if found.patches:
@@ -89,9 +120,12 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         journal.say(f"  {len(catalog.rejected)} more slides of the manifest are not in the catalog: see its rejected slides")
     for slide_id, reason in found.unnormalised.items():
         journal.say(f"  as it was scanned, not normalised: {slide_id} ({reason})")
+    typed = shlex.join([f"embeddings={out}", f"catalog={config.catalog}"])
+    journal.say(f"next: histoscale mil {typed} manifest=MANIFEST.csv task=slide task.label=COLUMN split=patients out=MIL")
     facts = {name: value for name, value in asdict(found).items() if name != "refused"}
     seen = encoder.effective_mpp(found.mpp, found.patch_px)
-    more = {"rejected": len(catalog.rejected), "seconds": seconds, "effective_mpp": seen, "encoder_hash": encoder.hash}
+    known = {"effective_mpp": seen, "encoder_hash": encoder.hash, "precision": encoder.precision}
+    more = {"rejected": len(catalog.rejected), "seconds": seconds, **known}
     return {"embed": {**facts, **more}}
 
 

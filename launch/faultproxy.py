@@ -177,9 +177,9 @@ async def _body(head: bytes, stream: asyncio.StreamReader) -> bytes:
             return b"".join(parts)
 
 
-async def _main(port: int) -> None:
-    proxy = FaultProxy(port)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=_LIMIT, backlog=1024)
+async def _main(target: int, port: int) -> None:
+    proxy = FaultProxy(target)
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1", port, limit=_LIMIT, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     commands = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
@@ -189,4 +189,4 @@ async def _main(port: int) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_main(int(sys.argv[1])))
+        asyncio.run(_main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,7 +1,7 @@
 """Public labelled sets into data_root: open licences only, resumable, with the published checksums.
 
-    histoscale fetch dataset=pcam data_root=~/sets/pcam
-    histoscale fetch dataset=crc data_root=/data/crc mirror=https://example.org/nct-crc-he
+    histoscale fetch dataset=pcam data_root=~/data/pcam
+    histoscale fetch dataset=crc data_root=~/data/crc mirror=https://example.org/nct-crc-he
 
 Cut off or stopped, the same command goes on from the last byte. Of sets that their authors do not give away freely it says where
 they are and under which licence. `histoscale probe dataset=… data_root=…` then checks counts and layout when it opens them.
@@ -40,6 +40,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     journal.say(f"{name} is given under {origin.licence}; by fetching it you accept that")
     root = Path(config.data_root).expanduser()
     made = fetch_set(origin, root, config.mirror or origin.base, config.fetch, journal)
+    more = " honest.few_shot.shots=[10] eva=ten_shot" if name == "pcam_10shot" else ""
+    journal.say(f"{root} holds {name}; next: histoscale probe encoder=ENCODER dataset={name} data_root={config.data_root}{more}")
     return {"fetch": {"dataset": name, "licence": origin.licence, "files": {part: asdict(row) for part, row in made.items()}}}
 
 

@@ -21,10 +21,13 @@ from typing import Any, Self
 ACCOUNT = "devstoreaccount1"  # Azurite's published account, no secret
 ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 _START_S = 60.0
-# A child that is no Python of ours asks the kernel (Linux: PR_SET_PDEATHSIG = 1) to end with its parent.
-_TIED = (
-    "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
-)
+# A child asks the kernel (Linux: PR_SET_PDEATHSIG = 1) to end with its parent.
+_TIED = "import ctypes, os, sys; sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+def tied(command: list[str]) -> list[str]:
+    """The command as a child that ends with this process, however that one ends."""
+    return [sys.executable, "-c", _TIED, *command]
 
 
 class Absent(RuntimeError):
@@ -40,9 +43,9 @@ class Server:
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, text=True)
         else:  # its own chatter goes nowhere
-            nowhere, command = subprocess.DEVNULL, [sys.executable, "-c", _TIED, *command]
+            nowhere = subprocess.DEVNULL
             self.process = subprocess.Popen(
-                command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True, text=True
+                tied(command), stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True, text=True
             )
 
     def __enter__(self) -> Self:
@@ -88,9 +91,9 @@ class Proxy(Server):
         return self.ask(counts=True)
 
 
-def _ours(module: str, arguments: list[str], kind: type[Server] = Server) -> Any:
-    """A server of this package: it prints its port, and ends when its input does."""
-    server = kind([sys.executable, "-m", f"histoscale.launch.{module}", *arguments], "", ours=True)
+def _ours(module: str, arguments: list[str], port: int, kind: type[Server] = Server) -> Any:
+    """A server of this package: it prints its port (0: any that is free), and ends when its input does."""
+    server = kind([sys.executable, "-m", f"histoscale.launch.{module}", *arguments, str(port)], "", ours=True)
     assert server.process.stdout is not None
     line = server.process.stdout.readline()
     if not line:
@@ -100,14 +103,14 @@ def _ours(module: str, arguments: list[str], kind: type[Server] = Server) -> Any
     return server
 
 
-def range_server(folder: Path) -> Server:
+def range_server(folder: Path, port: int = 0) -> Server:
     """Serves the files of a folder over HTTP, and its subfolders as buckets of a Google store."""
-    return _ours("rangeserver", [str(folder)])
+    return _ours("rangeserver", [str(folder)], port)
 
 
-def proxy(target: Server) -> Proxy:
+def proxy(target: Server, port: int = 0) -> Proxy:
     """A proxy before `target`; its url has the target's path."""
-    found: Proxy = _ours("faultproxy", [str(target.port)], Proxy)
+    found: Proxy = _ours("faultproxy", [str(target.port)], port, Proxy)
     path = target.url.split("/", 3)[3:]
     found.url = "/".join([found.url, *path])
     return found

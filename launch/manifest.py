@@ -1,8 +1,8 @@
 """The manifest of a public cohort from the files that its authors publish, with patients, sites, labels and splits.
 
-    histoscale manifest collection=camelyon16 root=/data/CAMELYON16 out=runs/camelyon16
-    histoscale manifest collection=panda root=/data/panda collection.noisy=train_with_noisy_labels.csv out=runs/panda
-    histoscale manifest collection=tcga root=/data/tcga labels.path=lung.csv labels.key=patient labels.by=patient_id \\
+    histoscale manifest collection=camelyon16 root=~/data/CAMELYON16 out=runs/c16
+    histoscale manifest collection=panda root=~/data/panda collection.noisy=train_with_noisy_labels.csv out=runs/panda
+    histoscale manifest collection=tcga root=~/data/tcga labels.path=lung.csv labels.key=patient labels.by=patient_id \\
         labels.columns.subtype=subtype out=runs/tcga
 
 `index manifest=<out>/manifest.csv` and `mil manifest=<out>/manifest.csv` take the result. Nothing is fetched: the slides lie
@@ -28,6 +28,7 @@ from histoscale.eval.cohorts.tcga import TcgaConfig, check_sites, one_name, read
 
 RESULT = ("collection", "root", "labels")
 REPEATS = True  # slides may have come or gone since
+MADE = ("manifest.csv",)
 _SHOWN = 8  # values of a column, sites of a table
 
 Collections = Camelyon16Config | Camelyon17Config | PandaConfig | TcgaConfig
@@ -56,10 +57,11 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         check_sites(cohort)
     path = journal.path("manifest.csv")
     write_manifest(path, cohort)
-    slides = read_manifest(str(path), store)  # what `index` will do
+    slides = read_manifest(str(path), store, journal.say)  # what `index` will do
     patients = {slide.patient_id for slide in slides} - {None}
     sites = Counter(slide.site or "unknown" for slide in slides)
     journal.say(table(cohort))
+    journal.say(f"open {path}; next: histoscale index manifest={path} out={config.out}_catalog")
     return {
         "manifest": {
             "cohort": cohort.name,

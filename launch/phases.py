@@ -1,7 +1,7 @@
 """The phases of a pretraining run: each says what it changes of the one before, and nothing restarts unsaid.
 
 A phase takes over every value that it does not state, but `start.weights`, `start.freeze_backbone_steps` and `schedule.horizon`,
-which belong to one phase alone.
+which belong to one phase alone. `longer` adds phases that state all of it by themselves: more of the same.
 """
 
 import re
@@ -18,8 +18,8 @@ C = TypeVar("C")
 
 FIRST = "base"
 CHANGEABLE = (
-    "catalog", "tiles", "tiles_pattern", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule",
-    "start",
+    "catalog", "tiles", "tiles_pattern", "roles", "sampler", "normalise", "views", "model", "method", "precision", "optim",
+    "schedule", "start",
 )  # fmt: skip
 ALWAYS = ("schedule.steps", "schedule.restart", "start.branch", "start.heads", "start.moments")
 SCHEDULED = (
@@ -31,13 +31,19 @@ SCHEDULED = (
 def phases_of(config: C) -> list[tuple[Phase, C]]:
     """The phases of `config.phases` behind the first, which the other keys describe; each with its whole configuration.
 
+    Behind them come those of `config.longer`.
+
     Raises ConfigError for a key that is unknown or has no place in a phase, a value of the wrong type, and a schedule that would
     restart, or a state that would continue, without the phase saying so.
     """
-    values: dict[str, Any] = {**asdict(config), "phases": {}}  # type: ignore[call-overload]
+    values: dict[str, Any] = {**asdict(config), "phases": {}, "longer": []}  # type: ignore[call-overload]
     found = [(Phase(0, FIRST, 0, 0), config)]
-    for name, change in config.phases.items():  # type: ignore[attr-defined]
+    longer = {f"longer_{i}": steps for i, steps in enumerate(config.longer, 1)}  # type: ignore[attr-defined]
+    if taken := config.phases.keys() & longer.keys():  # type: ignore[attr-defined]
+        raise ConfigError(f"phases.{min(taken)}: that is the name of a phase of longer=; give it another")
+    for name, change in {**config.phases, **longer}.items():  # type: ignore[attr-defined]
         before, earlier = found[-1]
+        change = more_of_the_same(values, change) if name in longer else change
         if name == FIRST or not re.fullmatch(r"\w+", str(name)):
             raise ConfigError(f"phases.{name}: a name of letters, digits and _ was expected, and not the first phase's, {FIRST}")
         stated = _stated(name, change, values)
@@ -54,15 +60,44 @@ def phases_of(config: C) -> list[tuple[Phase, C]]:
     return found
 
 
+def more_of_the_same(before: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """What a phase of `longer` states: everything continues.
+
+    The learning rate warms up, in the same share of its steps, and falls once more, and the teacher's momentum rises once more;
+    weight decay and the teacher's temperature stay where they ended.
+    """
+    schedule, optim, method = before["schedule"], before["optim"], before["method"]
+    warmup = round(schedule["warmup_steps"] * steps / (schedule["horizon"] or schedule["steps"]))
+    return {
+        "schedule": {"steps": steps, "warmup_steps": warmup, "restart": True},
+        "optim": {"lr": optim["lr"], "weight_decay": [optim["weight_decay"][1]] * 2},
+        "method": {
+            "teacher_temp": [method["teacher_temp"][1]] * 2,
+            "teacher_temp_warmup_steps": 0,
+            "momentum": method["momentum"],
+            "freeze_last_layer_steps": 0,
+        },
+        "start": {"branch": "both", "heads": True, "moments": True},
+    }
+
+
 def only_adds(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the second of two recorded runs is the first with phases added behind its last.
 
-    Both: {"result": the result keys, "facts": with the data of each phase in order}.
+    Both: {"result": the result keys, "facts": with the data of each phase in order}, the old one with its "status". A run that
+    is done has read its data: what is added may have other data (a catalog that has grown).
     """
-    listed = [(list(run["result"]["phases"].items()), run["facts"]["phases"]) for run in (old, new)]
-    (phases, facts), (more, more_facts) = listed
-    same = all({**old[part], "phases": None} == {**new[part], "phases": None} for part in ("result", "facts"))
-    return same and len(more) > len(phases) and more[: len(phases)] == phases and more_facts[: len(facts)] == facts
+    (before, facts), (after, more_facts) = (_in_order(run, with_data=old["status"] != "done") for run in (old, new))
+    same = {**old["result"], "phases": None, "longer": None} == {**new["result"], "phases": None, "longer": None}
+    return same and len(after) > len(before) and after[: len(before)] == before and more_facts[: len(facts)] == facts
+
+
+def _in_order(run: Mapping[str, Any], with_data: bool) -> tuple[list[Any], list[Any]]:
+    """The phases behind the first as they were given, and the facts of all phases; both without `data` that has been read."""
+    result, facts = run["result"], run["facts"]
+    given = [*result["phases"].items(), *(("longer", steps) for steps in result["longer"])]
+    each = [{**facts, "phases": None}, *facts["phases"]]
+    return given, each if with_data else [{k: v for k, v in one.items() if k not in ("catalog", "tiles")} for one in each]
 
 
 def _stated(name: str, change: Any, values: Mapping[str, Any]) -> set[str]:

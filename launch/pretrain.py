@@ -1,19 +1,24 @@
 """Pretrain a vision transformer on the slides of a catalog, without labels; run it again to continue.
 
 Examples:
-    histoscale pretrain catalog=catalog recipe=demo out=run
+    histoscale pretrain catalog=runs/catalog recipe=demo out=runs/small
     torchrun --nproc-per-node 8 -m histoscale.launch.pretrain catalog=az://container/catalog recipe=dinov2_vits14 out=/shared/run
-    histoscale pretrain catalog=catalog recipe=dinov2_vits14 schedule.steps=20 optim.global_batch=32 out=trial
-    histoscale pretrain catalog=catalog recipe=kaiko_vits16_dino start.weights=model.safetensors out=run     (null: fresh weights)
-    histoscale pretrain catalog=catalog recipe=midnight_vitg14 phase=[high_resolution] out=run     (a phase behind the recipe's)
-    histoscale pretrain tiles=folder_or_parquet recipe=demo out=run      (ready tiles in place of slides)
-    histoscale pretrain "tiles='az://c/train-{000..041}.tar'" out=run    (WebDataset shards; the inner quotes are for the braces)
+    histoscale pretrain catalog=runs/catalog recipe=dinov2_vits14 schedule.steps=2 optim.global_batch=8 out=runs/trial
+    histoscale pretrain catalog=runs/catalog recipe=kaiko_vits16_dino start.weights=weights/dino.safetensors out=runs/kaiko
+    histoscale pretrain catalog=runs/catalog recipe=midnight_vitg14 'phase=[high_resolution]' out=runs/phases
+    histoscale pretrain catalog=runs/catalog recipe=demo 'longer=[300]' out=runs/small   # 300 steps more, once it has ended
+    histoscale pretrain tiles=tiles recipe=demo out=runs/tiles           # ready tiles in place of slides, or tiles.parquet
+    histoscale pretrain "tiles='az://container/train-{000..041}.tar'" recipe=demo out=runs/shards    # WebDataset
 
-A recipe sets every group; keys after it change single values; phases.NAME. keys add a phase, also to a run that has ended. `out`
+A recipe sets every group; keys after it change single values; warm-ups and freezes keep their share of schedule.steps unless they
+are given. A run that has ended goes on, also on a catalog that has grown, with longer=[STEPS] behind the same command, then
+longer=[STEPS,STEPS] and so on, or with phases.NAME. keys, which say by themselves what continues and what changes. `out`
 holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse
 read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and exits with 75.
 """
 
+import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,21 +32,24 @@ from torch import nn
 
 from histoscale.data.catalog import Catalog, open_catalog
 from histoscale.data.journal import Journal, JournalConfig, plain
+from histoscale.data.memory import Budget, MemoryTooSmall, StreamConfig, budget, fitted
 from histoscale.data.normalise.slide import NoneConfig, NormaliseConfig, slide_normaliser
-from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable
-from histoscale.data.ranks import Ranks, close_ranks, open_ranks
+from histoscale.data.plan import PLAN_VERSION, Plan, SamplerConfig, SlideTable, rank_slots, target_name, without
+from histoscale.data.ranks import Ranks, close_ranks, open_ranks, survivors
 from histoscale.data.storage import StorageConfig, Store, join
-from histoscale.data.stream import Batch, Stream, StreamConfig
+from histoscale.data.stream import Batch, Stream, forget_lost
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.views import ViewsConfig
 from histoscale.data.visit import SlideSource
 from histoscale.eval.architecture import trained_architecture
+from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import open_dataset
 from histoscale.eval.datasets.patches import DatasetConfig
+from histoscale.eval.inputs import read_encoder
 from histoscale.eval.online import Online, OnlineConfig
-from histoscale.eval.report import patch_sheet
-from histoscale.eval.view_sheet import view_sheet
-from histoscale.launch import run as launched
+from histoscale.eval.view_sheet import patch_sheet, view_sheet
+from histoscale.launch import held
+from histoscale.launch.overrides import ConfigError
 from histoscale.launch.phases import only_adds, phases_of
 from histoscale.launch.trackers import tracked
 from histoscale.pretrain import trainer
@@ -56,8 +64,17 @@ from histoscale.pretrain.preempted import Preempted
 from histoscale.pretrain.schedule import ScheduleConfig
 from histoscale.pretrain.start import StartConfig
 
-RESULT = ("seed", "roles", "sampler", "normalise", "views", "model", "method", "optim", "schedule", "start", "phases")
-CONTINUES = "; a longer run, or one on a new catalog, is a new phase (phases.NAME...)"  # said where other keys are refused
+RESULT = (
+    "seed", "roles", "sampler", "normalise", "views", "model", "method", "precision", "optim", "schedule", "start", "phases",
+    "longer",
+)  # fmt: skip
+CONTINUES = (  # said where other keys are refused
+    "; a run that has ended goes on, also on a catalog that has grown, with longer=[STEPS] behind the command that made it, and "
+    "with other keys in a new phase (phases.NAME...)"
+)
+INPUTS = ("catalog", "tiles")
+MADE = ("patches*.png", "views*.png", "parameters-*.tsv", "lost.jsonl", "checkpoints", "online", "tensorboard", "wandb")
+HOLDS = ("checkpoints/step-*/state.json",)
 SHEET_PATCHES, SHEET_COLUMNS = 64, 16  # of patches.png
 VIEWED_PATCHES = 8  # of views.png
 HELD_OUT = ("test", "external")  # roles of patients that results are reported on
@@ -68,7 +85,9 @@ class Config:
     """One of: catalog, from `histoscale index`; tiles, a folder of images, Parquet or WebDataset shards (see data/tiles.py).
 
     tiles_pattern: finds a slide id in the path of an image. seed: of every random choice. roles: values of the manifest's column
-    `role` to train on. phases: name -> what a phase behind the first changes of the one before it (launch/phases.py).
+    `role` to train on. precision: fp32, bf16, fp16 (autocast; weights, moments and losses stay float32) or auto. phases: name ->
+    what a phase behind the first changes of the one before it (launch/phases.py). longer: steps of further phases, each more of
+    the same.
     """
 
     catalog: str | None
@@ -81,10 +100,12 @@ class Config:
     views: ViewsConfig
     model: ModelConfig
     method: MethodConfig
+    precision: str
     optim: OptimConfig
     schedule: ScheduleConfig
     start: StartConfig
     phases: dict[str, Any]
+    longer: list[int]
     storage: StorageConfig
     stream: StreamConfig
     hardware: HardwareConfig
@@ -107,7 +128,49 @@ class Opened:
 
 def identity(config: Config) -> dict[str, Any]:
     """The data of each phase by their hash, wherever they lie, and the version of the plan. Raises ConfigError, ValueError."""
-    return {**data_hash(config), "phases": [{"name": phase.name, **data_hash(one)} for phase, one in phases_of(config)[1:]]}
+    if config.start.weights is not None:
+        read_encoder(config.start.weights, Store(config.storage))
+    return {**data_hash(config), "phases": [{"name": phase.name, **data_hash(one)} for phase, one in ready(config)[1:]]}
+
+
+def ready(config: Config) -> list[tuple[Phase, Config]]:
+    """The phases, each found to be one that can run, as far as no data and no model are needed to know. Raises ConfigError."""
+    phases = phases_of(config)
+    for phase, one in phases:
+        try:
+            trainer.check_train(train_config(one), _world())
+        except ValueError as error:
+            raise ConfigError(f"phase {phase.name}: {error}" if phase.index else str(error)) from error
+    return phases
+
+
+def train_config(config: Config) -> trainer.TrainConfig:
+    """What the trainer reads."""
+    return trainer.TrainConfig(**{field.name: getattr(config, field.name) for field in fields(trainer.TrainConfig)})
+
+
+def fitting(phase: Phase, config: Config, given: Budget, journal: Journal) -> StreamConfig:
+    """How this rank reads in a phase: as fast as asked, or as memory allows; says which. Raises ConfigError where the plan itself
+    is too large."""
+    place, batch = _place(phase), config.optim.global_batch
+    slots = rank_slots(batch, int(os.environ.get("RANK", "0")), _world())
+    unit = config.optim.micro_batches * config.method.group
+    try:
+        stream, line = fitted(config.seed, config.sampler, slots, config.stream, given, place, unit)
+    except MemoryTooSmall as error:
+        raise ConfigError(f"phase {phase.name}: {error}" if phase.index else str(error)) from None
+    journal.say(f"phase {phase.name}: {line}")
+    return replace(stream, memory_gb=(given.bytes + 1) / 1e9)  # the stream finds the same
+
+
+def _world() -> int:
+    """Processes of this run, before they know each other."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _place(phase: Phase) -> str:
+    """What stands before the keys of a phase on the command line."""
+    return f"phases.{phase.name}." if phase.index else ""
 
 
 def continues(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -125,33 +188,52 @@ def data_hash(config: Config) -> dict[str, Any]:
     if config.catalog is not None:
         return {"catalog": open_catalog(config.catalog, store).hash, "plan": PLAN_VERSION}
     listed = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store).tiles
-    return {"tiles": launched.digest([listed.identity, listed.columns]), "plan": PLAN_VERSION}
+    return {"tiles": held.digest([listed.identity, listed.columns]), "plan": PLAN_VERSION}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Train every phase to the end of its schedule. Raises what data/stream.py and pretrain/trainer.py raise, and ValueError."""
-    phases = phases_of(config)
+    phases = ready(config)
+    given = budget(config.stream)
+    readings = {phase.index: fitting(phase, one, given, journal) for phase, one in phases}
     hashes = identity(config)
     ranks = open_ranks(config.hardware.device, config.hardware.timeout_s)
     check_shared(journal.out, ranks)
     rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
     reached = phase_reached(journal.out / "checkpoints", [(phase, one.schedule.steps) for phase, one in phases], ranks)
-    for phase, one in phases[reached:]:
-        told = _train_phase(phase, one, rows, ranks, phase is phases[-1][0])
+    opened = [open_phase(phase, one, journal) for phase, one in phases[reached:]]  # all of them, before the first is trained
+    for (phase, one), (data, plan) in zip(phases[reached:], opened, strict=True):
+        reading = replace(one, stream=readings[phase.index])
+        told = _train_phase(phase, reading, data, plan, rows, ranks, phase is phases[-1][0])
     close_ranks()
     patches = sum(one.schedule.steps * one.optim.global_batch for _, one in phases)
     listed = [{"name": phase.name, "first": phase.first, "steps": one.schedule.steps} for phase, one in phases]
-    return {"pretrain": {**told, "patches": patches, "phases": listed}}
+    return {"pretrain": {**told, "precision": config.precision, "patches": patches, "phases": listed}}
 
 
-def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, last: bool) -> dict[str, Any]:
-    """One phase with its own source; what the summary says of it."""
-    opened = open_source(config, journal)
+def what_next(config: Config, summary: dict[str, Any]) -> str:
+    """What to open and what to type when a run has ended."""
+    out, checkpoint = Path(config.out), summary["pretrain"]["checkpoint"]
+    given, release, probe = (shlex.quote(str(out) + behind) for behind in ("", "_release", "_probe"))
+    more = [*config.longer, (config.longer or [config.schedule.steps])[-1]]
+    return (
+        f"checkpoint: {out / checkpoint}\n"
+        f"to look at: {out / 'patches.png'} and {out / 'views.png'}: the first batch, and its views\n"
+        f"next:       histoscale release checkpoint={given} out={release}\n"
+        f"            histoscale probe encoder={given} dataset=folder data_root=FOLDER_OF_LABELLED_TILES out={probe}\n"
+        f"to go on:   the same command and longer={str(more).replace(' ', '')}"
+    )
+
+
+def _train_phase(
+    phase: Phase, config: Config, opened: Opened, plan: Plan, journal: Journal, ranks: Ranks, last: bool
+) -> dict[str, Any]:
+    """One phase on its own source; what the summary says of it."""
     source, table = opened.source, opened.table
-    plan = Plan(config.seed, config.optim.global_batch, config.sampler, table)
     facts = {
-        **data_hash(config),
-        "sampler": asdict(config.sampler),
+        **(data_hash(config) if isinstance(source, TileSource) else {"catalog": source.catalog.hash, "plan": PLAN_VERSION}),
+        "sampler": asdict(without(config.sampler, plan.dropped) or config.sampler),
+        "dropped": [target_name(target) for target in plan.dropped],
         "normalise": asdict(config.normalise),
         "data": describe(source, table),
         "transductive": opened.transductive,
@@ -159,7 +241,9 @@ def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, l
     streams: list[Stream] = []
 
     def batches(start: int) -> Iterator[Batch]:
-        streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, journal.path("lost.jsonl")))
+        lost = journal.path("lost.jsonl")
+        ranks.first(lambda: forget_lost(lost, start))
+        streams.append(Stream(plan, source, config.stream, ranks.rank, ranks.world, start, lost))
         return pictured(streams[-1], config, phase, journal) if start == phase.first else streams[-1]
 
     def reading(backbone: nn.Module, step: int) -> dict[str, float]:
@@ -168,11 +252,11 @@ def _train_phase(phase: Phase, config: Config, journal: Journal, ranks: Ranks, l
         del counted["data/wait_fraction"]  # the trainer's own leaves out what watchers take
         return counted
 
-    shared = {field.name: getattr(config, field.name) for field in fields(trainer.TrainConfig)}
     probe = online_probe(config, phase, journal, ranks)
     watchers: list[trainer.Watcher] = [probe, reading] if probe else [reading]
     try:
-        result = trainer.train(trainer.TrainConfig(**shared), batches, watchers, journal, ranks, facts, phase)
+        with survivors(lambda: f"at step {streams[-1].step}" if streams else ""):
+            result = trainer.train(train_config(config), batches, watchers, journal, ranks, facts, phase)
         if result.stopping and not last:  # asked to stop in the very last step
             raise Preempted(result.step)
     except Preempted:
@@ -206,14 +290,30 @@ def online_probe(config: Config, phase: Phase, journal: Journal, ranks: Ranks) -
     if every % config.monitor.every:
         raise ValueError(f"monitor.labelled_every={every} is not a multiple of monitor.every={config.monitor.every}")
     catalog = config.online.catalog or config.catalog or join(labelled, "catalog")
-    patches = open_dataset(config.online.dataset, labelled, catalog, config.online.cut, Store(config.storage))
+    cut = CutConfig(config.online.grid.mpp_tolerance, config.online.grid.max_upsample, config.stream.threads)
+    patches = open_dataset(config.online.dataset, labelled, catalog, cut, Store(config.storage))
     dataset = config.online.dataset
     if config.catalog is not None and isinstance(dataset, DatasetConfig) and dataset.report in config.roles:
         journal.say(f"the online probes report on patients of the role {dataset.report}, which are trained on")
     views, sampler = config.views, config.sampler
     architecture = trained_architecture(config.model, views.mean, views.std, sampler.mpps, sampler.patch_px, None)
-    end, precision = phase.first + config.schedule.steps, config.optim.precision
+    end, precision = phase.first + config.schedule.steps, config.precision
     return Online(patches, architecture, precision, config.online, every, end, journal, ranks)
+
+
+def open_phase(phase: Phase, config: Config, journal: Journal) -> tuple[Opened, Plan]:
+    """The source of a phase and its plan; says which magnifications are dropped. Raises ConfigError for a plan that does not
+    come out, and what open_source raises."""
+    opened = open_source(config, journal)
+    try:
+        plan = Plan(config.seed, config.optim.global_batch, config.sampler, opened.table, f"{_place(phase)}sampler")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if plan.dropped:
+        left = ", ".join(target_name(plan.targets[target]) for target in plan.served)
+        named = ", ".join(target_name(target) for target in plan.dropped)
+        journal.say(f"phase {phase.name}: no slide serves {named} um/px: dropped (sampler.unservable=drop); left: {left}")
+    return opened, plan
 
 
 def open_source(config: Config, journal: Journal) -> Opened:
@@ -221,6 +321,8 @@ def open_source(config: Config, journal: Journal) -> Opened:
     store = Store(config.storage)
     if config.catalog is None:
         tiles = open_tiles(str(config.tiles), config.tiles_pattern, config.sampler, store)
+        for note in tiles.notes:
+            journal.say(f"tiles: {note}")
         return Opened(tiles, tiles.table(), None, {})
     catalog = open_catalog(config.catalog, store)
     slides = SlideSource(catalog, store, config.sampler, slide_normaliser(catalog, store, config.normalise))

@@ -1,17 +1,19 @@
 """What is an encoder worth on labelled patches, and how far above an untrained one and above plain colour is it?
 
-    histoscale probe encoder=runs/release dataset=crc data_root=~/data
-    histoscale probe encoder=hf:~/models/phikon dataset=pcam data_root=~/data/pcam protocols=[honest,eva]
-    histoscale probe encoder=timm:vit_small_patch14_dinov2.lvd142m dataset=folder data_root=~/tiles
-    histoscale probe encoder=runs/release dataset=cohort data_root=runs/cohort catalog=runs/catalog
+    histoscale probe encoder=runs/release dataset=crc data_root=~/data out=runs/crc
+    histoscale probe encoder=hf:~/models/phikon dataset=pcam data_root=~/data/pcam 'protocols=[honest,eva]' out=runs/phikon_pcam
+    histoscale probe encoder=hf:~/models/phikon dataset=folder data_root=tiles out=runs/phikon_own
+    histoscale probe encoder=timm:vit_small_patch14_dinov2.lvd142m dataset=folder data_root=tiles out=runs/lvd_own
+    histoscale probe encoder=runs/release dataset=cohort data_root=runs/cohort out=runs/cohort_probe    # with runs/cohort/catalog
 
+dataset=folder reads labels.csv (path, label; split, patient_id, site, slide_id where known) or folders of classes; names are one
+however they are written, and classes are counted before anything is fitted.
 protocols=[honest] chooses inside the training patients and reads the reported labels once; protocols=[eva] trains, stops and
 selects as kaiko's eva does, for comparison. Every score stands beside the floors `random` (untrained, five initialisations) and
 `colour` (42 numbers), with a 95 % interval over patients. Leaves table.txt, table.md, report.html, summary.json and
 predictions.npz, which `histoscale compare` reads. Sets with masks (consep, monusac) fit decoders, hest a regression.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,37 +24,41 @@ from typing import Any
 import numpy as np
 
 from histoscale.data.catalog import open_catalog
-from histoscale.data.journal import Journal, JournalConfig, write_atomic
+from histoscale.data.journal import Journal, JournalConfig, write_text
+from histoscale.data.jsonfiles import read_object
 from histoscale.data.ranks import Ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.hest import AVERAGED, open_hest
 from histoscale.eval.datasets.masks import LabelledMasks
-from histoscale.eval.datasets.opening import MASKS, SPOTS, AnyDataset, open_dataset
-from histoscale.eval.datasets.patches import LabelledPatches
+from histoscale.eval.datasets.opening import CUT, MASKS, SPOTS, AnyDataset, open_dataset
+from histoscale.eval.datasets.patches import LabelledPatches, counted_classes
 from histoscale.eval.datasets.spots import LabelledSpots
 from histoscale.eval.datasets.tp53 import StudyPatches
 from histoscale.eval.encoder import Encoder, open_encoder, random_floor_spec
 from histoscale.eval.eva import EvaConfig, eva
 from histoscale.eval.features import Vectors, embed_patches
 from histoscale.eval.floors import FLOOR_POOLS, FloorsConfig
+from histoscale.eval.hardware import EncodingConfig, ThreadsConfig, torch_threads
 from histoscale.eval.honest import HonestConfig, check_probes, colour_floor, honest, random_floor
+from histoscale.eval.inputs import read_catalog, read_encoder
 from histoscale.eval.leakage import (
     Sourced,
     corpus_of_catalog,
-    duplicates,
     find_leaks,
+    join_copies,
     published_corpora,
     recorded_corpora,
     shared_sources,
     trained_rows,
+    twin_words,
 )
 from histoscale.eval.patch_report import ReportConfig, Segmentation, Segmented, SetResults, write_patch_report
 from histoscale.eval.pool import check_pool
 from histoscale.eval.predictions import FILE, Predictions, predictions_of, save_predictions
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.regression import Embedded, RegressionConfig, average, run_hest
-from histoscale.eval.resolution import ResolutionConfig, sight_of, view_of
+from histoscale.eval.resolution import ResolutionConfig, TargetConfig, check_resolution, sight_of, view_of
 from histoscale.eval.results import Outcome, Score
 from histoscale.eval.scores.interval import Interval
 from histoscale.eval.scoring import ScoringConfig, Truth, check_metrics, score
@@ -63,9 +69,12 @@ from histoscale.eval.table_text import markdown_table, terminal_table
 from histoscale.eval.within_study import LEAST, prior_outcomes, within_study_scores
 
 RESULT = (
-    "encoder", "precision", "dataset", "data_root", "catalog", "pretraining", "pretraining_roles", "cut", "protocols",
+    "encoder", "precision", "dataset", "data_root", "catalog", "pretraining", "pretraining_roles", "grid", "protocols",
     "resolution", "probe", "honest", "eva", "segment", "regression", "floors", "scoring", "report",
 )  # fmt: skip
+INPUTS = ("encoder", "data_root", "catalog", "pretraining")
+MADE = ("table.txt", "table.md", "report.html", "features", "segment", FILE)
+CACHES = {"features": ("encoder", "precision", "dataset", "grid", "resolution", "protocols", "floors")}
 PROTOCOLS = ("honest", "eva")
 EVA_INPUT = ResolutionConfig("eva", None)
 
@@ -73,12 +82,12 @@ EVA_INPUT = ResolutionConfig("eva", None)
 @dataclass(frozen=True)
 class Config:
     """encoder: a release, a checkpoint, timm:<name>, hf:<name or folder>, hf-hub:<name>, random:<one of these> or colour.
-    precision: fp32, bf16, fp16.
+    precision: fp32, bf16, fp16 or auto (launch/precision.py).
 
     data_root: the folder of the labelled set. catalog: of its slides (dataset=cohort, tp53). pretraining: a catalog that the
     encoder was pretrained on, whose slides and patients are looked for in the set; null where there is none.
     pretraining_roles: it was pretrained on the slides of these roles alone; null: on all.
-    protocols: honest, eva or both. batch: patches an encoder call. threads: that decode ahead. device: auto, cpu, cuda.
+    protocols: honest, eva or both. resolution: resize, eva or native (eval/resolution.py). stream.threads read and decode ahead.
     """
 
     encoder: str
@@ -88,9 +97,9 @@ class Config:
     catalog: str
     pretraining: str | None
     pretraining_roles: list[str] | None
-    cut: CutConfig
+    grid: TargetConfig
     protocols: list[str]
-    resolution: ResolutionConfig
+    resolution: str
     probe: ProbeConfig
     honest: HonestConfig
     eva: EvaConfig
@@ -99,9 +108,8 @@ class Config:
     floors: FloorsConfig
     scoring: ScoringConfig
     report: ReportConfig
-    batch: int
-    threads: int
-    device: str
+    hardware: EncodingConfig
+    stream: ThreadsConfig
     storage: StorageConfig
     logging: JournalConfig
     out: str
@@ -124,9 +132,13 @@ def identity(config: Config) -> dict[str, Any]:
     check(config)
     store = Store(config.storage)
     encoder = open_encoder(config.encoder, store, "cpu", config.precision)
+    read_encoder(config.encoder, store)
     opened = open_labelled(config, store)
     hashes = [one.hash for one in opened] if isinstance(opened, list) else opened.hash
-    return {"encoder_hash": encoder.hash, "data_hash": hashes}
+    pretraining = read_catalog(config.pretraining, store) if config.pretraining else None
+    slides = opened.slide_ids.tolist() if isinstance(opened, LabelledPatches) else []
+    catalog = read_catalog(config.catalog, store, slides) if config.dataset.name in CUT else None
+    return {"encoder_hash": encoder.hash, "data_hash": hashes, "pretraining": pretraining, "catalog": catalog}
 
 
 def open_labelled(config: Config, store: Store) -> LabelledPatches | LabelledMasks | list[LabelledSpots]:
@@ -137,13 +149,19 @@ def open_labelled(config: Config, store: Store) -> LabelledPatches | LabelledMas
         return MASKS[dataset.name](root, dataset)
     if dataset.name == SPOTS:
         return open_hest(root, dataset)
-    return open_dataset(dataset, config.data_root, config.catalog, config.cut, store)
+    cut = CutConfig(config.grid.mpp_tolerance, config.grid.max_upsample, config.stream.threads)
+    return open_dataset(dataset, config.data_root, config.catalog, cut, store)
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Raises ValueError for a configuration that cannot be, DatasetError for a set, and what encoders raise."""
     check(config)
-    store, ranks = Store(config.storage), open_ranks(config.device)
+    with torch_threads(config.hardware.threads):
+        return _run(config, journal)
+
+
+def _run(config: Config, journal: Journal) -> dict[str, Any]:
+    store, ranks = Store(config.storage), open_ranks(config.hardware.device)
     opened = open_labelled(config, store)
     encoder = open_encoder(config.encoder, store, ranks.device, config.precision)
     floor = random_floor_spec(config.encoder)
@@ -164,6 +182,10 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     if not untrained:
         remarks.append("no random floor: this encoder has no architecture that could be left untrained")
     _write(name, found, remarks, config, journal)
+    journal.say(
+        f"open {journal.path('report.html')}; next, beside another encoder on the same set: histoscale compare "
+        f"runs=[{config.out},OTHER_OUT] out={config.out}_compare"
+    )
     about: dict[str, Any] = {"encoder": encoder.name, "label": name, "encoder_hash": encoder.hash, "precision": config.precision}
     about |= {"dataset": config.dataset.name, "transductive": encoder.transductive, "remarks": remarks, **found.about}
     return {"probe": {**about, "scores": summary(found.scores)}}
@@ -178,6 +200,7 @@ def label_of(spec: str) -> str:
 
 def check(config: Config) -> None:
     """Mistakes are found before anything is embedded. Raises ValueError."""
+    check_resolution(ResolutionConfig(config.resolution, config.grid.mpp))
     for pool in (config.probe.pool, config.eva.pool, *config.honest.pools):
         check_pool(pool)
     check_probes(config.honest)
@@ -210,16 +233,22 @@ def _patches(
     outcomes: dict[str, list[Outcome]] = {}
     features: dict[str, np.ndarray] = {}
     truth = Truth(patches)
+    if ranks.main:
+        _say_set(patches, journal)
     for protocol in config.protocols:
-        resolution = EVA_INPUT if protocol == "eva" else config.resolution
+        resolution = EVA_INPUT if protocol == "eva" else ResolutionConfig(config.resolution, config.grid.mpp)
         if protocol == "eva" and not patches.usage.eva_select:
             found.remarks.append("protocol=eva left out: the set has no part that eva would select on")
             continue
         vectors = embed_patches(
-            encoders, patches, resolution, config.batch, config.threads, journal.path("features"), journal, ranks
+            encoders, patches, resolution, config.hardware.batch, config.stream.threads, journal.path("features"), journal, ranks
         )
         if not ranks.main:
             continue
+        patches, joined = join_copies(patches, _hashes(vectors[0]))
+        for sentence in joined:
+            journal.say(sentence)
+        found.remarks += joined
         seen = _sights(name, encoders, vectors[0], resolution, patches)
         journal.say(f"{name} on {patches.name}, protocol {protocol}, resolution {resolution.name}: {_words(seen[name])}")
         asked = _eva if protocol == "eva" else _honest
@@ -231,7 +260,7 @@ def _patches(
         else:
             found.scores += score(made, patches, truth, seen, config.scoring)
         outcomes.setdefault(resolution.name, []).extend(made)
-        found.remarks += _twins(vectors[0], patches)
+        found.remarks += twin_words(_hashes(vectors[0]).tolist(), patches.roles)
         features[name] = vectors[0].pooled(config.probe.pool)
     if not outcomes:
         return found
@@ -250,6 +279,11 @@ def _patches(
     found.about = {"data_hash": patches.hash, "classes": list(patches.classes), "groups": patches.groups,
                    "train": f"{len(train)} images of {len(np.unique(patches.patients[train]))} groups"}  # fmt: skip
     return found
+
+
+def _say_set(patches: LabelledPatches, journal: Journal) -> None:
+    """What the set holds, before anything is fitted."""
+    journal.say("\n".join([counted_classes(patches), *(f"data set: {note}" for note in patches.notes)]))
 
 
 def _honest(
@@ -312,14 +346,9 @@ def _within_studies(
     return found
 
 
-def _twins(own: Vectors, patches: LabelledPatches) -> list[str]:
-    """Equal pictures in several roles, in words."""
+def _hashes(own: Vectors) -> np.ndarray:
     assert own.hashes is not None
-    twins = duplicates(own.hashes.tolist(), patches.roles)
-    if not twins:
-        return []
-    roles = sorted({" and ".join(twin.roles) for twin in twins})
-    return [f"leakage: {len(twins)} pictures stand in several parts ({'; '.join(roles)}), pixel for pixel"]
+    return own.hashes
 
 
 def _reported(patches: LabelledPatches) -> LabelledPatches:
@@ -339,16 +368,16 @@ def _spots(
     journal: Journal,
     ranks: Ranks,
 ) -> Found:
-    found = Found([])
+    found, resolution = Found([]), ResolutionConfig(config.resolution, config.grid.mpp)
     colour = open_encoder("colour", Store(config.storage), ranks.device)
     for spots in tasks:
         patches, encoders = spots.as_patches(), [encoder, *untrained, colour]
         vectors = embed_patches(
-            encoders, patches, config.resolution, config.batch, config.threads, journal.path("features"), journal, ranks
+            encoders, patches, resolution, config.hardware.batch, config.stream.threads, journal.path("features"), journal, ranks
         )
         if not ranks.main:
             continue
-        seen = _sights(name, encoders, vectors[0], config.resolution, patches)
+        seen = _sights(name, encoders, vectors[0], resolution, patches)
 
         def row(label: str, pool: str, held: Sequence[Vectors], floor: bool, seen: dict[str, Sight] = seen) -> Embedded:
             features, sight = [v.pooled(pool) for v in held], seen[label]
@@ -376,7 +405,7 @@ def _masks(
     if not ranks.main:  # decoders are fitted by one process
         return Found([])
     folder, interval = journal.path("segment"), config.scoring.interval
-    made = run_segmentation([encoder], untrained, masks, config.segment, interval, folder, journal)
+    made = run_segmentation([encoder], untrained, masks, config.segment, interval, config.hardware.batch, folder, journal)
     rename = {encoder.name: name}
     scores = [_named(score, rename) for score in [*made.scores, *made.per_class]]
     images = [
@@ -408,7 +437,7 @@ def _leaks(encoder: Encoder, labelled: Sourced, config: Config, store: Store) ->
         if not said:
             said.append(f"no slide or patient of this set is in the pretraining catalog {config.pretraining}")
     place = f"{config.encoder}/MODEL.json"
-    named = recorded_corpora(json.loads(store.read(place))) if "://" not in config.encoder and Path(place).is_file() else ()
+    named = recorded_corpora(read_object(Path(place))) if "://" not in config.encoder and Path(place).is_file() else ()
     known = published_corpora(config.encoder)
     said += shared_sources(config.dataset.name, [*named, *(known or ())])
     if encoder.transductive:
@@ -424,9 +453,9 @@ def _write(name: str, found: Found, remarks: Sequence[str], config: Config, jour
     words = terminal_table(shown, level, table)
     said = "\n".join(f"! {remark}" for remark in remarks)
     journal.say(f"{words}\n{said}")
-    write_atomic(journal.path("table.txt"), f"{words}\n{said}\n")
+    write_text(journal.path("table.txt"), f"{words}\n{said}\n")
     listed = "\n".join(f"- {remark}" for remark in remarks)
-    write_atomic(journal.path("table.md"), f"{markdown_table(shown, level, table)}\n{listed}\n")
+    write_text(journal.path("table.md"), f"{markdown_table(shown, level, table)}\n{listed}\n")
     title = f"{name} on {config.dataset.name}"
     write_patch_report(
         journal.path("report.html"), title, found.scores, level, config.report, found.sets, found.segmentations, [],

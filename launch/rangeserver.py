@@ -138,7 +138,7 @@ class _Server(ThreadingHTTPServer):
 
 def main() -> None:
     Folder.root = Path(sys.argv[1]).resolve()
-    server = _Server(("127.0.0.1", 0), Folder)
+    server = _Server(("127.0.0.1", int(sys.argv[2])), Folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(server.server_address[1], flush=True)
     sys.stdin.read()  # until the process that started this one is gone

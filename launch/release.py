@@ -1,33 +1,48 @@
 """Turn a checkpoint into a directory that others load without a word of code.
 
 Examples:
-    histoscale release checkpoint=run out=release                         (the newest checkpoint of a run)
-    histoscale release checkpoint=run/checkpoints/step-240 summary=probe/summary.json release.name=colon-s out=release
+    histoscale release checkpoint=runs/pretrain out=runs/release                # the newest checkpoint of a run
+    histoscale release checkpoint=runs/pretrain/checkpoints/step-2 summary=runs/crc/summary.json release.name=colon-s \\
+        out=runs/colon_s
 
-    timm.create_model("local-dir:release", pretrained=True)
+    timm.create_model("local-dir:runs/release", pretrained=True)
+    transformers.AutoModel.from_pretrained("runs/release")
+    torch.hub.load(".", "histoscale", "runs/release", source="local")    # "." is a clone of this repository
 
-`summary` puts measured scores on the card; without it the card says that nothing was measured.
+`out` holds what a consumer needs and nothing else; config.yaml, summary.json and the like stand beside it in .release.run (of
+`release`). `summary` puts measured scores on the card; without it the card says that nothing was measured.
 """
 
-import json
+import hashlib
+import os
+import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from histoscale.data.fingerprint import content, told
 from histoscale.data.journal import Journal, JournalConfig
+from histoscale.data.jsonfiles import JsonError, read_object
+from histoscale.launch.held import check_summary
 from histoscale.pretrain.checkpoint import read_checkpoint
-from histoscale.pretrain.release import ReleaseConfig, write_release
+from histoscale.pretrain.release import FILES, ReleaseConfig, write_release
 
-RESULT = ("release",)
+RESULT = ("precision", "release")
+RECORD_BESIDE = True  # `out` is handed to others
+REPEATS = True  # the folder may have been changed or moved away since
+INPUTS = ("checkpoint", "summary")
 
 
 @dataclass(frozen=True)
 class Config:
-    """checkpoint: a step-N directory, or a run whose newest is taken. summary: a summary.json with measured scores, or null."""
+    """checkpoint: a step-N directory, or a run whose newest is taken. summary: a summary.json with measured scores, or null.
+    precision: of the file, fp32 or bf16."""
 
     checkpoint: str
     summary: str | None
+    precision: str
     release: ReleaseConfig
     out: str
     logging: JournalConfig
@@ -35,23 +50,76 @@ class Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """The weights by their hash, and what the card reports."""
-    return {"checkpoint": read_checkpoint(config.checkpoint).hash, "measured": _measured(config)}
+    state = read_checkpoint(config.checkpoint)
+    told(state.path / "state.json", state.identity)  # its bytes hold checksums of files, which differ between equal checkpoints
+    return {"checkpoint": state.hash, "measured": _measured(config)}
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    """Write the release. Raises CheckpointError, ValueError."""
-    facts = write_release(read_checkpoint(config.checkpoint), Path(config.out), config.release, _measured(config))
-    journal.say(f"{config.out} is a release: timm.create_model('local-dir:{config.out}', pretrained=True)")
-    shown = ("name", "branch", "steps", "width", "parameters", "sha256", "transductive")
-    return {"release": {name: facts[name] for name in shown}}
+    """Write the release, whole or not at all. Raises CheckpointError, and ValueError for an `out` that holds other things."""
+    out, partial = Path(config.out), journal.path("partial")
+    before = _recorded(journal.path("summary.json"))
+    if before is not None and before["files"] == _digests(out):
+        journal.say(f"release: {out} already holds this result; nothing to do")
+        return {"release": before}
+    _check_free(out, before is not None)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        facts = write_release(read_checkpoint(config.checkpoint), partial, config.precision, config.release, _measured(config))
+        files = _digests(partial)
+        for name in FILES:  # a folder that this command filled before
+            (out / name).unlink(missing_ok=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    typed = shlex.quote(f"encoder={out}")
+    journal.say(
+        f"{out} is a release: open its card {out / 'README.md'}; the record of this run is in {journal.out}\n"
+        f"  timm.create_model('local-dir:{out}', pretrained=True)\n"
+        f"next: histoscale embed {typed} catalog=CATALOG out=EMBEDDINGS\n"
+        f"  or: histoscale probe {typed} dataset=folder data_root=TILES out=PROBE"
+    )
+    shown = ("name", "branch", "steps", "width", "parameters", "sha256", "transductive", "mpp")
+    return {"release": {**{name: facts[name] for name in shown}, "files": files}}
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """sha256 of each file."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with path.open("rb") if path.is_file() else open(os.devnull, "rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def _recorded(summary: Path) -> dict[str, Any] | None:
+    """What an earlier run of this command said, if one came to its end."""
+    try:
+        found = read_object(summary).get("release") if summary.exists() else None
+        if found is not None and not isinstance(found.get("files") if isinstance(found, dict) else None, dict):
+            raise JsonError("its `release` lists no files")
+        return found
+    except JsonError as error:
+        raise ValueError(f"{summary} is damaged ({error}): delete it, and the release is made anew") from None
+
+
+def _check_free(out: Path, ours: bool) -> None:
+    """Raises ValueError where a release would stand among other files, or replace one that is not known here."""
+    there = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    other = sorted(there - set(FILES)) if ours else sorted(there)
+    if other:
+        named = ", ".join(other[:3]) + (", …" if len(other) > 3 else "")
+        raise ValueError(f"out={out} holds other things ({named}), and a release stands alone: give an empty or a new folder")
 
 
 def _measured(config: Config) -> dict[str, Any] | None:
     if config.summary is None:
         return None
     try:
-        return json.loads(Path(config.summary).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        check_summary(Path(config.summary))
+        content(config.summary)
+        return read_object(Path(config.summary))
+    except (FileNotFoundError, JsonError) as error:
         raise ValueError(f"summary={config.summary} cannot be read: {error}") from None
 
 

@@ -1,9 +1,10 @@
 """Does an encoder see biology, or the hospital, the stain and the scanner?
 
-    histoscale robustness encoder=runs/release dataset=folder data_root=tiles
-    histoscale robustness encoder=hf:~/models/phikon dataset=folder data_root=camelyon robustness=pathorob_camelyon
-    histoscale robustness encoder=timm:vit_small_patch14_dinov2.lvd142m registered=plism
-    histoscale robustness encoder=runs/release dataset=cohort data_root=runs/cohort catalog=runs/catalog
+    histoscale robustness encoder=runs/release dataset=folder data_root=sites out=runs/sites
+    histoscale robustness encoder=hf:~/models/phikon dataset=folder data_root=camelyon robustness=pathorob_camelyon \\
+        out=runs/pathorob
+    histoscale robustness encoder=timm:vit_small_patch14_dinov2.lvd142m registered=plism out=runs/plism
+    histoscale robustness encoder=runs/release dataset=cohort data_root=runs/cohort out=runs/cohort_sites
 
 data_root: any labelled patches with a site column, such as labels.csv with path, label, site, slide_id (and split, patient_id).
 measures: `index` (PathoROB's robustness index, CRoMa's margins), `clusters` (its clustering score), `confounding` (its average
@@ -12,7 +13,6 @@ and stains, as PLISM: cosine and retrieval. All with and without the `normalisat
 encoder and plain colour, with 95 % intervals over patients. Leaves table.txt, report.html, summary.json and findings.jsonl.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,18 +22,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from histoscale.data.journal import Journal, JournalConfig, write_atomic
+from histoscale.data.journal import Journal, JournalConfig, write_rows, write_text
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.datasets.cohort import CutConfig
-from histoscale.eval.datasets.opening import MASKS, SPOTS, AnyDataset, open_dataset
-from histoscale.eval.datasets.patches import LabelledPatches, hash_of
+from histoscale.eval.datasets.opening import CUT, MASKS, SPOTS, AnyDataset, open_dataset
+from histoscale.eval.datasets.patches import LabelledPatches, counted_classes, hash_of
 from histoscale.eval.encoder import Encoder, open_encoder, random_floor_spec
 from histoscale.eval.features import Vectors, embed_patches
+from histoscale.eval.hardware import EncodingConfig, ThreadsConfig, torch_threads
 from histoscale.eval.honest import Question
+from histoscale.eval.inputs import read_catalog, read_encoder
+from histoscale.eval.leakage import join_copies, twin_words
 from histoscale.eval.pool import check_pool
 from histoscale.eval.probe import ProbeConfig
-from histoscale.eval.resolution import ResolutionConfig
+from histoscale.eval.resolution import ResolutionConfig, TargetConfig, check_resolution
 from histoscale.eval.robustness.confounding import check_confounding
 from histoscale.eval.robustness.curves import CLEAN, CURVES, Asked, CurvesConfig, asked_rows, curve, fit_probes, questions_of
 from histoscale.eval.robustness.findings import Finding, RobustnessError, summary, text_table
@@ -52,9 +55,15 @@ from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.launch.probe import label_of
 
 RESULT = (
-    "encoder", "precision", "dataset", "data_root", "catalog", "cut", "registered", "registration", "measures", "normalisations",
+    "encoder", "precision", "dataset", "data_root", "catalog", "grid", "registered", "registration", "measures", "normalisations",
     "methods", "resolution", "robustness", "perturbations", "curves", "probe", "initialisations", "interval",
 )  # fmt: skip
+INPUTS = ("encoder", "data_root", "catalog", "registered")
+MADE = ("table.txt", "report.html", "findings.jsonl", "features")
+CACHES = {"features": (
+    "encoder", "precision", "dataset", "grid", "registration", "measures", "normalisations", "methods", "resolution",
+    "perturbations", "curves", "initialisations",
+)}  # fmt: skip
 MEASURES = (*STRUCTURE, "curves")
 FLOORS = ("random", "colour")
 _PATIENCE_S = 7 * 86400.0  # ranks wait for the slowest share of the embedding; one that dies ends all of them
@@ -62,8 +71,8 @@ _PATIENCE_S = 7 * 86400.0  # ranks wait for the slowest share of the embedding; 
 
 @dataclass(frozen=True)
 class Config:
-    """encoder, precision, dataset, data_root, catalog, cut, resolution, batch, threads, device: as `probe` takes them; the pool
-    is probe.pool. registered: a folder with registered.csv; null where there is none. One of the two must be given.
+    """encoder, precision, dataset, data_root, catalog, grid, resolution, hardware, stream: as `probe` takes them; the pool is
+    probe.pool. registered: a folder with registered.csv; null where there is none. One of the two must be given.
 
     measures: on the labelled set. normalisations: some of none, macenko, vahadane, reinhard, fitted on each slide's own patches.
     """
@@ -73,22 +82,21 @@ class Config:
     dataset: AnyDataset
     data_root: str | None
     catalog: str
-    cut: CutConfig
+    grid: TargetConfig
     registered: str | None
     registration: RegisteredConfig
     measures: list[str]
     normalisations: list[str]
     methods: MethodsConfig
-    resolution: ResolutionConfig
+    resolution: str
     robustness: SuiteConfig
     perturbations: PerturbationsConfig
     curves: CurvesConfig
     probe: ProbeConfig
     initialisations: int
     interval: IntervalConfig
-    batch: int
-    threads: int
-    device: str
+    hardware: EncodingConfig
+    stream: ThreadsConfig
     storage: StorageConfig
     logging: JournalConfig
     out: str
@@ -102,9 +110,12 @@ def identity(config: Config) -> dict[str, Any]:
     check(config)
     store = Store(config.storage)
     found = {"encoder_hash": open_encoder(config.encoder, store, "cpu", config.precision).hash}
+    read_encoder(config.encoder, store)
     if config.data_root is not None:
         patches = _open(config, store)
         found["data_hash"] = patches.hash
+        if config.dataset.name in CUT:
+            found["catalog"] = read_catalog(config.catalog, store, patches.slide_ids.tolist())
         found["known_hash"] = hash_of(*(column.tolist() for column in (patches.sites, patches.slide_ids, patches.patients)))
     if config.registered is not None:
         held = _open_registered(config)
@@ -115,7 +126,8 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Mistakes are found before anything is embedded. Raises RobustnessError, ValueError for a pool."""
+    """Mistakes are found before anything is embedded. Raises RobustnessError, ValueError for a pool or a resolution."""
+    check_resolution(ResolutionConfig(config.resolution, config.grid.mpp))
     check_pool(config.probe.pool)
     for name, given, known in (("measures", config.measures, MEASURES), ("normalisations", config.normalisations, METHODS)):
         wrong = sorted(set(given) - set(known))
@@ -143,10 +155,11 @@ def check(config: Config) -> None:
 def run(config: Config, journal: Journal) -> dict[str, Any]:
     """Raises RobustnessError, DatasetError for a set, and what encoders raise."""
     check(config)
-    ranks = open_ranks(config.device, _PATIENCE_S)
-    seen = _embedded(config, journal, ranks)
-    close_ranks()
-    return _measured(seen, config, journal, ranks.device) if ranks.main else {}
+    with torch_threads(config.hardware.threads):
+        ranks = open_ranks(config.hardware.device, _PATIENCE_S)
+        seen = _embedded(config, journal, ranks)
+        close_ranks()
+        return _measured(seen, config, journal, ranks.device) if ranks.main else {}
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ def _measured(seen: Seen, config: Config, journal: Journal, device: torch.device
     if labelled is not None:
         patches = labelled.patches
         about |= {"dataset": patches.name, "data_hash": patches.hash, "classes": list(patches.classes)}
-        remarks += [f"data set: {note}" for note in patches.notes]
+        remarks += [*(f"data set: {note}" for note in patches.notes), *labelled.copies]
         found += _labelled(cast, labelled, config, journal, device, remarks)
     if held is not None:
         about |= {"registered": held.patches.name, "registered_hash": held.patches.hash, "slides": len(held.slides)}
@@ -213,28 +226,38 @@ def _measured(seen: Seen, config: Config, journal: Journal, device: torch.device
     brief = [one for one in found if one.measure not in CURVES or (one.condition.endswith(CLEAN) and not one.minus)]
     more = ["", "curves under perturbation stand in report.html and table.txt"] if len(brief) < len(found) else []
     journal.say("\n".join([text_table(brief), *more, *said]).rstrip())
-    write_atomic(journal.path("table.txt"), "\n".join([text_table(found), *said]).rstrip() + "\n")
-    write_atomic(journal.path("findings.jsonl"), "".join(json.dumps(asdict(one)) + "\n" for one in found))
+    write_text(journal.path("table.txt"), "\n".join([text_table(found), *said]).rstrip() + "\n")
+    write_rows(journal.path("findings.jsonl"), map(asdict, found))
     title = f"Robustness of {cast.name}"
     write_robustness_report(journal.path("report.html"), title, cast.name, found, remarks, config.interval.level)
+    journal.say(f"open {journal.path('report.html')}; next, {_next(config)}")
     return {"robustness": {**about, "remarks": remarks, "measures": summary(found)}}
+
+
+def _next(config: Config) -> str:
+    """What to type: scores on the same set, or this set beside the registered tiles."""
+    if config.data_root is None:
+        return f"labelled tiles of several sites: histoscale robustness encoder={config.encoder} data_root=TILES"
+    set_of = f"dataset={config.dataset.name} data_root={config.data_root}"
+    return f"what the encoder is worth there: histoscale probe encoder={config.encoder} {set_of} out={config.out}_probe"
 
 
 def _open(config: Config, store: Store) -> LabelledPatches:
     assert config.data_root is not None
-    return by_slide(open_dataset(config.dataset, config.data_root, config.catalog, config.cut, store))
+    cut = CutConfig(config.grid.mpp_tolerance, config.grid.max_upsample, config.stream.threads)
+    return by_slide(open_dataset(config.dataset, config.data_root, config.catalog, cut, store))
 
 
 def _open_registered(config: Config) -> RegisteredTiles:
     assert config.registered is not None
-    return open_registered(Path(config.registered).expanduser(), config.registration, config.cut.threads)
+    return open_registered(Path(config.registered).expanduser(), config.registration, config.stream.threads)
 
 
 def _embed(
     encoders: Sequence[Encoder], patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks
 ) -> list[Vectors]:
-    folder = journal.path("features")
-    return embed_patches(encoders, patches, config.resolution, config.batch, config.threads, folder, journal, ranks)
+    folder, resolution = journal.path("features"), ResolutionConfig(config.resolution, config.grid.mpp)
+    return embed_patches(encoders, patches, resolution, config.hardware.batch, config.stream.threads, folder, journal, ranks)
 
 
 # A labelled set with sites.
@@ -252,7 +275,8 @@ class Looked:
 
 @dataclass(frozen=True)
 class Labelled:
-    """looked: by normalisation. rows: int64, sorted, those that are perturbed: of all `asked`, which the probes are tested on."""
+    """looked: by normalisation. rows: int64, sorted, those that are perturbed: of all `asked`, which the probes are tested on.
+    copies: sentences of pictures that stand several times."""
 
     patches: LabelledPatches
     known: Known
@@ -260,15 +284,23 @@ class Labelled:
     asked: list[Asked]
     rows: np.ndarray
     looked: dict[str, Looked]
+    copies: tuple[str, ...]
 
 
 def _look_labelled(cast: Cast, patches: LabelledPatches, config: Config, journal: Journal, ranks: Ranks) -> Labelled:
+    slides = known_of(patches).units  # whose stains are fitted
+    if ranks.main:
+        journal.say("\n".join([counted_classes(patches), *(f"data set: {note}" for note in patches.notes)]))
+    (seen,) = _embed([cast.colour], patches, config, journal, ranks)  # for the hashes of the pictures as they are
+    assert seen.hashes is not None
+    patches, copies = join_copies(patches, seen.hashes)
+    copies += tuple(twin_words(seen.hashes.tolist(), patches.roles))
     known = known_of(patches)
     questions = questions_of(patches, config.curves.folds, config.probe.seed) if "curves" in config.measures else []
     asked = asked_rows(patches, questions, known.owners, known.groups, config.curves.rows, config.interval)
     rows = np.unique(np.concatenate([np.empty(0, np.int64), *(one.rows for one in asked)]))
-    looked = {method: _look(cast, patches, known.units, method, rows, config, journal, ranks) for method in config.normalisations}
-    return Labelled(patches, known, questions, asked, rows, looked)
+    looked = {method: _look(cast, patches, slides, method, rows, config, journal, ranks) for method in config.normalisations}
+    return Labelled(patches, known, questions, asked, rows, looked, copies)
 
 
 def _look(

@@ -1,154 +1,220 @@
 """One way to run every command: compose, check, continue or refuse, record, and turn errors into one line."""
 
-import fcntl
-import hashlib
-import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
-from histoscale.data.journal import Journal, plain, scrub, scrubbed, write_atomic
-from histoscale.launch.config import COMMANDS, Composed, ConfigError, flatten, load, under_torchrun
-from histoscale.launch.doctor import quick_check
+from histoscale.data import fingerprint
+from histoscale.data.journal import Journal, names_file, plain, write_atomic, write_text
+from histoscale.data.processes import stop_with_parent
+from histoscale.data.secrets import scrub, scrub_streams, scrubbed
+from histoscale.launch import held, lease
+from histoscale.launch.config import COMMANDS, Composed, flatten, load, shown, under_torchrun
 from histoscale.launch.explain import help_text
-from histoscale.pretrain.preempted import Preempted
+from histoscale.launch.held import record_of
+from histoscale.launch.lease import Refused
+from histoscale.launch.overrides import ConfigError
+from histoscale.launch.precision import settled
+from histoscale.pretrain.preempted import Preempted, stoppable, was_asked
 
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: batch systems requeue on it
+EXIT_UNREAD = 141  # as a shell says of a program that SIGPIPE ends
 
 
-class Refused(ConfigError):
-    """`out` holds another result than the one that this command would make."""
+class RankFailed(RuntimeError):
+    """What a rank failed with, as text without credentials."""
 
 
 def execute(command: str, argv: list[str]) -> int:
     """Run a command as a program; the return value is its exit code."""
+    scrub_streams()
     try:
         if command in COMMANDS and {"--help", "-h"} & set(argv):
-            print(help_text(command), flush=True)
-            return 0
+            return answer(help_text(command, everything="all" in argv))
         if "--cfg" in argv:
-            values = load(command, [a for a in argv if a != "--cfg"]).values
-            print(yaml.safe_dump(scrubbed(values), sort_keys=False), end="", flush=True)
-            return 0
+            values = shown(command, [word for word in argv if word != "--cfg"])
+            return answer(yaml.safe_dump(scrubbed(values), sort_keys=False, allow_unicode=True).rstrip())
         if under_torchrun():
             from torch.distributed.elastic.multiprocessing.errors import record
 
-            record(invoke)(command, argv)  # torchrun then shows this rank's own traceback
+            stop_with_parent()
+            record(_on_rank)(command, argv)  # torchrun then shows the traceback of what nobody expected
         else:
-            invoke(command, argv)
+            with stoppable():
+                invoke(command, argv, True)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return 0 if under_torchrun() else EXIT_PREEMPTED  # torchrun restarts on any other code
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # whoever read the output, `head` say, has gone; what was under way is not done
+        _discard(sys.stdout, sys.stderr)
+        return EXIT_UNREAD
     except (ValueError, OSError) as error:
-        if under_torchrun():
-            raise
-        if os.environ.get("HISTOSCALE_TRACEBACK"):
-            print(scrub(traceback.format_exc()), file=sys.stderr)
-        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        print(scrub(f"histoscale {command}: {name}{error}"), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _said(command, error)
     return 0
 
 
-def invoke(command: str, overrides: list[str]) -> dict[str, Any]:
+def _said(command: str, error: Exception) -> int:
+    """Print what ends a command, in a sentence; the exit code."""
+    if os.environ.get("HISTOSCALE_TRACEBACK"):
+        traceback.print_exc()
+    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    print(f"histoscale {command}: {name}{str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _on_rank(command: str, argv: list[str]) -> None:
+    """Raises SystemExit after what ends a plain process in a sentence too: no traceback of it goes into torchrun's report. Raises
+    RankFailed for what nobody expected: torchrun writes it, and what it came from, into its own file."""
+    try:
+        with stoppable():
+            invoke(command, argv, True)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        raise SystemExit(_said(command, error)) from None
+    except Exception as error:
+        raise RankFailed(scrub(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")) from None
+
+
+def answer(text: str) -> int:
+    """Print for a reader, who may stop reading (`| head`); the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+    return 0
+
+
+def _discard(*streams: TextIO) -> None:
+    """What is still buffered for a reader who is gone would be a traceback at exit."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def invoke(command: str, overrides: list[str], typed: bool = False) -> dict[str, Any]:
     """Run a command in this process and return its summary; raises what the command raises.
 
-    With the same result identity in `out` it continues, or returns the finished summary (a command that says REPEATS looks again
-    at what it was made from); with another it raises Refused.
+    typed: by a user, who is told at the end what to open and what to type next (the command's `what_next`).
+
+    With the same result in `out` it continues, or returns the finished summary (a command that says REPEATS looks again at what
+    it was made from); where another result stands it raises Refused, or takes a folder of its own if nobody gave `out`.
     """
     composed = load(command, overrides)
+    from histoscale.data.ranks import survivors  # torch, and clients of stores, which no refusal of a key waits for
+    from histoscale.launch.doctor import quick_check
+
     out = Path(composed.config.out)
-    main = int(os.environ.get("RANK", "0")) == 0
+    world, main = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0")) == 0
     quick_check(out)
-    facts = plain(composed.module.identity(composed.config)) if hasattr(composed.module, "identity") else {}
-    result = {key: composed.values[key] for key in composed.result_keys}
-    identity = digest({"command": command, "result": result, "facts": facts})
+    given = any(text.lstrip("+").startswith("out=") for text in overrides)
+    composed, decided = settled(composed, held.begun(command, composed.module, result_of(composed), out, given))
+    asked = asked_of(command, composed, out)
+    out, why = (out, "") if given else held.choose(asked, out, world == 1)
+    composed = replace(composed, config=replace(composed.config, out=str(out)), values={**composed.values, "out": str(out)})
+    out = record_of(composed.module, out)
     journal = Journal(out, composed.config.logging, main)
-    with _alone(out, main):
-        state = _read_state(out)
-        grown = state is not None and state["identity"] != identity and _grows(composed, command, state, result, facts)
-        if state is not None and state["identity"] != identity and not grown:
-            hint = getattr(composed.module, "CONTINUES", "")
-            raise Refused(_difference(command, out, state, result, facts, hint))
+    for line in filter(None, (decided, why)):
+        journal.say(line)
+    with lease.alone(out, journal.say) if main else nullcontext() as holding:
+        state = held.read_state(out)
+        grown = state is not None and held.grows(state, asked)
+        bound = state is not None and held.is_bound(out, state, asked)
+        if state is not None and bound and state["identity"] != asked.identity and not grown:
+            raise Refused(held.refusal(Path(composed.config.out), asked, state))
         if state is not None and not grown and state["status"] == "done" and not getattr(composed.module, "REPEATS", False):
+            summary = held.finished(out, state)
             journal.say(f"{command}: {out} already holds this result; nothing to do")
-            return json.loads((out / "summary.json").read_text())
+            return _told_next(composed, summary, journal, typed)
+        found: list[str] = []
+        before = held.Standing.of(out) if main and state is not None and state["status"] == "done" and not grown else None
         if main:
-            _note_changes(out, composed, journal)
+            if state is not None and state["status"] != "done":
+                held.sweep(out)
+            found = held.begin(out, asked, state)
+            if bound:
+                _note_changes(out, composed, journal)
             write_atomic(out / "config.yaml", yaml.safe_dump(scrubbed(composed.values), sort_keys=False))
-            _write_state(out, command, identity, result, facts, "running")
+            fingerprint.save(out / fingerprint.LIST, asked.files, asked.noted)
+            held.write_state(out, asked, "running", found, bound)
         start = time.monotonic()
         try:
-            summary = composed.module.run(composed.config, journal)
+            with names_file(out), survivors():
+                summary = composed.module.run(composed.config, journal)
+            if holding is not None:
+                holding.check()  # what was deleted or taken over meanwhile is no result
         except Preempted as stop:
-            if main:
-                _write_state(out, command, identity, result, facts, "preempted", preempted=True, step=stop.step)
+            if holding is not None and holding.kept() and not (before is not None and before.restore(out)):
+                held.write_state(out, asked, "preempted", found, bound, preempted=True, step=stop.step)
             raise
         except (Exception, KeyboardInterrupt):
-            if main:
-                write_atomic(out / "error.log", traceback.format_exc())
-                if state is None:
-                    _forget_empty(out)
+            if holding is not None:
+                holding.check()  # why everything else failed; and nothing more is written there
+                with suppress(OSError):  # a disk that is full must not hide what happened
+                    if before is not None and before.restore(out):
+                        pass  # what was finished stands as it did
+                    elif was_asked():
+                        held.write_state(out, asked, "preempted", found, bound, preempted=True, step=None)
+                    else:
+                        write_text(out / "error.log", scrub(traceback.format_exc()))
+                        held.write_state(out, asked, "failed", found, bound)
             raise
-        journal.summary({**summary, "run": {"command": command, "identity": identity, "seconds": time.monotonic() - start}})
+        if main:
+            (out / held.SUMMARY).unlink(missing_ok=True)  # what an earlier look found is none of this one's
+        run = {"command": command, "identity": asked.identity, "seconds": time.monotonic() - start}
+        journal.summary({**summary, "run": run})
         if main:
             (out / "error.log").unlink(missing_ok=True)
-            _write_state(out, command, identity, result, facts, "done")
+            held.write_state(out, asked, "done", found, True)
+    return _told_next(composed, summary, journal, typed)
+
+
+def _told_next(composed: Composed, summary: dict[str, Any], journal: Journal, typed: bool) -> dict[str, Any]:
+    if typed and hasattr(composed.module, "what_next"):
+        journal.say(composed.module.what_next(composed.config, summary))
     return summary
 
 
-def digest(values: Any) -> str:
-    """sha256 of the canonical JSON of plain values, 16 hex digits."""
-    return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
+def result_of(composed: Composed) -> dict[str, Any]:
+    """The result keys, as they are kept; what is read goes by its last name, as its content stands beside."""
+    inputs = getattr(composed.module, "INPUTS", ())
+    values = composed.values
+    return scrubbed({key: held.input_name(values[key]) if key in inputs else values[key] for key in composed.result_keys})
 
 
-def _read_state(out: Path) -> dict[str, Any] | None:
-    path = out / "state.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write_state(
-    out: Path, command: str, identity: str, result: dict[str, Any], facts: dict[str, Any], status: str, **more: Any
-) -> None:
-    state = {"command": command, "identity": identity, "status": status, "result": plain(result), "facts": facts, **more}
-    write_atomic(out / "state.json", json.dumps(state, indent=2) + "\n")
-
-
-def _forget_empty(out: Path) -> None:
-    """A first run that failed before it made anything does not hold the folder to its keys."""
-    if {file.name for file in out.iterdir()} <= {".lock", "config.yaml", "state.json", "error.log"}:
-        (out / "state.json").unlink()
-        (out / "config.yaml").unlink()
-
-
-def _difference(command: str, out: Path, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any], hint: str) -> str:
-    if state["command"] != command:
-        return f"{out} holds a result of `histoscale {state['command']}`; give another out="
-    old = flatten({**state["result"], "facts": state["facts"]})
-    new = flatten({**plain(result), "facts": facts})
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    listed = "; ".join(f"{key.removeprefix('facts.')}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-    return f"{out} holds a result of other keys ({listed}); give another out=, or the old values to continue{hint}"
-
-
-def _grows(composed: Composed, command: str, state: dict[str, Any], result: dict[str, Any], facts: dict[str, Any]) -> bool:
-    """Whether a command that can be continued by more (`pretrain` by phases) finds its own beginning in `out`."""
-    continues = getattr(composed.module, "continues", None)
-    return continues is not None and state["command"] == command and continues(state, {"result": plain(result), "facts": facts})
+def asked_of(command: str, composed: Composed, out: Path) -> held.Asked:
+    """What the command would make, from its result keys and from everything that it reads."""
+    module, values = composed.module, composed.values
+    result = result_of(composed)
+    roots: dict[str, str] = {}
+    for key in getattr(module, "INPUTS", ()):
+        rows = values[key] if isinstance(values[key], list) else [values[key]]
+        roots |= {f"{key}.{i}" if len(rows) > 1 else key: str(row) for i, row in enumerate(rows) if row is not None}
+    own = next((key for key, root in roots.items() if os.path.abspath(os.path.expanduser(root)) == os.path.abspath(out)), None)
+    if own is not None:
+        raise ConfigError(f"out={out} is what {own}= names, which is read: give another folder, such as out={out / command}")
+    for place in held.places(out):
+        fingerprint.load(record_of(module, place) / fingerprint.LIST)  # what rests is not read again
+    with fingerprint.noting() as noted:
+        try:
+            facts = scrubbed(plain(module.identity(composed.config))) if hasattr(module, "identity") else {}
+        except (ValueError, OSError) as error:
+            state = held.read_state(record_of(module, out))
+            if state is not None and state["status"] == "done" and state["result"] == plain(result):
+                kept = f"{out} holds a finished result of these keys, which stays, but its inputs cannot be looked at any more"
+                raise ConfigError(f"{kept}: {error}") from error
+            raise
+    return held.Asked(command, module, result, facts, scrubbed(fingerprint.by_key(noted.files, roots)), noted)
 
 
 def _note_changes(out: Path, composed: Composed, journal: Journal) -> None:
@@ -156,22 +222,11 @@ def _note_changes(out: Path, composed: Composed, journal: Journal) -> None:
     path = out / "config.yaml"
     if not path.exists():
         return
-    old, new = flatten(yaml.safe_load(path.read_text())), flatten(scrubbed(composed.values))
+    try:
+        old, new = flatten(yaml.safe_load(path.read_bytes())), flatten(scrubbed(composed.values))
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} is damaged ({why}): delete it, and the same command goes on and writes it anew") from None
     changed = {key: [old.get(key), new.get(key)] for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
     if changed:
         journal.row(changed=changed)
-
-
-@contextmanager
-def _alone(out: Path, main: bool) -> Iterator[None]:
-    """Hold `out` against a second run on this machine."""
-    if not main:
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"another run is writing to {out}; wait for it, stop it, or give another out=") from None
-        yield

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from histoscale.data.journal import Journal, plain
+from histoscale.data.secrets import scrub_streams, scrubbed
 
 MODES = ("off", "auto", "offline", "online")
 
@@ -60,11 +61,12 @@ def wandb_mode(wanted: str) -> str:
 def _wandb(journal: Journal, values: dict[str, Any]) -> Callable[[dict[str, float], int], None]:
     import wandb  # half a second, and not everywhere
 
+    scrub_streams()  # wandb keeps what is printed, as it finds it
     run = wandb.init(
         project=journal.config.wandb_project,
         mode="online" if wandb_mode(journal.config.wandb) == "online" else "offline",
         dir=journal.out,
-        config=values,
+        config=scrubbed(values),
         settings=wandb.Settings(x_disable_meta=True),  # it would keep the command line, which may hold a credential
     )
     return lambda numbers, step: run.log(numbers, step=step)
