@@ -13,6 +13,7 @@ import pytest
 
 needs_chromium = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+_RGB = "getComputedStyle(document.body).{}.match(/[0-9.]+/g)"
 
 
 class Page:
@@ -87,3 +88,20 @@ async def _visit(address: str, page: Path, downloads: Path, act: Callable[[Page]
             found = await act(opened)
             assert not opened.problems, opened.problems
             return found
+
+
+def in_the_dark(page: Path, profile: Path, width: int = 400) -> tuple[int, float, float]:
+    """A page on a narrow window in dark mode: by how many px it is wider than the window outside of what scrolls by itself, and
+    how bright paper and ink are, 0 to 1."""
+
+    async def act(opened: Page) -> tuple[int, float, float]:
+        await opened.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        await opened.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        wider = await opened.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        paper, ink = [
+            await opened.run(f"{_RGB.format(name)}.slice(0, 3).reduce((sum, each) => sum + each / 765, 0)")
+            for name in ("backgroundColor", "color")
+        ]
+        return wider, paper, ink
+
+    return visit(page, profile, act)

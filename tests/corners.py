@@ -32,7 +32,7 @@ def corners(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def encoder(digest: str = "e1", tokens: Any = corners) -> Encoder:
     nothing, place = (0.0, 0.0, 0.0), torch.device("cpu")
-    return Encoder("corners", 3, None, (), None, None, nothing, nothing, "bicubic", "fp32", digest, place, None, tokens)
+    return Encoder("corners", 3, None, (), None, None, None, nothing, nothing, "bicubic", "fp32", digest, place, None, tokens)
 
 
 def catalog_of(folder: Path, store: Store, tissue: TissueConfig, journal: Journal) -> Catalog:

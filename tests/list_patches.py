@@ -13,9 +13,10 @@ from pydantic import TypeAdapter
 
 from histoscale.data import keys as draw
 from histoscale.data.catalog import open_catalog
+from histoscale.data.memory import StreamConfig
 from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Stream, StreamConfig
+from histoscale.data.stream import Stream
 from histoscale.data.visit import SlideSource
 from histoscale.pretrain.masking import MaskConfig, make_masks
 
@@ -29,7 +30,7 @@ def main(catalog: str, sampler: str, workers: str, start: str, stop: str, out: s
     store, config = Store(storage), TypeAdapter(SamplerConfig).validate_python(yaml.safe_load(Path(sampler).read_text()))
     source = SlideSource(open_catalog(catalog, store), store, config)
     plan = Plan(SEED, GLOBAL_BATCH, config, source.table())
-    reading = StreamConfig(workers=int(workers), prefetch=1, in_flight=4, threads=2, memory_gb=1, max_lost=0.05)
+    reading = StreamConfig(workers=int(workers), prefetch=1, in_flight=4, threads=2, memory_gb=1, memory_share=1.0, max_lost=0.05)
     with Stream(plan, source, reading, rank, world, int(start)) as stream, Path(out, f"{rank}.jsonl").open("w") as file:
         for step in range(int(start), int(stop)):
             batch = next(stream)

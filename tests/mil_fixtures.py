@@ -27,6 +27,7 @@ TASK = BinaryTask(
     positive=["1"],
     negative=["0"],
     sensitivities=[0.95, 0.8],
+    specificities=[],
     rule="conformal",
     prevalence=0.1,
     decision="slide",

@@ -13,10 +13,10 @@ import train_tiny
 from histoscale.data.keys import key
 from histoscale.data.ranks import Ranks, close_ranks, open_ranks
 from histoscale.eval.architecture import trained_architecture, untrained
-from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.patches import USAGE_OF_OWN, DatasetConfig, LabelledPatches
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.probe import ProbeConfig
+from histoscale.eval.resolution import LevelConfig
 from histoscale.eval.scores.interval import IntervalConfig
 
 CONFIG = OnlineConfig(
@@ -25,7 +25,7 @@ CONFIG = OnlineConfig(
     patches=180,
     batch=32,
     initialisations=2,
-    cut=CutConfig(0.05, 1.0, 1),
+    grid=LevelConfig(0.05, 1.0),
     probe=ProbeConfig("cls+mean", [1.0, 0.1, 0.01], 0.1, 3, 1e-6, 2e-3, 500, 10, 0.07, 0),
     interval=IntervalConfig(200, 0.95, 0),
 )

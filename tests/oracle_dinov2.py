@@ -249,7 +249,7 @@ def test_parameter_groups(clone: Path) -> None:
     student, _ = build(MODEL, METHOD, 0)
     vit, head, patch_head, names = theirs_from(student.double())
     config = OptimConfig(
-        global_batch=64, micro_batches=1, precision="fp32", loss_scale=LossScaleConfig(1.0, 1),
+        global_batch=64, micro_batches=1, loss_scale=LossScaleConfig(1.0, 1),
         lr=1.0, lr_rule="none", lr_start=0.0, lr_final=0.0,
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.4], groups="d2",
         layer_decay=0.9, patch_lr=0.2, clip_scope="none", clip_value=1.0,

@@ -70,14 +70,16 @@ class PlainNetwork(nn.Module):
 
 
 class PlainTrainer:
-    """student, teacher: networks with equal weights. method, optim: the package's configuration of them."""
+    """student, teacher: networks with equal weights. method, optim, precision: the package's configuration of them."""
 
-    def __init__(self, backbone: nn.Module, weights: dict[str, Tensor], method: Any, optim: Any, views: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, weights: dict[str, Tensor], method: Any, optim: Any, precision: str, views: int
+    ) -> None:
         device = next(iter(weights.values())).device
         self.student = PlainNetwork(backbone, method).to(device)
         self.student.load_state_dict(weights)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
-        self.method, self.optim, self.views = method, optim, views
+        self.method, self.optim, self.precision, self.views = method, optim, precision, views
         self.centre = torch.zeros(method.head.prototypes, device=device)
         patch = getattr(method, "patch_head", None) or method.head
         self.patch_centre = torch.zeros(patch.prototypes, device=device)
@@ -88,7 +90,7 @@ class PlainTrainer:
         """One update of student and teacher; what the terms were. `laps` has the milliseconds of its parts."""
         self._marks = [("", self._now())]
         batch = len(inputs.globals) // self.views
-        with torch.autocast(inputs.globals.device.type, torch.bfloat16, enabled=self.optim.precision == "bf16"):
+        with torch.autocast(inputs.globals.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             with torch.no_grad():
                 cls, patches = self.teacher.tokens(inputs.globals)
                 taught = self.teacher.head(cls)

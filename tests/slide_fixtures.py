@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     """Local files, short patience."""
-    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 20.0, 5.0))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 20.0, 5.0, 60.0))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, Su
 from histoscale.eval.scores.interval import IntervalConfig
 from histoscale.eval.scores.recalibration import RecalibrationConfig
 
-BINARY = BinaryTask("binary", "tumour", "label", ["1"], ["0"], [0.95, 0.8], "conformal", 0.1, "slide")
+BINARY = BinaryTask("binary", "tumour", "label", ["1"], ["0"], [0.95, 0.8], [], "conformal", 0.1, "slide")
 GRADES = ClassesTask("classes", "grade", "label", {"low": ["0"], "mid": ["1"], "high": ["2"]}, True, "slide")
 KINDS = ClassesTask("classes", "kind", "label", {"a": ["0"], "b": ["1"], "c": ["2"]}, False, "slide")
 NUMBER = RegressionTask("regression", "score", "label", "slide")

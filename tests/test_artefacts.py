@@ -73,7 +73,7 @@ def reader_of(folder: Path, pixels: np.ndarray, store: Store) -> Reader:
 def judged(tmp_path: Path, store: Store) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     def see(pixels: np.ndarray) -> dict[str, np.ndarray]:
         coords = grid(SIDE, SIDE, TILE)
-        optics = read_optics(reader_of(tmp_path, pixels, store), coords, TILE, MPP, white_point(pixels), CONFIG)
+        optics = read_optics(reader_of(tmp_path, pixels, store), coords, TILE, MPP, white_point(pixels), CONFIG, 1)
         assert optics.read.all()
         found = judge(optics, np.arange(len(coords)), CONFIG)
         return {kind: flags.reshape(ACROSS, ACROSS) for kind, flags in found.items()}
@@ -129,11 +129,11 @@ def test_the_audit_compares_the_most_attended_tiles(tmp_path: Path, store: Store
     case = softmax_case(reader_of(tmp_path, pixels, store), coords, TILE)
     attention = np.where(coords[:, 1] < TILE, 2.0, 1.0) + np.arange(len(coords)) * 1e-6
     config = evidence_config(top=0.1)
-    shares, kinds = measure_artefacts(replace(case, attention=attention / attention.sum()), white_point(pixels), config)
+    shares, kinds = measure_artefacts(replace(case, attention=attention / attention.sum()), white_point(pixels), config, 1)
     assert shares["pen"] == (1.0, pytest.approx(1 / 8)) and shares["glass"] == (0.0, 0.0)
     assert kinds[0] == ["pen"] and set(shares) == set(KINDS)
     few = evidence_config(top=0.1, sample=20)
-    shares, kinds = measure_artefacts(replace(case, attention=attention / attention.sum()), white_point(pixels), few)
+    shares, kinds = measure_artefacts(replace(case, attention=attention / attention.sum()), white_point(pixels), few, 1)
     assert shares["pen"][0] == 1.0 and 0 < shares["pen"][1] < 0.4 and len(kinds) < 40
 
 
@@ -142,4 +142,4 @@ def test_blank_tiles_and_wrong_limits() -> None:
     glass, pen, sharpness, density = look(white, np.array([244.0, 244, 244]), 1.0)
     assert (glass, pen, sharpness, density) == (1.0, 0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="expected shares between 0 and 1, and fold above 1"):
-        ArtefactConfig(mpp=1.0, pen=0.1, fold=0.9, blur=0.7, glass=0.5, threads=1)
+        ArtefactConfig(mpp=1.0, pen=0.1, fold=0.9, blur=0.7, glass=0.5)

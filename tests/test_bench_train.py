@@ -11,7 +11,7 @@ from histoscale.pretrain.meter import PARTS
 
 TINY = ["model.width=48", "model.depth=2", "method.head.prototypes=32", "method.head.hidden=64", "method.group=4",
         "method.koleo_pool=4", "method.kde_pool=4", "optim.global_batch=8", "stream.workers=0", "stream.threads=1",
-        "hardware.device=cpu", "hardware.threads=1", "monitor.peak_tflops=1.0"]  # fmt: skip
+        "precision=bf16", "hardware.device=cpu", "hardware.threads=1", "monitor.peak_tflops=1.0"]  # fmt: skip
 KEYS = ["what=train", "rounds=2", "train.steps=2", "cohort.case_mm=[0.8,0.8]", "logging.progress=off"]
 
 

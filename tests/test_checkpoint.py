@@ -161,6 +161,21 @@ def test_pruning_keeps_the_newest_and_the_multiples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"command": "pretrain", "status": "preempted"}, "a run of `histoscale pretrain` without a checkpoint yet .*preempted"),
+        ({"command": "index", "status": "done"}, "is a result of `histoscale index`, not a checkpoint"),
+        ({"step": 4}, "state.json cannot be read"),
+        ([], "state.json cannot be read"),
+    ],
+)
+def test_results_of_commands_are_no_checkpoints(tmp_path: Path, state: object, words: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("path", "words"), [("nowhere", "no such folder"), ("", "no state.json")], ids=["absent", "empty"]
 )
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, path: str, words: str) -> None:

@@ -2,6 +2,12 @@
 
 import hashlib
 import json
+import os
+import re
+import select
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,18 +18,22 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from scipy.ndimage import map_coordinates
 
 from histoscale.data.cohort import morphology as m
 from histoscale.data.cohort.artefacts import draw_artefacts
-from histoscale.data.cohort.fields import generator, linear_weights, smooth_field
+from histoscale.data.cohort.fields import Linear, between, generator, smooth_field
 from histoscale.data.cohort.nuclei import hard_core
 from histoscale.data.cohort.patches import OPEN, PURITY, PatchesConfig
 from histoscale.data.cohort.plate import LEAST_FOCUS_UM2, class_map
 from histoscale.data.cohort.roles import STRATA, SiteConfig, draw_slides
+from histoscale.data.cohort.slide import _mean
 from histoscale.data.cohort.tissue import MAP_UM, chromatin_texture, draw_nuclei, grow
 from histoscale.data.cohort.truth import outlines
 from histoscale.data.cohort.write import CohortConfig, make_slide, render_region, slides_of, write_cohort
 from histoscale.data.journal import Journal, JournalConfig
+from histoscale.launch.footprint import family
+from histoscale.launch.run import invoke
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,7 +49,7 @@ def cohort_config(name: str, **changed: object) -> CohortConfig:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CohortConfig]:
     out = tmp_path_factory.mktemp("cohort")
     config = cohort_config("tiny")
-    write_cohort(out, config, Journal(out, JournalConfig("off", 10, "off", "test", False)), threads=2)
+    write_cohort(out, config, Journal(out, JournalConfig("off", 10, "off", "test", False)), workers=2)
     return out, config
 
 
@@ -51,8 +61,8 @@ def digests(folder: Path) -> dict[str, str]:
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path: Path, journal: Journal) -> None:
     site = SiteConfig("north", 0.5, 20, train=1, monitor=0, test=0, external=0)
     config = cohort_config("tiny", sites=[site], panel_mm=[0.6, 0.15], case_mm=[0.2, 0.15])
-    for name, seed, threads in (("a", 0, 1), ("b", 0, 3), ("c", 1, 1)):
-        write_cohort(tmp_path / name, replace(config, seed=seed), journal, threads=threads)
+    for name, seed, workers in (("a", 0, 1), ("b", 0, 4), ("c", 1, 1)):
+        write_cohort(tmp_path / name, replace(config, seed=seed), journal, workers=workers)
     a, b, c = (digests(tmp_path / name) for name in "abc")
     assert a == b and len(a) > 10
     assert all(a[name] != c[name] for name in a if name.endswith((".svs", "nuclei.parquet")))
@@ -248,8 +258,22 @@ def test_twins_share_their_biology_and_not_their_colours() -> None:
 def test_fields_have_unit_variance_everywhere() -> None:
     stack = np.stack([smooth_field(generator(k), (30, 30), 2.0, 7.0) for k in range(600)])
     assert np.abs(stack.std(0) - 1).max() < 0.15 and np.abs(stack.mean(0)).max() < 0.2
-    grid = np.arange(5.0)[None] * 3
-    assert np.allclose(grid @ linear_weights(np.array([-1.0, 0.25, 3.5, 9.0]), 5).T, [[0, 0.75, 10.5, 12]])
+
+
+def test_a_grid_is_read_between_its_nodes() -> None:
+    grid = np.random.default_rng(0).random((2, 5, 7)).astype(np.float32)
+    rows, columns = np.array([-1.0, 0.25, 3.5, 9.0]), np.array([1.0, 2.75, 3.0])
+    y, x = np.meshgrid(rows, columns, indexing="ij")
+    wanted = [map_coordinates(plane, (y, x), order=1, mode="nearest") for plane in grid]
+    assert np.allclose(between(grid, Linear(rows, 5), Linear(columns, 7)), wanted, atol=1e-6)
+    assert (between(np.ones((1, 1)), Linear(rows, 1), Linear(columns, 1)) == 1).all()
+
+
+def test_a_slide_has_the_levels_that_its_pixels_mean() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    for factor in (4, 16):
+        mean = pixels.reshape(32 // factor, factor, 48 // factor, factor, 3).mean((1, 3))
+        assert (_mean(pixels, factor) == np.floor(mean + 0.5)).all()
 
 
 def test_artefacts_leave_their_marks_where_the_mask_says() -> None:
@@ -264,3 +288,31 @@ def test_artefacts_leave_their_marks_where_the_mask_says() -> None:
     changed = np.abs(a - b).max(2)
     seam = draw_artefacts(spec.key, clean.artefacts.mask.shape, 20.0).light[1][rows[:, None], columns[None]] != 1
     assert changed[mask].mean() > 10 * max(changed[~mask & ~seam].mean(), 0.1)
+
+
+def test_the_command_ends_with_what_to_open_and_to_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = "cohort.sites=[{name: north, mpp: 0.5, objective: 20, train: 1, monitor: 0, test: 0, external: 0}]"
+    small = ["cohort=tiny", site, "cohort.cases=0", "cohort.panel_mm=[0.2,0.15]", "logging.progress=lines"]
+    out = tmp_path / "a cohort"
+    invoke("cohort", [*small, f"out='{out}'"])
+    said = capsys.readouterr().err
+    assert "1 slides of 1 patients (1 train)" in said
+    opened, typed = (re.findall(rf"^{word}: (.*)$", said, re.MULTILINE)[-1] for word in ("open", "next"))
+    assert opened.startswith((out / "slides").as_uri())
+    assert shlex.split(typed) == ["histoscale", "index", f"manifest={out / 'manifest.csv'}", f"out={out / 'catalog'}"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_processes_that_draw_end_with_the_one_that_asked_them(tmp_path: Path) -> None:
+    wanted = ["cohort=tiny", "logging.progress=lines", "logging.interval_s=0", f"out={tmp_path / 'cohort'}"]
+    command = [sys.executable, "-m", "histoscale.launch.cli", "cohort", *wanted]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as main:
+        assert main.stderr is not None and any("drawing slides: 1/" in line for line in main.stderr)
+        started = [os.pidfd_open(pid) for pid in family(main.pid) if pid != main.pid]
+        main.kill()
+    assert len(started) >= 2 or len(os.sched_getaffinity(0)) == 1
+    for process in started:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)  # readable once it has ended
+        assert poll.poll(60_000), "a process outlived the run that it drew for"
+        os.close(process)

@@ -16,24 +16,46 @@ from histoscale.data.cohort.write import CohortConfig, render_region, write_coho
 from histoscale.data.journal import Journal
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.ceiling import CeilingConfig, ceiling_predictions
-from histoscale.eval.colour import colour_features, colour_predictions
+from histoscale.eval.colour import _quantiles, colour_features, colour_predictions
 from histoscale.eval.oracle import oracle_features
-from histoscale.eval.proof import ProofConfig, accuracy, contact_sheet, forest, leak, prove, read_places, site_accuracy
+from histoscale.eval.proof import (
+    Measured,
+    ProofConfig,
+    accuracy,
+    contact_sheet,
+    forest,
+    leak,
+    prove,
+    read_places,
+    site_accuracy,
+)
 from histoscale.launch.run import invoke
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def cohort_config(**changed: object) -> CohortConfig:
-    values = yaml.safe_load((ROOT / "configs" / "cohort" / "tiny.yaml").read_text())
+def cohort_config(name: str = "tiny", **changed: object) -> CohortConfig:
+    values = yaml.safe_load((ROOT / "configs" / "cohort" / f"{name}.yaml").read_text())
     values["sites"] = [SiteConfig(**site) for site in values["sites"]]
     values["patches"] = PatchesConfig(**values["patches"])
     return replace(CohortConfig(**values), **changed)
 
 
 def proof_config(ceiling: bool) -> ProofConfig:
-    values = yaml.safe_load((ROOT / "configs" / "proof" / "demo.yaml").read_text())
-    return ProofConfig(**{**values, "ceiling": CeilingConfig(**values["ceiling"]) if ceiling else None})
+    values, full = (yaml.safe_load((ROOT / "configs" / "proof" / f"{name}.yaml").read_text()) for name in ("demo", "full"))
+    return ProofConfig(**{**values, "ceiling": CeilingConfig(**full["ceiling"]) if ceiling else None})
+
+
+def proven(folder: Path, config: CohortConfig, proof: ProofConfig, journal: Journal) -> dict[str, Measured]:
+    """A cohort drawn, indexed and measured in `folder`."""
+    write_cohort(folder / "cohort", config, journal, workers=2)
+    wanted = [f"manifest={folder / 'cohort' / 'manifest.csv'}", "tissue.close_um=48", "logging.progress=off"]
+    invoke("index", [*wanted, f"out={folder / 'catalog'}"])
+    return {one.name: one for one in prove(folder / "cohort", folder / "catalog", storage(), proof, journal)}
+
+
+def storage() -> Store:
+    return Store(StorageConfig(**yaml.safe_load((ROOT / "configs" / "storage" / "default.yaml").read_text())))
 
 
 def oracle_table(gap: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,6 +103,9 @@ def test_colour_features_are_the_statistics_that_they_name() -> None:
     red = pixels[1, 0].ravel() / 255
     assert found.shape == (3, 42)
     assert np.allclose(found[1, :7], [red.mean(), red.std(), *np.quantile(red, (0.1, 0.25, 0.5, 0.75, 0.9))], atol=1e-5)
+    channels = rng.random((3, 6, 257), np.float32)
+    for drawn in (channels, channels[..., :1], channels[..., :2], np.round(channels, 1)):
+        assert (_quantiles(drawn.copy()) == np.quantile(drawn, (0.1, 0.25, 0.5, 0.75, 0.9), axis=2)).all()
     shuffled = pixels.reshape(3, 3, -1)[:, :, rng.permutation(256)].reshape(pixels.shape)
     assert np.allclose(colour_features(shuffled), found, atol=1e-4)
     with pytest.raises(ValueError, match="uint8"):
@@ -122,21 +147,44 @@ def test_the_ceiling_learns_a_shape_and_repeats_itself() -> None:
 
 
 def test_prove_runs_on_a_cohort_as_written(tmp_path: Path, journal: Journal) -> None:
-    config = cohort_config()
-    write_cohort(tmp_path / "cohort", config, journal, threads=2)
-    quiet = ["logging.progress=off", f"out={tmp_path / 'catalog'}"]
-    invoke("index", [f"manifest={tmp_path / 'cohort' / 'manifest.csv'}", *quiet])
-    store = Store(StorageConfig(**yaml.safe_load((ROOT / "configs" / "storage" / "default.yaml").read_text())))
-    proof = prove(tmp_path / "cohort", tmp_path / "catalog", store, proof_config(ceiling=False), journal)
-    names = [check.name for check in proof.checks]
+    found = proven(tmp_path, cohort_config(), proof_config(ceiling=False), journal)
     for wanted in ("colour floor, internal", "oracle on nuclei, external", "site from oracle", "slide label from site, AUC"):
-        assert wanted in names
-    found = proof.summary()
-    assert found["oracle on nuclei, internal"]["value"] > 0.7 > found["colour floor, internal"]["value"]
-    assert proof.table().count("\n") == len(names) - 1
-    catalog = open_catalog(str(tmp_path / "catalog"), store)
+        assert wanted in found
+    assert found["oracle on nuclei, internal"].value > 0.7 > found["colour floor, internal"].value
+    assert found["colour floor, internal"].guess == 0.25 and found["slide label from site, AUC"].guess == 0.5
+    catalog = open_catalog(str(tmp_path / "catalog"), storage())
     places = read_places(tmp_path / "cohort" / "patches.parquet", "matched4", catalog)
-    sheet = contact_sheet(places, catalog, store, proof_config(ceiling=False))
+    sheet = contact_sheet(places, catalog, storage(), proof_config(ceiling=False))
     assert sheet.shape == (3 * 128, 4 * 2 * 128, 3) and sheet.std() > 20
     with pytest.raises(ValueError, match="matched4"):
         read_places(tmp_path / "cohort" / "patches.parquet", "unknown", catalog)
+
+
+RANGES = {  # of every cohort: at least, at most
+    "colour floor, internal": (0.0, 0.45),
+    "colour floor, external": (0.0, 0.45),
+    "oracle on nuclei, internal": (0.90, 1.0),
+    "oracle on nuclei, external": (0.90, 1.0),
+    "site from colour": (0.90, 1.0),
+    "leak of a tile split, colour kNN": (0.02, 1.0),
+}
+SEEDS = (0, 200, 201)
+
+
+@pytest.mark.slow
+def test_cohorts_are_neither_trivial_nor_impossible(tmp_path: Path, journal: Journal) -> None:
+    """Over seeds, because a cohort alone may miss by chance: 95 % intervals leave out .5 once in twenty."""
+    config = cohort_config("demo", cases=1)  # as the demo's, with one labelled slide a patient in place of two
+    found = [
+        proven(tmp_path / str(seed), replace(config, seed=seed), proof_config(ceiling=seed == SEEDS[0]), journal)
+        for seed in SEEDS
+    ]
+    for name, (least, most) in RANGES.items():
+        assert all(least <= one[name].value <= most for one in found), (name, [one[name].value for one in found])
+    assert found[0]["supervised ceiling, internal"].value >= 0.85
+    assert np.mean([one["site from oracle"].value for one in found]) <= 1 / 3 + 0.05  # one cohort scatters
+    masks = [one["tissue mask against truth, median IoU"].value for one in found]
+    assert np.mean(masks) >= 0.94, masks  # .948 to .960 on the eleven of tests/records/demo_seeds.md
+    labels = [one for each in found for name, one in each.items() if name.startswith("slide label from")]
+    missed = [one for one in labels if one.low is not None and one.high is not None and not one.low <= 0.5 <= one.high]
+    assert len(labels) == 4 * len(SEEDS) and len(missed) <= 3, missed  # more than 3 of 12 by chance: once in 450

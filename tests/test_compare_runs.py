@@ -188,6 +188,22 @@ def test_the_command(tmp_path: Path) -> None:
     assert invoke("compare", arguments)["compare"] == written  # nothing left to do
 
 
+def test_what_all_encoders_have_stands_first_and_the_rest_is_folded(tmp_path: Path) -> None:
+    crc, pcam = made_patches("crc", n=240, patients=60), made_patches("pcam", ("no", "yes"), n=240, patients=60, seed=2)
+    runs = [
+        leave(tmp_path / "a", pcam, "ours", 0.9),  # alone, and first
+        leave(tmp_path / "b", crc, "ours", 0.9),
+        leave(tmp_path / "c", crc, "theirs", 0.7),
+    ]
+    out = tmp_path / "out"
+    invoke("compare", [f"runs=[{','.join(map(str, runs))}]", "interval.draws=100", "logging.progress=off", f"out={out}"])
+    overview, scores, rest = (out / "report.html").read_text().split("<main>")[1].split("<h2>")[1:4]
+    shown, folded = overview.split("<details>")
+    assert "crc, balanced accuracy" in shown and "pcam" not in shown and "pcam, balanced accuracy" in folded
+    assert "crc: protocol" in scores and "pcam: protocol" not in scores
+    assert rest.startswith("What not all share") and "pcam: protocol" in rest.split("<details>")[1]
+
+
 def test_a_run_of_scores_alone_stands_in_the_table(tmp_path: Path) -> None:
     """Segmentation and regression leave scores without decisions."""
     patches = made_patches("consep")

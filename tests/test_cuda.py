@@ -109,7 +109,7 @@ def test_float32_follows_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sixteen_bits_stay_near_float32_and_weights_stay_float32(tmp_path: Path, precision: str) -> None:
-    half = go(tmp_path / "half", configured(**{"optim.precision": precision, "optim.loss_scale": SCALE}))
+    half = go(tmp_path / "half", configured(**{"precision": precision, "optim.loss_scale": SCALE}))
     go(tmp_path / "whole", configured())
     assert 0 < apart(tmp_path / "whole", tmp_path / "half") < (2e-2 if precision == "bf16" else 1e-2)
     assert {x.dtype for x in half.student.state_dict().values()} == {torch.float32}
@@ -127,7 +127,7 @@ def test_sixteen_bits_stay_near_float32_and_weights_stay_float32(tmp_path: Path,
 def test_stopped_and_resumed_it_is_bit_equal(tmp_path: Path, precision: str, more: dict[str, Any]) -> None:
     if why := unavailable(more.get("hardware.attention", "auto"), CUDA, precision):
         pytest.skip(why)
-    config = configured(**{"optim.precision": precision, "optim.loss_scale": SCALE, "checkpoint.every": 3, **more})
+    config = configured(**{"precision": precision, "optim.loss_scale": SCALE, "checkpoint.every": 3, **more})
     go(tmp_path / "one", config)
     with pytest.raises(Preempted):
         go(tmp_path / "two", config, train_tiny.kill_at(4, train_tiny.synthetic(0, config, ON_CPU), signal.SIGTERM))
@@ -147,7 +147,7 @@ def test_stopped_and_resumed_it_is_bit_equal(tmp_path: Path, precision: str, mor
 def test_speed_keys_leave_the_trace(tmp_path: Path, precision: str, more: dict[str, Any], tolerance: float) -> None:
     if why := unavailable(more.get("hardware.attention", "auto"), CUDA, precision):
         pytest.skip(why)
-    given = {"optim.precision": precision, "optim.loss_scale": SCALE}
+    given = {"precision": precision, "optim.loss_scale": SCALE}
     go(tmp_path / "plain", configured(**given))
     go(tmp_path / "other", configured(**given, **more))
     assert apart(tmp_path / "plain", tmp_path / "other") < tolerance
@@ -161,7 +161,7 @@ def test_a_checkpoint_written_beside_the_loop_is_the_state_at_its_step(tmp_path:
 
 
 def test_an_overflow_skips_its_step_and_nothing_moves(tmp_path: Path) -> None:
-    more = {"optim.precision": "fp16", "optim.loss_scale": LossScaleConfig(2.0**30, 2000), "checkpoint.every": 1}
+    more = {"precision": "fp16", "optim.loss_scale": LossScaleConfig(2.0**30, 2000), "checkpoint.every": 1}
     go(tmp_path, configured(**more, **{"checkpoint.keep_last": 30, "schedule.steps": 30}))
     last = rows(tmp_path)[-1]
     assert 5 <= last["skipped_steps"] < 28 and last["loss_scale"] == 2.0 ** (30 - last["skipped_steps"])
@@ -174,7 +174,8 @@ def test_nothing_moves_from_the_first_step_that_is_not_finite_on(tmp_path: Path)
     healthy, poisoned = tmp_path / "healthy", tmp_path / "poisoned"
     config = configured(**{"schedule.steps": 12, "checkpoint.every": 12, "monitor.every": 6, "method.targets": "centering"})
     with pytest.raises(Preempted):
-        go(healthy, config, train_tiny.kill_at(0, train_tiny.synthetic(0, config, ON_CPU), signal.SIGTERM))
+        each = train_tiny.with_keys(config, **{"checkpoint.every": 1})
+        go(healthy, each, train_tiny.kill_at(1, train_tiny.synthetic(0, config, ON_CPU), signal.SIGTERM))
 
     def poison(backbone: nn.Module, step: int) -> dict[str, float]:
         if step:
@@ -188,15 +189,15 @@ def test_nothing_moves_from_the_first_step_that_is_not_finite_on(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"optim.precision": "bf16", "hardware.attention": "packed"}, {"optim.precision": "bf16", "hardware.attention": "varlen"},
-     {"optim.precision": "fp16", "optim.loss_scale": SCALE}, {"optim.precision": "bf16", "hardware.compile": True},
+    [{}, {"precision": "bf16", "hardware.attention": "packed"}, {"precision": "bf16", "hardware.attention": "varlen"},
+     {"precision": "fp16", "optim.loss_scale": SCALE}, {"precision": "bf16", "hardware.compile": True},
      {"method.targets": "centering", "optim.clip_scope": "param"}, {"optim.micro_batches": 3},
      {"method.koleo_weight": 0.0, "method.kde_weight": 0.1, "optim.clip_scope": "global"},
      {"hardware.activation_checkpointing": True}, {"method.gram": train_tiny.GRAM}],
     ids=["plain", "packed", "varlen", "fp16", "compiled", "param, centring", "micro-batches", "kde", "recomputed", "gram"],
 )  # fmt: skip
 def test_between_rows_the_host_waits_for_nothing(tmp_path: Path, more: dict[str, Any]) -> None:
-    if why := unavailable(more.get("hardware.attention", "auto"), CUDA, more.get("optim.precision", "fp32")):
+    if why := unavailable(more.get("hardware.attention", "auto"), CUDA, more.get("precision", "fp32")):
         pytest.skip(why)
     silent = {"schedule.steps": 9, "checkpoint.every": 100, "monitor.every": 9, "hardware.deterministic": False}
     config = configured(**silent, **more)

@@ -107,3 +107,29 @@ def test_a_table_without_its_columns_is_refused(tmp_path: Path, catalog: Catalog
     (tmp_path / "patches.parquet").write_text("no")
     with pytest.raises(DatasetError, match="not a Parquet file"):
         open_cohort(str(tmp_path / "patches.parquet"), catalog, store, CONFIG, CUT)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"patient_id": None}, "1 of 12 patches have no patient_id"),
+    ({"patient_id": "nan"}, "1 of 12 patches have no patient_id"),
+    ({"label": "N/A"}, "1 of 12 patches have no label"),
+    ({"patient_id": "pB "}, "1 patients stand in both train and report"),
+    ({"site": "sc"}, "have both external"),
+    ({"slide_id": "a1"}, "does not hold: a1; the nearest to a1 is a: is that the one?"),
+])  # fmt: skip
+def test_no_spelling_hides_what_is_missing_or_shared(
+    tmp_path: Path, catalog: Catalog, store: Store, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DatasetError) as error:
+        open_cohort(table(tmp_path, rows(**changes)), catalog, store, CONFIG, CUT)
+    assert words in str(error.value)
+
+
+def test_slide_ids_may_have_gained_a_suffix_or_a_folder(tmp_path: Path, catalog: Catalog, store: Store) -> None:
+    plain = open_cohort(table(tmp_path, rows()), catalog, store, CONFIG, CUT)
+    names = {"a": "a.svs", "b": "scans/B.tif", "c": "c"}
+    written = [{**row, "slide_id": names[row["slide_id"]], "role": f"{row['role'].upper()} "} for row in rows()]
+    found = open_cohort(table(tmp_path, written), catalog, store, CONFIG, CUT)
+    for role in ("train", "report", "external"):
+        mine, theirs = (np.sort(p.read(p.rows(role)).reshape(-1)) for p in (plain, found))
+        assert np.array_equal(mine, theirs)

@@ -1,18 +1,16 @@
 """DINO (v1): class tokens only, the same road through the trainer as DINOv2, and a step that learns."""
 
 from dataclasses import asdict, replace
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import train_tiny
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from histoscale.data.ranks import Ranks
+from histoscale.launch.config import load
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.heads import HeadConfig
@@ -34,13 +32,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def shipped(name: str) -> Any:
-    text = (resources.files("histoscale.configs") / "method" / name).read_text()
-    return TypeAdapter(MethodConfig).validate_python(yaml.safe_load(text))
-
-
 def test_it_is_chosen_by_its_kind_and_takes_no_key_of_dinov2() -> None:
-    assert shipped("dino.yaml").kind == "dino" and shipped("dinov2.yaml").kind == "dinov2"
+    for recipe, kind in (("kaiko_vits16_dino", "dino"), ("dinov2_vits14", "dinov2")):
+        assert load("pretrain", [f"recipe={recipe}", "catalog=none"]).config.method.kind == kind
     values = asdict(METHOD)
     assert TypeAdapter(MethodConfig).validate_python(values) == METHOD
     with pytest.raises(ValidationError, match="dino_v1"):

@@ -1,6 +1,7 @@
 """Embedding stores: the right patches of the right slides, written once, and what happens to bad ones."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +12,30 @@ import numpy as np
 import pytest
 import torch
 from corners import GRID, PIPE, RECIPE, catalog_of, corners, encoder
+from test_release import PLAIN, RELEASE, checkpoint
 from torch import Tensor
 
 from histoscale.data.catalog import Catalog
 from histoscale.data.journal import Journal
 from histoscale.data.storage import StorageError, Store
 from histoscale.data.tissue import TissueConfig
-from histoscale.eval.embed import Embedded, EmbedError, JitterConfig, embed_slides, jittered, prepare, settle, shares
+from histoscale.eval.embed import (
+    Embedded,
+    EmbedError,
+    JitterConfig,
+    check_served,
+    embed_slides,
+    grid_words,
+    jittered,
+    prepare,
+    settle,
+    shares,
+)
 from histoscale.eval.encoder import Encoder
 from histoscale.eval.grid import GridConfig, Ineligible, PipeConfig, tile_slide
 from histoscale.eval.stores import StoreConfig, StoreError, open_store
+from histoscale.launch.run import invoke
+from histoscale.pretrain.release import write_release
 
 
 @pytest.fixture
@@ -207,6 +222,41 @@ def test_what_the_encoder_does_not_say_must_be_given(catalog: Catalog, store: St
         settle([embed(coarse)])
     with pytest.raises(Ineligible):
         tile_slide(catalog, 0, 0.1, 64, coarse, 300)
+
+
+@pytest.mark.parametrize(
+    ("mpps", "words"),
+    [([0.5], "48 px at 0.5 µm/px, the default of e1$"), ([0.25, 0.5], r"at 0.5 .* e1 \(trained at 0.25 too: grid.mpp=\)")],
+)
+def test_what_chose_the_patches_is_one_line(mpps: list[float], words: str) -> None:
+    who = replace(encoder(), name="e1", mpps=tuple(mpps), mpp=0.5, tile_px=48)
+    assert re.search(words, grid_words(who, GridConfig(None, None, 0.4, 0.05, 1.0)))
+    assert grid_words(who, GridConfig(1.0, 64, 0.4, 0.05, 1.0)) == "patches of 64 px at 1 µm/px"
+
+
+@pytest.mark.parametrize(("mpps", "better"), [((0.25,), "0.5"), ((0.25, 1.0), "1"), ((0.25, 0.5, 2.0), "0.5")])
+def test_a_catalog_that_cannot_serve_the_default_names_what_it_can(catalog: Catalog, mpps: Any, better: str) -> None:
+    who = replace(encoder(), mpps=mpps, mpp=0.25, tile_px=64)
+    with pytest.raises(EmbedError, match=rf"none of 2 slides can serve 0.25 µm/px \(.* 0.5 µm/px\): add grid.mpp={better}$"):
+        check_served(catalog, who, GridConfig(None, None, 0.4, 0.05, 1.0))
+    check_served(catalog, who, GridConfig(float(better), None, 0.4, 0.05, 1.0))
+
+
+def test_a_release_and_a_checkpoint_of_several_magnifications_need_no_grid(
+    tmp_path: Path, catalog: Catalog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained at 0.5 and 1: both look at 0.5, and are one encoder."""
+    state = checkpoint(tmp_path / "run", PLAIN)
+    write_release(state, tmp_path / "release", "fp32", RELEASE, None)
+    found = []
+    for name in ("release", "run/step-20"):
+        keys = [f"encoder={tmp_path / name}", f"catalog={tmp_path / 'catalog'}", f"out={tmp_path / 'of' / Path(name).name}"]
+        found.append(invoke("embed", [*keys, "precision=fp32", "hardware.device=cpu", "logging.progress=lines"])["embed"])
+        said = capsys.readouterr().err
+        assert "patches of 32 px at 0.5 µm/px, the default of" in said and "trained at 1 too: grid.mpp=" in said
+        assert "next: histoscale mil embeddings=" in said
+    assert [one["mpp"] for one in found] == [0.5, 0.5] and found[0]["encoder_hash"] == found[1]["encoder_hash"]
+    assert len(list((tmp_path / "of/release").glob("*.h5"))) == 2
 
 
 def test_what_the_storage_refuses_ends_the_run_after_the_others(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from corners import catalog_of
 
+from histoscale.data.catalog import checksum, sha256_of
 from histoscale.data.journal import Journal, JournalConfig
 from histoscale.data.manifest import ManifestError, read_manifest
 from histoscale.data.storage import StorageConfig, Store
@@ -23,8 +24,8 @@ from histoscale.data.tissue import TissueConfig
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ONE = [sys.executable, "-m", "histoscale.launch.embed"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "histoscale.launch.embed"]
-KEYS = ["encoder=random:test_vit", "grid.mpp=0.5", "grid.patch_px=48", "jitter.copies=1", "store.dtype=fp16", "device=cpu",
-        "pipe.batch=5", "pipe.threads=1", "logging.progress=off"]  # fmt: skip
+KEYS = ["encoder=random:test_vit", "grid.mpp=0.5", "grid.patch_px=48", "jitter.copies=1", "store.dtype=fp16",
+        "precision=fp32", "hardware.device=cpu", "hardware.batch=5", "stream.threads=1", "logging.progress=off"]  # fmt: skip
 SLIDES = 5
 
 
@@ -34,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_slide: Callable[..., Pat
     folder = tmp_path_factory.mktemp("embedded")
     for seed in range(SLIDES):
         make_slide(folder / f"s{seed}.tif", compression="deflate", kind="generic", seed=seed)
-    store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0))
+    store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0, 60.0))
     catalog_of(folder, store, tissue_config, Journal(folder / "index", JournalConfig("off", 10, "off", "test", False)))
     path = folder / "s3.tif"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
@@ -108,6 +109,10 @@ def test_ids_that_leave_the_folder_are_refused(
     [table] = (tmp_path / "catalog").rglob("slides.arrow")
     honest = table.read_bytes()
     table.write_bytes(honest.replace(b"qqqq", b"../x"))
+    told = tmp_path / "catalog/catalog.json"
+    info = json.loads(told.read_text())
+    info["files"][table.name][1] = sha256_of(table)
+    told.write_text(json.dumps({**info, "checksum": checksum(info)}))
     keys = [f"catalog={tmp_path / 'catalog'}", f"out={tmp_path / 'out' / 'embeddings'}", "encoder=colour", *KEYS[1:]]
     child = subprocess.run([*ONE, *keys], env=ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 2 and "no store for this slide" in child.stderr and "../x" in child.stderr, child.stderr

@@ -26,7 +26,7 @@ MEAN, STD = [0.7, 0.5, 0.6], [0.2, 0.25, 0.3]
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     folder = tmp_path_factory.mktemp("cache")
-    return Store(StorageConfig({}, "fsspec", str(folder), 1 << 30, 5.0, 5.0))
+    return Store(StorageConfig({}, "fsspec", str(folder), 1 << 30, 5.0, 5.0, 60.0))
 
 
 @pytest.fixture

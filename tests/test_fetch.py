@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -232,6 +232,58 @@ def test_an_archive_that_is_no_data_set_is_not_unpacked(tmp_path: Path, files: d
     with pytest.raises(FetchError, match=words):
         unzip(archive, tmp_path / "in/x", 1 << 20)
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "x.zip"]
+
+
+def damaged(change: Callable[[bytearray, int], None]) -> bytes:
+    """A zip of x/1 and x/2 whose directory was changed: `change` gets the bytes and where the first entry begins there."""
+    data = bytearray(zipped({"x/1": b"1" * 400, "x/2": b"2"}))
+    change(data, data.index(b"PK\x01\x02"))
+    return bytes(data)
+
+
+def says(at: int, value: bytes) -> Callable[[bytearray, int], None]:
+    def change(data: bytearray, entry: int) -> None:
+        data[entry + at : entry + at + len(value)] = value
+
+    return change
+
+
+@pytest.mark.parametrize("change, error, words", [
+    (says(24, (900).to_bytes(4, "little")), Damaged, "has 400 bytes, not 900 as it says"),
+    (says(24, (4).to_bytes(4, "little")), Damaged, "Bad CRC-32"),
+    (says(42, b"\xff\xff\xff\x7f"), Damaged, "is no whole zip file|lies outside of it"),
+    (says(42, b"\xf0\xff\xff\xff"), Damaged, "is no whole zip file|lies outside of it"),
+    (says(10, (14).to_bytes(2, "little")), FetchError, "expected plain files"),  # LZMA, which is unpacked in one piece
+    (says(8, (1).to_bytes(2, "little")), FetchError, "expected plain files"),  # encrypted
+    (says(46, b"x/\n"), FetchError, "expected plain files"),
+])  # fmt: skip
+def test_a_directory_that_lies_is_named_and_nothing_stays(
+    tmp_path: Path, change: Callable[[bytearray, int], None], error: type[Exception], words: str
+) -> None:
+    (tmp_path / "x.zip").write_bytes(damaged(change))
+    with pytest.raises(error, match=words) as caught:
+        unzip(tmp_path / "x.zip", tmp_path / "x", 1 << 20)
+    assert "x.zip" in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+
+
+@pytest.mark.parametrize("files, words", [
+    ({"x/a": b"1", "x/a/b": b"2"}, "holds 'x/a' as a file and as a folder"),
+    ({f"x/{i}": b"" for i in range(5000)}, "holds 5000 files: expected at most 4096"),
+    ({f"x/{'n' * 300}": b"1"}, "expected plain files"),
+])  # fmt: skip
+def test_names_that_no_disk_takes_are_refused_before_a_write(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    (tmp_path / "x.zip").write_bytes(zipped(files))
+    with pytest.raises(FetchError, match=words):
+        unzip(tmp_path / "x.zip", tmp_path / "x", 1 << 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.zip"]
+
+
+def test_a_zip_without_dates_is_unpacked(tmp_path: Path) -> None:
+    """Some programs write zeros: the month 0."""
+    data = damaged(says(12, bytes(4)))
+    (tmp_path / "x.zip").write_bytes(data)
+    assert unzip(tmp_path / "x.zip", tmp_path / "x", 1 << 20) == (2, 401)
+    assert (tmp_path / "x/2").read_bytes() == b"2"
 
 
 def test_a_gzip_that_unpacks_to_too_much_is_not_kept(tmp_path: Path) -> None:

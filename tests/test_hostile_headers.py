@@ -126,6 +126,43 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path: Path, store: Store) -> None
         tracemalloc.stop()
 
 
+def test_fourteen_million_tiles_of_a_sparse_file_are_refused(tmp_path: Path, store: Store) -> None:
+    """Their tables do lie in the file, which takes no room on a disk: as numbers of Python they take a gigabyte."""
+    side, tiles = 3742 * 64, 3742**2
+    table = (4, tiles, long(1 << 20)[2])
+    entries = tiled(width=long(side), height=long(side), offsets=table, counts=table)
+    path = written(tmp_path / "a.tif", directory(entries, 0), size=64 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(LayoutError, match="14002564 tiles of 64x64 px"):
+            read_layout(str(path), store)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_tiles_that_are_one_another_are_refused(tmp_path: Path, store: Store) -> None:
+    """A quarter of a million tiles that are all the same twelve kilobytes: an hour of decoding from two megabytes. A blank tile
+    that a few share is none of that."""
+    for across, refused in ((512, True), (4, False)):
+        count, place = across**2, AT + 512
+        entries = tiled(width=long(across * 64), height=long(across * 64))
+        entries |= {tag: (4, count, struct.pack("<I", at)) for tag, at in ((324, place), (325, place + 4 * count))}
+        tables = struct.pack("<I", 8) * count + struct.pack("<I", PIXELS) * count
+        path = written(tmp_path / "a.tif", directory(entries, 0).ljust(512, b"\0"), tables)
+        if refused:
+            with pytest.raises(LayoutError, match="its tiles overlap"):
+                read_layout(str(path), store)
+        else:
+            assert len(read_layout(str(path), store).levels[0].offsets) == 16
+
+
+@pytest.mark.parametrize("count", [4097, 65535])
+def test_a_directory_of_too_many_tags_is_damaged(tmp_path: Path, store: Store, count: int) -> None:
+    with pytest.raises(LayoutError, match=f"a directory of {count} tags"):
+        read_layout(str(written(tmp_path / "a.tif", struct.pack("<H", count) + bytes(12 * count + 4))), store)
+
+
 def test_a_jpeg_that_claims_to_be_huge_allocates_nothing(draw_tissue: Draw) -> None:
     file = io.BytesIO()
     Image.fromarray(draw_tissue(64, 64)).save(file, "JPEG")

@@ -66,7 +66,7 @@ MODELS: list[tuple[Callable[[], Any], int]] = [(dinov2, 1), (registers, 4), (din
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return Store(StorageConfig({}, "fsspec", str(tmp_path_factory.mktemp("cache")), 1 << 30, 5.0, 5.0))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path_factory.mktemp("cache")), 1 << 30, 5.0, 5.0, 60.0))
 
 
 @pytest.fixture(autouse=True)

@@ -109,7 +109,7 @@ def test_one_damaged_tile_does_not_cost_the_slide(
 
 def test_a_store_that_fails_stops_the_run(tmp_path: Path, tissue_config: TissueConfig, journal: Journal) -> None:
     """An outage must not be written down as bad slides."""
-    store = Store(StorageConfig({}, "fsspec", str(tmp_path), 1 << 20, 1.0, 1.0))
+    store = Store(StorageConfig({}, "fsspec", str(tmp_path), 1 << 20, 1.0, 1.0, 60.0))
     slide = Slide("a", "http://127.0.0.1:9/a.svs", None, None, None, None, None, None, None, None, None, {})
     with pytest.raises(StorageError, match="127.0.0.1:9/a.svs could not be read"):
         build_catalog([slide], store, tissue_config, journal.out, 0, None, journal)

@@ -11,6 +11,7 @@ from set_fixtures import write_pcam
 from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import read_manifest
+from histoscale.data.names import patient_key, slide_key
 from histoscale.data.storage import Store
 from histoscale.data.tissue import TissueConfig
 from histoscale.eval.datasets.patches import USAGE_OF_OWN, LabelledPatches
@@ -23,11 +24,9 @@ from histoscale.eval.leakage import (
     corpus_of_catalog,
     duplicates,
     find_leaks,
-    patient_key,
     published_corpora,
     recorded_corpora,
     shared_sources,
-    slide_key,
     trained_on,
 )
 

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def configured(**keys: Any) -> TrainConfig:
-    base = {"schedule.steps": 10, "checkpoint.every": 5, "hardware.attention": "math", "optim.precision": "fp16"}
+    base = {"schedule.steps": 10, "checkpoint.every": 5, "hardware.attention": "math", "precision": "fp16"}
     return train_tiny.with_keys(train_tiny.CONFIG, **{**base, **keys})
 
 
@@ -57,7 +57,7 @@ def test_the_scale_halves_doubles_and_stands_still() -> None:
 
 def test_fp16_stays_near_float32_and_weights_stay_float32(tmp_path: Path) -> None:
     half = go(tmp_path / "fp16", configured(**{"optim.loss_scale": LossScaleConfig(64.0, 2000)}))
-    go(tmp_path / "fp32", configured(**{"optim.precision": "fp32"}))
+    go(tmp_path / "fp32", configured(**{"precision": "fp32"}))
     ours, theirs = rows(tmp_path / "fp16"), rows(tmp_path / "fp32")
     assert all("loss_scale" in row for row in ours) and all("loss_scale" not in row for row in theirs)
     assert ours[-1]["skipped_steps"] == 0

@@ -212,13 +212,18 @@ def test_errors_are_one_sentence(
     assert message in shown and "Traceback" not in shown
 
 
-def test_what_cannot_be_read_is_left_out_by_name(cohort: Path, tmp_path: Path) -> None:
-    """A store that is no HDF5, one with a feature that is no number, a slide that the catalog lacks, one that is gone: the study
-    goes on."""
+def test_what_cannot_be_read_is_left_out_by_name(cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A store that is no HDF5, one with a feature that is no number, a slide that the catalog lacks, one that is gone, one of a
+    single tile without a side: the study goes on, and says so before it trains."""
     shutil.copytree(cohort / "stores", tmp_path / "stores")
     (tmp_path / "stores/s00.h5").write_bytes(b"nothing")
     with h5py.File(tmp_path / "stores/s01.h5", "r+") as file:
         file["features"][3, 2] = np.nan
+    for alone in ("s05", "s06"):  # one trains, one is read
+        with h5py.File(tmp_path / f"stores/{alone}.h5", "r+") as file:
+            tile, corner = file["features"][:1], file["coords"][:1]
+            del file["features"], file["coords"], file.attrs["patch_size"], file.attrs["patch_size_level0"]
+            file["features"], file["coords"] = tile, corner
     rows = (cohort / "manifest.csv").read_text().splitlines()
     shorter = tmp_path / "shorter.csv"
     shorter.write_text("\n".join(rows[:-1]).replace("slides/", f"{cohort}/slides/") + "\n")
@@ -227,9 +232,21 @@ def test_what_cannot_be_read_is_left_out_by_name(cohort: Path, tmp_path: Path) -
     more = (f"catalog={tmp_path / 'catalog'}", f"annotations={cohort / 'truth'}", "evidence.slides=null", "mil.folds=3")
     few = ("evidence.deletion.steps=2", "evidence.deletion.draws=2", "mil.epochs=2", f"embeddings={tmp_path / 'stores'}")
     assert execute("mil", [*arguments(cohort, tmp_path / "out"), *more, *few]) == 0
+    said = capsys.readouterr().err
+    before, after = said.split("slide models: ", 1)
+    for words in (f"2 of the {PATIENTS} labelled slides have no usable store", "by part train 2 of 32; by hospital near0 1 of",
+                  "its store holds features that are not finite: 1 (s01)"):  # fmt: skip
+        assert words in before, words
+    assert "no page can be drawn of s06" in after and f"open {tmp_path / 'out' / 'report.html'}" in after
+    lead = (tmp_path / "out/report.html").read_text().split('class="lead"')[1].split("</p>")[0]
+    assert f"2 of the {PATIENTS} labelled slides have no usable store" in lead
     (tmp_path / "s02.tiff").rename(cohort / "slides/s02.tiff")
     found = json.loads((tmp_path / "out/summary.json").read_text())["mil"]
     assert "cannot be read" in found["slides"]["s02"]["unread"]
-    assert found["left_out"] == {"s00": "a corrupt embedding store", "s01": "a store whose features cannot be read"}
+    assert found["left_out"] == {
+        "s00": "its store is no whole HDF5 file (its signature is missing)",
+        "s01": "its store holds features that are not finite",
+    }
     last = rows[-1].split(",")[0]
-    assert found["slides"][last]["picture"] == "" and len(found["slides"]) == PATIENTS // 2
+    assert found["slides"][last]["picture"] == "" and len(found["slides"]) == PATIENTS // 2 - 1
+    assert found["absent"]["parts"]["train"] == {"absent": 2, "of": 32} and found["train"]["slides"] == 30

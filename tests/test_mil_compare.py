@@ -167,3 +167,25 @@ def test_what_mil_leaves_is_what_compare_reads(tmp_path: Path) -> None:
         assert one["value"] == pytest.approx(values[0] - values[1]) and values[0] == mil[part]["auc"]["value"]
     assert found["mcnemar"] == [] and "several units" in found["left_out"][0]  # two slides a patient
     assert "less mean" in (tmp_path / "out" / "table.txt").read_text()
+    page = (tmp_path / "out" / "report.html").read_text().split("<main>")[1]
+    shared, *rest = page.split("<h2>")[1:]
+    assert "What all runs share" in shared and "internal</td>" in shared and "<td>split" in shared and "<td>encoder" in shared
+    differing, same = rest[0].split("<details>")
+    assert "What was set" in differing and "mil.aggregator.kind" in differing
+    assert "mil.epochs" in same and "mil.epochs" not in differing  # the same in both, folded
+    numbers = rest[1].split("<details>")
+    assert "Inside, outside" in numbers[0] and "AUROC" in numbers[0] and "Brier" not in numbers[0] and "Brier" in numbers[1]
+
+
+def test_a_rule_that_sweeps_is_said_of_its_run(tmp_path: Path) -> None:
+    folders = [leave(tmp_path / name, BINARY, FIXED, noise, 1) for name, noise in (("a", 1), ("b", 1))]
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    summary["mil"]["thresholds"]["0.95"]["flags"] = "every"
+    summary["mil"]["absent"] = {"why": {"s": "no embedding store"}, "labelled": 151}
+    (folders[1] / "summary.json").write_text(json.dumps(summary))
+    found = compare_mil(open_mil_runs([str(folder) for folder in folders]), INTERVAL, True)
+    assert found.notes == [
+        "b: the rule for sensitivity 0.95 flags every slide and sorts nothing",
+        "b: 1 of 151 labelled slides have no usable store and are in no number",
+    ]
+    assert "- b: the rule for sensitivity 0.95 flags every slide" in show(found)

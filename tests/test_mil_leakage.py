@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+import h5py
 import numpy as np
 import pytest
 from mil_fixtures import TASK, cohort, slide, write_store
@@ -92,6 +93,26 @@ def test_equal_stores_on_two_sides_are_refused(studied: Study, tmp_path: Path, p
         again.checks()
 
 
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("corners", ["kept", "moved along", "elsewhere"])
+def test_equal_features_in_another_order_are_one_slide(studied: Study, tmp_path: Path, kind: type, corners: str) -> None:
+    """Whether the corners stay where they were, move with their tiles, or are of another frame."""
+    source = studied.row("train")
+    order = np.random.default_rng(1).permutation(studied.bags.rows[source].tiles)
+    again = copied(studied, tmp_path, source, "internal", lambda x: x[order].astype(kind))
+    with h5py.File(tmp_path / "copy.h5", "a") as file:
+        known = file["coords"][()]
+        file["coords"][...] = {"kept": known, "moved along": known[order], "elsewhere": 3 * known[::-1] + 17}[corners]
+    with pytest.raises(SplitError, match=f"{studied.bags.rows[source].slide_id} and copy"):
+        again.checks()
+
+
+def test_as_many_tiles_of_the_same_mean_are_no_copy(studied: Study, tmp_path: Path) -> None:
+    """Mirrored through its mean, a slide keeps count, mean and variance, and shares no tile."""
+    again = copied(studied, tmp_path, studied.row("train"), "internal", lambda x: 2 * x.mean(0) - x)
+    assert again.checks()["features"].holds and equal_tiles(again.bags.rows) == []
+
+
 def test_equal_stores_on_one_side_are_told(studied: Study, tmp_path: Path) -> None:
     check = copied(studied, tmp_path, studied.row("train"), "train", lambda x: x).checks()["features"]
     assert not check.holds and "1 pairs on one side are equal" in check.found
@@ -110,7 +131,7 @@ def pictured(studied: Study, tmp_path_factory: pytest.TempPathFactory, tissue_co
 
     def made(given: dict[str, np.ndarray], copies: Mapping[str, str] = MappingProxyType({})) -> Catalog:
         folder = tmp_path_factory.mktemp("slides")
-        store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0))
+        store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0, 60.0))
         journal = Journal(folder / "out", JournalConfig("off", 10, "off", "test", False))
         slides = []
         for i, one in enumerate(studied.slides):

@@ -36,11 +36,13 @@ from histoscale.eval.mil.bags import BagError
 from histoscale.eval.mil.floors import plain_floors, site_prior
 from histoscale.eval.mil.metrics import headline
 from histoscale.eval.mil.score_table import score_rows
+from histoscale.eval.mil.seeds import seed_values
 from histoscale.eval.mil.split import FixedSplit, FoldSplit, SiteSplit
 from histoscale.eval.mil.study import Study, study
 from histoscale.eval.mil.task import Task
 from histoscale.eval.mil.trials import Plan, Trial
 from histoscale.eval.mil.units import places, units
+from histoscale.eval.mil.words import show
 from histoscale.eval.scores.classification import calibration_bins, calibration_error_of
 from histoscale.eval.scores.operating import threshold
 
@@ -267,6 +269,25 @@ def test_a_part_of_one_class_still_counts_its_decisions() -> None:
     assert part is not None and part.auc is None and part.headline is None and part.roc is None
     assert part.operating[0].found.sensitivity.n == 40 and part.operating[0].found.specificity.n == 0
     assert "auroc" not in found.gap and "sensitivity@0.95" in found.gap and "specificity@0.95" not in found.gap
+
+
+@pytest.mark.parametrize("task", [BINARY, KINDS, GRADES])
+def test_one_class_tells_nothing_of_telling_classes_apart(task: Task) -> None:
+    """Naming the only class is no balanced accuracy of 1: by part, by site and per seed it is withheld, and says why."""
+    bags = made_bags(task)
+    bags = replace(bags, rows=tuple(replace(bag, target=1.0) if bag.site == "far" else bag for bag in bags.rows))
+    plan = made_plan(bags, FIXED)
+    outputs = made_outputs(bags, plan, task, noise=0.01)
+    found = study(bags, plan, outputs, {}, task, INTERVAL, CONFIG)
+    for part in (found.external, found.sites["far"]):
+        assert part is not None and not {"auroc", "balanced_accuracy", "macro_f1", "quadratic_kappa"} & set(part.metrics)
+        assert part.withheld["balanced_accuracy"].startswith("one class: all are ") and "brier" in part.metrics
+    assert found.internal is not None and found.internal.metrics["balanced_accuracy"].value > 0.9
+    assert not any(why.startswith("one class") for why in found.internal.withheld.values())
+    assert "balanced_accuracy" not in found.gap
+    assert set(seed_values(bags, plan, outputs[None], task)) == {"train", "internal"}
+    shown = show(found, [], None)
+    assert "withheld (one class: all are " in shown and "nan" not in shown
 
 
 @pytest.mark.parametrize(("positives", "said"), [(2, "withheld"), (6, "warning: 6 of the rarer class"), (40, "")])

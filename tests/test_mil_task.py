@@ -59,7 +59,7 @@ def test_targets_of_every_kind() -> None:
         (RegressionTask("regression", "n", "days", "slide"), {"days": "long"}, "not a finite number .*x: 'long'"),
         (RegressionTask("regression", "n", "days", "slide"), {"days": "nan"}, "not a finite number"),
         (SURVIVAL, {"days": "-1", "dead": "1"}, "days and dead that is not a time of 0 or more .*x: '-1', '1'"),
-        (SURVIVAL, {"days": "1", "dead": "yes"}, "a time of 0 or more with 1 .*'1', 'yes'"),
+        (SURVIVAL, {"days": "1", "dead": "maybe"}, "a time of 0 or more with 1 .*'1', 'maybe'"),
         (SURVIVAL, {"days": "1"}, "no label column 'dead'; it has days"),
     ],
 )
@@ -71,9 +71,9 @@ def test_what_a_task_does_not_name_is_an_error(task: Task, columns: dict[str, st
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0", "1"], [0.9], "conformal", 0.1, "slide"), "share a value"),
-        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [1.0], "conformal", 0.1, "slide"), "numbers between 0 and 1"),
-        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [0.9], "guess", 0.1, "slide"), "conformal or empirical"),
+        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0", "1"], [0.9], [], "conformal", 0.1, "slide"), "share a value"),
+        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [1.0], [], "conformal", 0.1, "slide"), "numbers between 0 and 1"),
+        (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [0.9], [], "guess", 0.1, "slide"), "conformal or empirical"),
         (lambda: ClassesTask("classes", "t", "l", {"a": ["1"], "b": ["1"]}, False, "slide"), "no value in two"),
         (lambda: ClassesTask("classes", "t", "l", {"a": ["1"]}, False, "slide"), "two classes or more"),
         (lambda: RegressionTask("regression", "t", "l", "nurse"), "expected slide or patient"),

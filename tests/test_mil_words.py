@@ -1,18 +1,23 @@
 """What a study says of itself: the table a person reads, and limits that come from its numbers and go with them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from study_fixtures import BINARY, CONFIG, FIXED, FOLDS, INTERVAL, SITES, TASKS, made_bags, made_outputs, made_plan
 
+from histoscale.eval.evidence.page import sentence
 from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
+from histoscale.eval.mil.explain import finding
 from histoscale.eval.mil.floors import plain_floors
 from histoscale.eval.mil.metrics import NAMES, headline
+from histoscale.eval.mil.report import write_mil_page
 from histoscale.eval.mil.split import Check, FixedSplit, FoldSplit, SiteSplit
 from histoscale.eval.mil.study import Study, study
-from histoscale.eval.mil.task import Task
+from histoscale.eval.mil.task import BinaryTask, Task
 from histoscale.eval.mil.words import cannot_say, show
+from histoscale.eval.page import Chapter
 
 
 def done(
@@ -86,3 +91,64 @@ def test_a_readable_hospital_is_said() -> None:
 
 def test_patients_and_slides_that_are_not_independent() -> None:
     assert "80 slides of 40 patients are not independent" in " ".join(cannot_say(done(BINARY, FIXED, slides=2), [], None))
+
+
+RULED = replace(BINARY, specificities=[0.5])
+
+
+def swept(lowest: float) -> Study:
+    """Positives of whom one in training scores as low as anything: what keeps .95 of them keeps all slides."""
+    bags = made_bags(RULED, 120)
+    plan = made_plan(bags, FIXED)
+    outputs = made_outputs(bags, plan, RULED)
+    low = [row for row in plan.trials[0].train if bags.rows[row].label == 1][:2]
+    outputs[0, low] = lowest
+    return study(bags, plan, outputs, {}, RULED, INTERVAL, CONFIG)
+
+
+def test_a_rule_that_flags_every_slide_is_called_that_everywhere(tmp_path: Path) -> None:
+    """On the card, in the limits, in the text, in the summary and in the words of a slide; beside it stands a rule that sorts."""
+    found = swept(3e-7)
+    assert [found.flags(k) for k in range(3)] == ["every", "", ""]
+    at, flagged = found.thresholds[0], found.flagged(0)
+    assert at.value == 3e-7 and flagged.hits == flagged.n == 72
+    assert "flagged from 0.000000300; " in show(found, [], None) and "0.000;" not in show(found, [], None)
+    limits = " ".join(cannot_say(found, [], None))
+    assert "The rule for sensitivity 0.95 flags every slide (72 of 72 read) and sorts nothing; sensitivity 1 and spec" in limits
+    thresholds = found.as_dict()["thresholds"]
+    assert thresholds["0.95"]["flags"] == "every" and thresholds["specificity_0.5"]["flags"] == ""
+    passed = found.internal.operating[2].found.specificity if found.internal else None
+    assert passed is not None and 0 < passed.hits < passed.n
+    write_mil_page(tmp_path / "report.html", found, [], Chapter("Leakage", []), None, {}, {}, [], "random")
+    card = (tmp_path / "report.html").read_text().split("<nav>")[0]
+    assert "flagged by the rule for sensitivity 0.95, external: it sorts nothing" in card and "every slide: 40 of 40" in card
+    own = finding(np.array([0.2]), 0, RULED, found.of_trials["fixed"], found.flagged_by["fixed"])
+    assert own.flagged and own.sweeping == "every" and "flags every slide, this one too" in sentence(own)
+    assert "from a score of 0.000000300 on, as every one of the 72 slides that it read is" in own.rule
+
+
+def test_a_rule_that_flags_none_is_called_that_too() -> None:
+    found = above_all(RULED, 0.9999)
+    assert found.flags(0) == "no" and "flags no slide (0 of 72 read)" in " ".join(cannot_say(found, [], None))
+    own = finding(np.array([0.2]), 0, RULED, found.of_trials["fixed"], found.flagged_by["fixed"])
+    assert not own.flagged and "flags no slide, nor this one" in sentence(own) and "as none of the 72 slides" in own.rule
+
+
+def above_all(task: BinaryTask, high: float) -> Study:
+    """Training positives all score above whatever is read later."""
+    bags = made_bags(task, 120)
+    plan = made_plan(bags, FIXED)
+    outputs = made_outputs(bags, plan, task)
+    outputs[0, [row for row in plan.trials[0].train if bags.rows[row].label == 1]] = high
+    return study(bags, plan, outputs, {}, task, INTERVAL, CONFIG)
+
+
+def test_one_part_that_is_swept_is_named() -> None:
+    bags = made_bags(BINARY, 120)
+    plan = made_plan(bags, FIXED)
+    outputs = made_outputs(bags, plan, BINARY)
+    outputs[0, list(plan.trials[0].external)] = 0.9999
+    found = study(bags, plan, outputs, {}, BINARY, INTERVAL, CONFIG)
+    assert found.flags(0) == ""
+    said = "The rule for sensitivity 0.95 flags every slide of external (40 of 40): it sorts nothing there."
+    assert said in cannot_say(found, [], None)

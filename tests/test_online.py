@@ -182,7 +182,7 @@ SMALL = [
     "model.width=48", "model.depth=2", "method.head.prototypes=32", "method.head.hidden=64", "method.group=4",
     "method.koleo_pool=4", "method.kde_pool=4", "optim.global_batch=8", "schedule.steps=4", "schedule.warmup_steps=1",
     "monitor.every=1", "stream.workers=0", "stream.threads=1", "hardware.device=cpu", "hardware.threads=1",
-    "logging.progress=lines",
+    "precision=bf16", "logging.progress=lines",
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from histoscale.eval.scores.operating import Threshold, operate, threshold
+from histoscale.eval.scores.operating import Threshold, answer_of, operate, rate, score_words, sweeping, threshold
 
 Y = np.array([1] * 5 + [0] * 7)
 P = np.array([0.9, 0.8, 0.8, 0.55, 0.3, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
@@ -109,3 +109,46 @@ def test_positives_of_one_patient_count_as_one() -> None:
         fresh, _ = patients(50)
         kept.append((fresh >= threshold(np.ones(len(seen)), seen, 0.95, "conformal", groups).value).mean())
     assert 0.95 < np.mean(kept) < 0.985
+
+
+@pytest.mark.parametrize("negatives", [20, 60])
+def test_a_required_specificity_is_kept_from_the_other_side(negatives: int) -> None:
+    """Of new negatives at least that share passes in expectation, and no rule is changed by the positives."""
+    rng = np.random.default_rng(negatives)
+    passed = []
+    for _ in range(4000):
+        seen, fresh = rng.normal(size=negatives), rng.normal(size=50)
+        at = threshold(np.zeros(negatives), seen, 0.5, "conformal", keeps="specificity")
+        assert at.name == "specificity_0.5" and at.positives == 0
+        passed.append(np.mean(fresh < at.value))
+    assert np.mean(passed) >= 0.5 - 4 * np.std(passed) / math.sqrt(4000)
+    few = threshold(np.zeros(3), np.arange(3.0), 0.9, "conformal", keeps="specificity")
+    assert few.value == math.inf and "3 negatives fix no threshold for specificity 0.9" in few.note
+    assert operate(np.array([1, 0]), np.array([5.0, 3.0]), few, prevalence=0.1).flagged.hits == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 9)), min_size=1, max_size=40), st.sampled_from([0.5, 0.8, 0.95]))
+def test_the_specificity_rule_mirrors_the_sensitivity_rule(pairs: list[tuple[int, int]], required: float) -> None:
+    labels, scores = np.array(pairs).T
+    if labels.all():
+        with pytest.raises(ValueError, match="scores of negative units"):
+            threshold(labels, scores, required, "conformal", keeps="specificity")
+        return
+    at = threshold(labels, scores, required, "conformal", keeps="specificity")
+    mirrored = threshold(1 - labels, -scores, required, "conformal")
+    np.testing.assert_array_equal(scores < at.value, -scores >= mirrored.value)
+    assert operate(labels, scores, at, 0.1).drift == operate(labels, scores, at, 0.1).specificity.value - required
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(0.5, "0.500"), (0.0312, "0.0312"), (3.12e-5, "0.0000312"), (0.99953, "0.999530"), (1e-12, "1e-12"), (0.0, "0"), (1.0, "1")],
+)
+def test_a_score_keeps_the_digits_that_count(value: float, words: str) -> None:
+    assert score_words(value) == words and (float(score_words(value)) == 0) == (value == 0)
+
+
+def test_a_rule_of_one_answer_is_called_that() -> None:
+    assert [sweeping(rate(hits, 4)) for hits in range(5)] == ["no", "", "", "", "every"] and sweeping(rate(0, 0)) == ""
+    unread = Threshold(-math.inf, 0.95, "conformal", 3, "")
+    assert answer_of(unread, rate(0, 0)) == "every" and answer_of(unread, rate(3, 4)) == ""

@@ -35,7 +35,8 @@ D2 = replace(OPTIM, layer_decay=0.9, patch_lr=0.2, groups="d2")
 
 def student() -> torch.nn.Module:
     model = replace(shipped(ModelConfig, "model", "demo.yaml"), depth=2, registers=1, layer_scale=1e-5)
-    return build(model, shipped(MethodConfig, "method", "dinov2.yaml"), 0)[0]
+    method = load("pretrain", ["recipe=dinov2_vitl16_short", "catalog=none"]).config.method
+    return build(model, method, 0)[0]
 
 
 # name -> power of the layer decay, patch factor, decays under d2, decays under timm

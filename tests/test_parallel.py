@@ -216,7 +216,7 @@ def short(out: Path, keys: dict[str, Any]) -> None:
 def test_sharded_micro_batches_equal_whole_copies(tmp_path: Path, precision: str, tolerance: float) -> None:
     """bf16: the first step is equal to 1e-6; then the last bit of a gradient norm, eight bits wide in the products, tells."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    keys = ["optim.micro_batches=3", f"optim.precision={precision}", *TWENTY]
+    keys = ["optim.micro_batches=3", f"precision={precision}", *TWENTY]
     assert program(whole, 2, *keys) == program(sharded, 2, *keys, ALL) == 0
     assert apart(whole, sharded) < tolerance
     for name in ("loss/dino", "loss/ibot", "loss/koleo"):

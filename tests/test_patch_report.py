@@ -193,7 +193,12 @@ def test_with_outer_folds_no_neighbour_is_of_the_same_patient() -> None:
     features = np.repeat(np.eye(12), 10, axis=0)[np.argsort(np.argsort(patches.patients, kind="stable"), kind="stable")]
     gallery = neighbour_gallery(watched, replace(outcome, logs=logs), features, Pictures(CONFIG.gallery))
     rows = np.array(read).reshape(len(gallery.strips), -1)
-    assert not np.isin(patches.patients[rows[:, :-1]], patches.patients[rows[:, -1]]).any()
+    assert (patches.patients[rows[:, :-1]] != patches.patients[rows[:, -1:]]).all()
+    two = made_patches(patients=2)  # each patient has queries, and neighbours of the other one
+    outcome = replace(made_outcome(two, "e", 0.8), role="outer", rows=np.arange(len(two)))
+    logs = np.log(np.full((1, len(two), 3), 1 / 3))
+    gallery = neighbour_gallery(two, replace(outcome, logs=logs), np.eye(len(two)), Pictures(CONFIG.gallery))
+    assert gallery.strips and all(strip.beside for strip in gallery.strips) and "no training part" in gallery.note
 
 
 def test_choice_is_by_seed_and_never_by_score() -> None:
@@ -254,3 +259,15 @@ def test_a_class_that_is_never_called_or_never_there(tmp_path: Path) -> None:
     assert [cell.text for cell in rows[1][1:4] if isinstance(cell, Cell)] == ["0.000", "–", "0.000"]
     write_patch_report(tmp_path / "r.html", "t", [made_score(part, patches, "balanced_accuracy")], 0.95, CONFIG,
                        [SetResults(patches, {"resize": [part]}, {"e": np.ones((len(patches), 2))})], [], [], [])  # fmt: skip
+
+
+def test_a_floor_that_was_asked_for_alone_is_the_subject(tmp_path: Path) -> None:
+    patches = made_patches(patients=12)
+    whole = replace(patches, usage=replace(patches.usage, choose="outer"))
+    outcome = replace(made_outcome(whole, "colour", 0.8), role="outer")
+    score = replace(made_score(outcome, whole, "balanced_accuracy"), floor=True)
+    sets = [SetResults(whole, {"resize": [outcome]}, {"colour": np.eye(len(whole))})]
+    write_patch_report(tmp_path / "r.html", "t", [score], 0.95, CONFIG, sets, [], [], [])
+    text = (tmp_path / "r.html").read_text()
+    assert "Frozen features of colour on" in text and "has no training part" in text and "class by class" in text
+    assert f"<b>{number(score).split(' [')[0]}</b>" in text

@@ -46,7 +46,7 @@ def plain_of(config: TrainConfig, device: torch.device) -> plain_step.PlainTrain
     student, _ = build(config.model, config.method, config.seed)
     backbone = timm.create_model(config.model.architecture, **timm_arguments(config.model))
     weights = {name: x.to(device, copy=True) for name, x in student.state_dict().items()}
-    return plain_step.PlainTrainer(backbone, weights, config.method, config.optim, config.views.global_count)
+    return plain_step.PlainTrainer(backbone, weights, config.method, config.optim, config.precision, config.views.global_count)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

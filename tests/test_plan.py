@@ -12,7 +12,18 @@ from scipy import stats
 
 from histoscale.data.keys import key
 from histoscale.data.pixelfilter import PixelFilterConfig, hsv, passes
-from histoscale.data.plan import Passes, Plan, SamplerConfig, SlideTable, Visit, budgeted, rank_slots, slide_weights, target_name
+from histoscale.data.plan import (
+    Passes,
+    Plan,
+    SamplerConfig,
+    SlideTable,
+    Visit,
+    budgeted,
+    rank_slots,
+    slide_weights,
+    target_name,
+    without,
+)
 
 FILTER = PixelFilterConfig("none", [90, 180], [8, 255], [103, 255], 0.6, 8)
 SAMPLER = SamplerConfig(
@@ -27,6 +38,7 @@ SAMPLER = SamplerConfig(
     max_upsample=1.0,
     slide_weighting="patients",
     weighting_exponent=0.0,
+    unservable="error",
     slide_budget=None,
     patch_budget=None,
     pixel_filter=FILTER,
@@ -307,8 +319,44 @@ def test_bad_samplers_are_refused() -> None:
         with pytest.raises(ValueError, match=words):
             Plan(1, 4, replace(SAMPLER, **change), table)
     nowhere = replace(table, eligible=table.eligible & np.array([True, False, True]))
-    with pytest.raises(ValueError, match="can serve 0.5 um/px: take"):
+    pasted = r"sampler.mpps=\[0.25,1\] sampler.weights=\[1,2\], or sampler.unservable=drop"
+    with pytest.raises(ValueError, match=f"none of 9 slides can serve 0.5 um/px: take it out with {pasted}"):
         Plan(1, 4, SAMPLER, nowhere)
+    with pytest.raises(ValueError, match="sampler.unservable is 'skip': expected one of error, drop"):
+        Plan(1, 4, replace(SAMPLER, unservable="skip"), table)
+    for unservable in ("error", "drop"):  # nothing is left to drop to
+        config, none = replace(SAMPLER, unservable=unservable), replace(table, eligible=table.eligible & False)
+        with pytest.raises(ValueError, match="none of 9 slides can serve 0.25 or 0.5 or 1 um/px, and b.s.mpps has no other"):
+            Plan(1, 4, config, none, "b.s")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.booleans(), min_size=2, max_size=5), st.booleans(), st.integers(0, 2**63))
+def test_what_no_slide_serves_is_dropped_as_if_it_had_not_been_asked_for(able: list[bool], ranges: bool, seed: int) -> None:
+    """Discrete magnifications, and ranges of which outer ones are dropped, give the visits of the mix without them."""
+    mpps = [0.25 * 2**i for i in range(len(able) + ranges)]
+    asked = replace(
+        SAMPLER, mpps=mpps, weights=list(range(1, len(able) + 1)), unservable="drop",
+        magnification="log_uniform" if ranges else "discrete",
+    )  # fmt: skip
+    table = slides(9, 4, len(able))
+    table = replace(table, eligible=table.eligible & np.array(able))
+    if not any(able):
+        with pytest.raises(ValueError, match="has no other"):
+            Plan(seed, 4, asked, table)
+        return
+    plan = Plan(seed, 4, asked, table)
+    assert [low for low, _ in plan.dropped] == [mpp for mpp, may in zip(mpps, able, strict=False) if not may]
+    visits = [plan.visit(slot, lane, turn) for slot in range(4) for lane in range(3) for turn in range(12)]
+    assert {visit.target for visit in visits} == {i for i, may in enumerate(able) if may}
+    rest = without(asked, plan.dropped)
+    if rest is None:
+        assert ranges  # with a hole between them
+        return
+    plain = Plan(seed, 4, replace(rest, unservable="error"), replace(table, eligible=table.eligible[:, able]))
+    numbers = [i for i, may in enumerate(able) if may]
+    again = [plain.visit(slot, lane, turn) for slot in range(4) for lane in range(3) for turn in range(12)]
+    assert visits == [replace(visit, target=numbers[visit.target]) for visit in again]
 
 
 def test_slots_of_ranks() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +19,25 @@ from PIL import Image
 from histoscale.data.keys import key
 from histoscale.launch.config import ConfigError, load
 from histoscale.launch.phases import phases_of
-from histoscale.launch.run import Refused, invoke
+from histoscale.launch.pretrain import MADE
+from histoscale.launch.run import Refused, execute, invoke
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.preempted import Preempted
 
 SMALL = [
     "recipe=demo", "sampler.mpps=[0.5]", "sampler.weights=[1]", "sampler.patch_px=32", "sampler.grid=2", "views.global_px=32",
     "views.local_px=16", "views.local_count=2", "model.img_size=32", "model.width=48", "model.depth=2",
-    "method.head.prototypes=32", "method.head.hidden=64", "method.group=4", "optim.global_batch=8", "optim.precision=fp32",
+    "method.head.prototypes=32", "method.head.hidden=64", "method.group=4", "optim.global_batch=8", "precision=fp32",
     "schedule.steps=4", "schedule.warmup_steps=1", "method.teacher_temp_warmup_steps=2", "checkpoint.every=2", "monitor.every=1",
     "stream.workers=0", "stream.threads=1", "hardware.device=cpu", "hardware.threads=1", "logging.progress=off",
+]  # fmt: skip
+NEXT = [
+    "phases.next.schedule.steps=2", "phases.next.schedule.restart=true", "phases.next.schedule.warmup_steps=0",
+    "phases.next.optim.lr=1e-4", "phases.next.optim.weight_decay=[0.1,0.1]", "phases.next.method.teacher_temp=[0.04,0.04]",
+    "phases.next.method.teacher_temp_warmup_steps=0", "phases.next.method.momentum=[0.99,0.99]",
+    "phases.next.method.freeze_last_layer_steps=0", "phases.next.start.branch=both", "phases.next.start.heads=true",
+    "phases.next.start.moments=true", "phases.next.views.global_px=64", "phases.next.model.img_size=64",
+    "phases.next.roles=[train,test]",
 ]  # fmt: skip
 
 
@@ -83,8 +93,41 @@ def test_roles_that_nobody_has_are_refused(tmp_path: Path, catalog: Path) -> Non
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, catalog: Path) -> None:
-    with pytest.raises(ValueError, match="optim.global_batch=10 .*8 and 12"):
+    with pytest.raises(ConfigError, match="optim.global_batch=8 or optim.global_batch=12, or method.group=2") as refused:
         pretrain(tmp_path, catalog, "optim.global_batch=10")
+    assert str(refused.value).startswith("optim.global_batch=10 does not divide")
+    with pytest.raises(ConfigError, match="phase next: optim.global_batch=2 .* optim.global_batch=4, or method.group=2"):
+        pretrain(tmp_path, catalog, *NEXT, "phases.next.optim.global_batch=2")
+
+
+def test_a_magnification_that_no_slide_has_is_dropped_when_that_is_said(
+    tmp_path: Path, catalog: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal can be pasted, in the phase that it is about, and what is dropped is in the log and in the checkpoint."""
+    asked = ["sampler.mpps=[0.25,0.5]", "sampler.weights=[3,1]"]
+    pasted = r"sampler.mpps=\[0.5\] sampler.weights=\[1\], or sampler.unservable=drop"
+    with pytest.raises(ConfigError, match=f"none of 1 slides can serve 0.25 um/px: take it out with {pasted}"):
+        pretrain(tmp_path / "a", catalog, *asked)
+    later = [f"phases.next.{key}" for key in asked]
+    with pytest.raises(ConfigError, match=r"take it out with phases.next.sampler.mpps=\[0.5\] phases.next.sampler.weights"):
+        pretrain(tmp_path / "a", catalog, *NEXT, *later)
+    assert not [each for name in MADE for each in (tmp_path / "a").glob(name)]  # nothing was built,
+    assert not json.loads((tmp_path / "a/state.json").read_text())["bound"]  # and nothing is locked
+    dropped = pretrain(tmp_path / "a", catalog, *asked, "sampler.unservable=drop", "logging.progress=lines")["pretrain"]
+    plain = pretrain(tmp_path / "b", catalog)["pretrain"]
+    assert "phase base: no slide serves 0.25 um/px: dropped (sampler.unservable=drop); left: 0.5" in capfd.readouterr().err
+    assert dropped["streamed"] == plain["streamed"] and dropped["last"]["loss"] == plain["last"]["loss"]
+    facts = read_checkpoint(tmp_path / "a").facts["identity"]["facts"]
+    assert facts["dropped"] == ["0.25"] and facts["sampler"]["mpps"] == [0.5] and facts["sampler"]["unservable"] == "drop"
+    with pytest.raises(Refused, match="sampler.unservable"):
+        pretrain(tmp_path / "a", catalog, *asked)
+
+
+def test_a_plan_that_memory_does_not_hold_is_refused_before_anything_is_opened(tmp_path: Path, catalog: Path) -> None:
+    with pytest.raises(ConfigError, match=r"8 slots x 4 lanes x 64 patches of 32 px.* sampler.grid=\d "):
+        pretrain(tmp_path, catalog, "sampler.grid=8", "stream.memory_gb=0.001")
+    with pytest.raises(ConfigError, match=r"phase next: reading would hold .* phases.next.sampler.lanes_per_slot=\d"):
+        pretrain(tmp_path, catalog, *NEXT, "phases.next.sampler.patch_px=1024", "stream.memory_gb=0.4")
 
 
 @pytest.mark.parametrize("more", [[], ["catalog=c", "tiles=t"]], ids=["neither", "both"])
@@ -108,16 +151,6 @@ def test_ready_tiles_are_a_source(tmp_path: Path) -> None:
     assert summary["pretrain"]["data"]["slides"] == 2 and summary["pretrain"]["transductive"] is None
 
 
-NEXT = [
-    "phases.next.schedule.steps=2", "phases.next.schedule.restart=true", "phases.next.schedule.warmup_steps=0",
-    "phases.next.optim.lr=1e-4", "phases.next.optim.weight_decay=[0.1,0.1]", "phases.next.method.teacher_temp=[0.04,0.04]",
-    "phases.next.method.teacher_temp_warmup_steps=0", "phases.next.method.momentum=[0.99,0.99]",
-    "phases.next.method.freeze_last_layer_steps=0", "phases.next.start.branch=both", "phases.next.start.heads=true",
-    "phases.next.start.moments=true", "phases.next.views.global_px=64", "phases.next.model.img_size=64",
-    "phases.next.roles=[train,test]",
-]  # fmt: skip
-
-
 def test_a_finished_run_goes_on_with_a_phase_and_ends_as_one_that_had_it_from_the_start(tmp_path: Path, catalog: Path) -> None:
     """The phase has more slides, another view size and a resized position table."""
     pretrain(tmp_path / "grown", catalog)
@@ -137,6 +170,59 @@ def test_a_finished_run_goes_on_with_a_phase_and_ends_as_one_that_had_it_from_th
         pretrain(tmp_path / "grown", catalog)
     invoke("release", [f"checkpoint={tmp_path / 'whole'}", f"out={tmp_path / 'release'}", "logging.progress=off"])
     assert timm.create_model(f"local-dir:{tmp_path / 'release'}", pretrained=True).get_parameter("pos_embed").shape[1] == 65
+
+
+def test_a_finished_run_goes_on_with_one_key_twice_and_onto_a_grown_catalog(
+    tmp_path: Path, catalog: Path, make_slide: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same command with longer=[2], then longer=[2,3] after `index` has found one more slide."""
+    slides = tmp_path / "slides"
+    shutil.copytree(catalog.parent, slides)
+    index = ["index", [f"manifest={slides / 'manifest.csv'}", f"out={slides / 'catalog'}", "logging.progress=off"]]
+    run, told = tmp_path / "run", "logging.progress=lines"
+    invoke(*index)
+    pretrain(run, slides / "catalog", told)
+    capfd.readouterr()
+    assert execute("pretrain", [*SMALL, f"catalog={slides / 'catalog'}", f"out={run}", told]) == 0
+    said = capfd.readouterr().err
+    assert "nothing to do" in said and f"checkpoint: {run / 'checkpoints/step-4'}" in said and "and longer=[4]" in said
+    assert f"histoscale release checkpoint={run} out={run}_release" in said
+    longer = pretrain(run, slides / "catalog", "longer=[2]", told)["pretrain"]
+    said = capfd.readouterr().err
+    assert longer["steps"] == 6 and "follows phase base from step 4; continue: student and teacher, each from its own" in said
+    assert "heads and centres, AdamW's moments; restart: nothing of the state; schedules count from step 4 over 2 steps" in said
+    whole = pretrain(tmp_path / "whole", slides / "catalog", "longer=[2]")["pretrain"]
+    assert whole["last"]["loss"] == longer["last"]["loss"]  # as if it had been asked for from the start
+
+    make_slide(slides / "3.svs", mpp=0.5, seed=3)
+    with (slides / "manifest.csv").open("a") as file:
+        file.write("s3,3.svs,p3,a,train\n")
+    invoke(*index)
+    with pytest.raises(Refused, match=r"catalog: .*longer=\[STEPS\] behind the command"):
+        pretrain(run, slides / "catalog", "longer=[2]")
+    capfd.readouterr()
+    assert execute("pretrain", [*SMALL, f"catalog={slides / 'catalog'}", f"out={run}", told, "longer=[2,3]"]) == 0
+    said = capfd.readouterr().err
+    again = json.loads((run / "summary.json").read_text())["pretrain"]
+    assert again["steps"] == 9 and again["data"]["slides"] == 2 and "its data are others: catalog " in said
+    assert "longer=[2,3,3]" in said
+    assert [phase["name"] for phase in again["phases"]] == ["base", "longer_1", "longer_2"]
+    assert pretrain(run, slides / "catalog", "longer=[2,3]")["pretrain"]["steps"] == 9  # nothing to do
+    for other in (["longer=[2,4]"], ["longer=[3]"], []):
+        with pytest.raises(Refused, match="longer"):
+            pretrain(run, slides / "catalog", *other)
+
+
+def test_a_longer_phase_is_the_recipe_once_more() -> None:
+    (_, base), (phase, more), (last, again) = phases_of(
+        load("pretrain", ["recipe=dinov2_vits14", "longer=[25000,50]", "catalog=c", "out=o"]).config
+    )
+    assert (phase.name, phase.first, phase.origin, last.first) == ("longer_1", 125000, 125000, 150000)
+    assert (more.schedule.steps, more.schedule.warmup_steps, again.schedule.warmup_steps) == (25000, 2500, 5)
+    assert more.optim.lr == base.optim.lr and more.optim.weight_decay == [0.4, 0.4] and more.method.momentum == [0.994, 1.0]
+    assert more.method.teacher_temp == [0.07, 0.07] and more.method.freeze_last_layer_steps == 0
+    with pytest.raises(ConfigError, match="phases.longer_1: that is the name of a phase of longer="):
+        phases_of(load("pretrain", [*SMALL, "longer=[5]", "phases.longer_1.schedule.steps=2", "catalog=c", "out=o"]).config)
 
 
 def test_a_stop_in_the_last_step_of_a_phase_is_heard(tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:

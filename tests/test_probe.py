@@ -188,3 +188,10 @@ def test_one_patient_chooses_nothing_and_says_so() -> None:
     assert alone.penalty == CONFIG.penalty_alone and "one patient" in alone.note and not alone.inner
     expected = scikit_learn(alone.standard(x), labels, 0.1).predict_proba(alone.standard(x))
     np.testing.assert_allclose(np.exp(alone.log_probabilities(x)), expected, atol=1e-4, rtol=0)
+
+
+def test_fewer_rows_of_every_class_than_folds_is_a_sentence() -> None:
+    labels = np.repeat([0, 1, 2], 4)
+    with pytest.raises(ValueError, match="no class has over 4 images .* set probe.folds=4"):
+        inner_folds(labels, np.arange(12), 5, 0)
+    assert inner_folds(labels, np.arange(12), 4, 0).sum(0).tolist() == [1] * 12

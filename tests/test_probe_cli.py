@@ -51,8 +51,8 @@ def own_set(tmp_path: Path) -> Path:
 
 def arguments(root: Path, out: Path, *more: str) -> list[str]:
     return [f"encoder={root}/release", "dataset=folder", f"data_root={root}", "scoring.interval.draws=200", "floors.trees=20",
-            "floors.initialisations=2", "honest.few_shot.draws=4", "dataset.mpp=0.5", "logging.progress=off", "device=cpu",
-            f"out={out}", *more]  # fmt: skip
+            "floors.initialisations=2", "honest.few_shot.draws=4", "dataset.mpp=0.5", "logging.progress=off",
+            "precision=fp32", "hardware.device=cpu", f"out={out}", *more]  # fmt: skip
 
 
 def summary_of(out: Path) -> dict[str, Any]:
@@ -98,7 +98,8 @@ def test_outer_folds_of_two_patients_withhold_their_interval_and_name_the_number
     for i in range(60):
         folder = root / f"P{i % 2}" / ("along" if i // 2 % 2 else "across")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.png").write_bytes((own_set / f"img/{i // 2 * 2 + i // 2 % 2}.png").read_bytes())
+        picture = i // 4 * 4 + 2 * (i % 2) + i // 2 % 2  # of its class, and of no other patient
+        (folder / f"{i}.png").write_bytes((own_set / f"img/{picture}.png").read_bytes())
     out = tmp_path / "out"
     invoke("probe", arguments(own_set, out, "dataset.layout=patient", f"data_root={root}", "honest.probes=[linear]"))
     (scores,) = summary_of(out)["scores"].values()
@@ -126,6 +127,8 @@ def test_slides_of_the_pretraining_catalog_are_reported_as_leakage(
     (["honest.probes=[svm]"], "honest.probes has 'svm'"),
     (["dataset=pcam_10shot"], "add honest.few_shot.shots=[10] eva=ten_shot"),
     (["scoring.metrics=[accurcy]"], "scoring has the metric 'accurcy'"),
+    (["resolution=nativ"], "resolution is 'nativ': expected one of resize, eva, native"),
+    (["grid.mpp=0.5"], "only resolution=native has a target"),
     (["dataset=crc"], "expected the folder NCT-CRC-HE-100K"),
     (["dataset=hest"], "lacks the task IDC"),
     (["dataset=consep"], "Train"),

@@ -32,8 +32,9 @@ def release(tmp_path: Path) -> Path:
 
 def probe(release: Path, root: Path, name: str, *more: str) -> dict[str, Any]:
     out = root.parent / f"out-{name}"
-    invoke("probe", [f"encoder={release}", f"dataset={name}", f"data_root={root}", "floors.initialisations=1", "device=cpu",
-                     "scoring.interval.draws=100", "logging.progress=off", f"out={out}", *more])  # fmt: skip
+    invoke("probe", [f"encoder={release}", f"dataset={name}", f"data_root={root}", "floors.initialisations=1",
+                     "precision=fp32", "hardware.device=cpu", "scoring.interval.draws=100", "logging.progress=off", f"out={out}",
+                     *more])  # fmt: skip
     for file in ("table.txt", "table.md", "report.html"):
         assert (out / file).stat().st_size > 200
     return json.loads((out / "summary.json").read_text())["probe"]

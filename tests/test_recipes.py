@@ -1,6 +1,7 @@
 """Every recipe composes, starts from weights of its own architecture and takes two steps at reduced width; its values hold."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
+from histoscale.data.memory import Budget, fitted
 from histoscale.launch.config import load
 from histoscale.launch.phases import phases_of
 from histoscale.launch.run import invoke
@@ -24,6 +26,7 @@ NAMED = {
 HEAD = ["prototypes=64", "hidden=64", "bottleneck=32"]
 
 
+@cache
 def composed(recipe: str, *more: str) -> Any:
     return load("pretrain", [f"recipe={recipe}", "catalog=c", "out=o", *more]).config
 
@@ -55,7 +58,7 @@ def reduced(recipe: str, tmp_path: Path) -> list[str]:
         *[f"method.head.{key}" for key in HEAD], *[f"method.patch_head.{key}" for key in HEAD if patch_head],
         f"optim.global_batch={2 * micro}", "schedule.steps=2", "schedule.warmup_steps=1", "method.freeze_last_layer_steps=1",
         "sampler.grid=1", "sampler.lanes_per_slot=1", "stream.workers=0", "stream.threads=1", "hardware.device=cpu",
-        "hardware.threads=1", "logging.progress=off", "monitor.every=1",
+        "hardware.threads=1", "precision=bf16", "logging.progress=off", "monitor.every=1",
     ]  # fmt: skip
     for name, phase in config.phases.items():
         batch = 2 * phase.get("optim", {}).get("micro_batches", micro)
@@ -101,6 +104,57 @@ def test_sizes_fit_together(recipe: str) -> None:
         assert config.views.global_px % config.model.patch_size == 0 == config.views.local_px % config.model.patch_size
         assert config.views.global_px == config.model.img_size or recipe == "demo"
         assert config.schedule.warmup_steps < config.schedule.steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_process_of_a_machine_of_64_gb_reads_every_recipe(recipe: str) -> None:
+    for _, config in phases_of(composed(recipe)):
+        given = Budget(int(64e9 * config.stream.memory_share), "a machine of 64 GB")
+        as_it_is, _ = fitted(config.seed, config.sampler, range(config.optim.global_batch), config.stream, given)
+        assert as_it_is == config.stream  # no speed is taken from it either
+
+
+# Steps of the schedule, of its warm-up and the temperature's, and those that last layers and the backbone are frozen for.
+COUNTED = {
+    "demo": (300, 24, 0, 0, 0),
+    "dinov2_vitl16_short": (125000, 12500, 37500, 1250, 0),
+    "dinov2_vits14": (125000, 12500, 37500, 1250, 0),
+    "kaiko_vitb16_dino": (500400, 50040, 0, 5004, 0),
+    "kaiko_vitb8_dino": (500400, 50040, 0, 5004, 0),
+    "kaiko_vitl14_dinov2": (125000, 12500, 37500, 1250, 1250),
+    "kaiko_vits16_dino": (500400, 50040, 0, 5004, 0),
+    "kaiko_vits8_dino": (500400, 50040, 0, 5004, 0),
+    "midnight_vitg14": (500100, 16670, 50010, 1667, 1667),
+    "midnight_vitg14_392": (500100, 16670, 50010, 1667, 1667),
+    "one_gpu_hour": (7800, 234, 2100, 78, 78),
+    "openmidnight_vitg14": (137500, 12500, 37500, 1250, 0),
+}
+
+
+def counted(config: Any) -> tuple[int, ...]:
+    method = config.method
+    frozen = method.freeze_last_layer_steps, config.start.freeze_backbone_steps
+    return config.schedule.steps, config.schedule.warmup_steps, method.teacher_temp_warmup_steps, *frozen
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_warm_ups_and_freezes_keep_their_share_of_another_length(recipe: str) -> None:
+    own, steps = COUNTED[recipe], 2000
+    assert counted(composed(recipe)) == own
+    found = counted(composed(recipe, f"schedule.steps={steps}"))
+    assert found == (steps, *(round(count * steps / own[0]) for count in own[1:]))
+
+
+def test_what_is_given_stays_and_a_horizon_is_the_length() -> None:
+    found = composed("one_gpu_hour", "schedule.steps=20", "schedule.horizon=7800", "method.freeze_last_layer_steps=3")
+    assert counted(found) == (20, 234, 2100, 3, 78)
+
+
+def test_phases_keep_shares_of_their_own_length() -> None:
+    more = ["phase=[high_resolution,gram]", "schedule.steps=20", "phases.high_resolution.schedule.steps=300"]
+    _, (_, high), (_, gram) = phases_of(composed("midnight_vitg14", *more, "phases.gram.schedule.steps=80"))
+    assert high.schedule.warmup_steps == 10 and gram.method.gram.refresh_every == 20
+    assert phases_of(composed("demo", "phase=[gram]", "phases.gram.schedule.steps=1"))[1][1].method.gram.refresh_every == 1
 
 
 # What the papers and their code say (base rate, batch, effective rate, steps, last weight decay, first momentum, drop path).

@@ -1,24 +1,31 @@
 """A release is opened by timm alone, gives the checkpoint's features to the bit, and its card says what is known."""
 
 import json
+import re
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
 
 from histoscale.data.ranks import Ranks
+from histoscale.launch.run import execute
 from histoscale.pretrain.backbone import ModelConfig, build_backbone
 from histoscale.pretrain.checkpoint import CheckpointError, CheckpointState, read_checkpoint, write_checkpoint
-from histoscale.pretrain.release import ReleaseConfig, read_backbone, write_release
+from histoscale.pretrain.release import FILES, ReleaseConfig, default_mpp, read_backbone, write_release
 
 PLAIN = {"architecture": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "width": 48, "depth": 2, "heads": 3,
          "mlp_ratio": None, "registers": 0, "layer_scale": None, "drop_path": 0.0}  # fmt: skip
 REGISTERS = {**PLAIN, "architecture": "vit_small_patch14_reg4_dinov2", "patch_size": 16, "registers": 4, "layer_scale": 1e-5}
 SWIGLU = {**PLAIN, "architecture": "vit_giant_patch14_reg4_dinov2", "patch_size": 16, "registers": 4, "layer_scale": 1e-5}
-RELEASE = ReleaseConfig(name="tiny", branch="teacher", precision="fp32", license="cc-by-nc-4.0", embedding="cls+mean")
+IDENTITY_VIEWS = {"mean": [0.7, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+ROOT = Path(__file__).parent.parent
+RELEASE = ReleaseConfig(name="tiny", branch="teacher", license="cc-by-nc-4.0", embedding="cls+mean")
 
 
 def checkpoint(folder: Path, model: dict[str, Any]) -> CheckpointState:
@@ -32,8 +39,9 @@ def checkpoint(folder: Path, model: dict[str, Any]) -> CheckpointState:
         tensors[f"{branch}.head.w"] = torch.zeros(3)
     identity = {
         "model": model,
-        "views": {"mean": [0.7, 0.5, 0.6], "std": [0.2, 0.3, 0.25]},
-        "optim": {"global_batch": 24, "precision": "fp32"},
+        "views": IDENTITY_VIEWS,
+        "precision": "fp32",
+        "optim": {"global_batch": 24},
         "schedule": {"steps": 20},
         "facts": {
             "sampler": {"mpps": [0.5, 1.0], "weights": [1, 1], "patch_px": 32},
@@ -49,7 +57,7 @@ def checkpoint(folder: Path, model: dict[str, Any]) -> CheckpointState:
 @pytest.mark.parametrize("branch", ["teacher", "student"])
 def test_timm_gives_the_same_features(tmp_path: Path, model: dict[str, Any], branch: str) -> None:
     state = checkpoint(tmp_path / "run", model)
-    facts = write_release(state, tmp_path / "out", ReleaseConfig("tiny", branch, "fp32", "mit", "cls"), None)
+    facts = write_release(state, tmp_path / "out", "fp32", ReleaseConfig("tiny", branch, "mit", "cls"), None)
     vit = read_backbone(state, branch)
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -66,7 +74,7 @@ def test_timm_gives_the_same_features(tmp_path: Path, model: dict[str, Any], bra
 
 
 def test_preprocessing_licence_and_tag_are_ours(tmp_path: Path) -> None:
-    write_release(checkpoint(tmp_path / "run", REGISTERS), tmp_path / "out", RELEASE, None)
+    write_release(checkpoint(tmp_path / "run", REGISTERS), tmp_path / "out", "fp32", RELEASE, None)
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     data = timm.data.resolve_model_data_config(model)
     assert [list(data[name]) for name in ("mean", "std", "input_size")] == [[0.7, 0.5, 0.6], [0.2, 0.3, 0.25], [3, 32, 32]]
@@ -77,11 +85,11 @@ def test_preprocessing_licence_and_tag_are_ours(tmp_path: Path) -> None:
 
 def test_the_card_tells_what_was_measured_and_what_was_not(tmp_path: Path) -> None:
     state = checkpoint(tmp_path / "run", PLAIN)
-    write_release(state, tmp_path / "a", RELEASE, None)
+    write_release(state, tmp_path / "a", "fp32", RELEASE, None)
     assert "Not measured." in (tmp_path / "a/README.md").read_text()
     accuracy, auc = {"value": 0.81234, "low": 0.7, "high": 0.9}, {"value": 0.5, "low": None, "high": None}
     scores = {"probe": {"accuracy": accuracy, "auc": auc}}
-    write_release(state, tmp_path / "b", RELEASE, scores)
+    write_release(state, tmp_path / "b", "fp32", RELEASE, scores)
     card = (tmp_path / "b/README.md").read_text()
     assert "| probe.accuracy | 0.812 [0.700, 0.900] |" in card and "| probe.auc | 0.500 interval withheld |" in card
     assert card.startswith("---\nlicense: cc-by-nc-4.0\n") and "0.5, 1 um/px" in card and "slides: 7" in card
@@ -89,17 +97,17 @@ def test_the_card_tells_what_was_measured_and_what_was_not(tmp_path: Path) -> No
 
 
 def test_bf16_halves_the_file(tmp_path: Path) -> None:
-    half = ReleaseConfig("t", "teacher", "bf16", "mit", "cls")
-    facts = write_release(checkpoint(tmp_path / "run", PLAIN), tmp_path / "out", half, None)
+    facts = write_release(checkpoint(tmp_path / "run", PLAIN), tmp_path / "out", "bf16", RELEASE, None)
     assert {x.dtype for x in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
     assert facts["precision"] == "bf16"
 
 
 @pytest.mark.parametrize("wrong", [{"branch": "both"}, {"precision": "fp8"}, {"embedding": "max"}])
 def test_unknown_words_are_refused(tmp_path: Path, wrong: dict[str, str]) -> None:
-    words = {"name": "t", "branch": "teacher", "precision": "fp32", "license": "mit", "embedding": "cls", **wrong}
+    words = {"precision": "fp32", **asdict(RELEASE), **wrong}
+    precision, config = words.pop("precision"), ReleaseConfig(**words)
     with pytest.raises(ValueError, match=next(iter(wrong.values()))):
-        write_release(checkpoint(tmp_path / "run", PLAIN), tmp_path / "out", ReleaseConfig(**words), None)
+        write_release(checkpoint(tmp_path / "run", PLAIN), tmp_path / "out", precision, config, None)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -107,3 +115,116 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     state.facts["identity"]["model"]["depth"] = 3
     with pytest.raises(CheckpointError, match="do not fit"):
         read_backbone(state, "teacher")
+
+
+DEMO = {**PLAIN, "img_size": 64}
+SHAPES = {
+    "plain": PLAIN, "registers": REGISTERS, "swiglu": SWIGLU, "demo": DEMO,
+    "patch14": {**REGISTERS, "patch_size": 14, "img_size": 56},
+    "patch16_own_size": {**PLAIN, "patch_size": 16, "img_size": 96, "layer_scale": 1e-5},
+    "rotary": {**PLAIN, "architecture": "vit_small_patch16_dinov3", "patch_size": 16, "registers": 4, "layer_scale": 1e-5},
+}  # fmt: skip
+
+
+def code_of(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_timm_transformers_and_torch_hub_agree_and_the_card_runs_as_printed(
+    tmp_path: Path, shape: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, out = SHAPES[shape], tmp_path / "release"
+    write_release(checkpoint(tmp_path / "run", model), out, precision, RELEASE, None)
+    images = torch.randint(0, 256, (2, 3, model["img_size"], model["img_size"]), dtype=torch.uint8)
+    seen = transformers.AutoImageProcessor.from_pretrained(out)(list(images), return_tensors="pt")["pixel_values"]
+    mean, std = (torch.tensor(IDENTITY_VIEWS[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert torch.allclose(seen, (images / 255 - mean) / std, atol=1e-5)
+    ours = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    theirs = transformers.AutoModel.from_pretrained(out).eval()
+    hub = torch.hub.load(str(ROOT), "histoscale", str(out), source="local")
+    with torch.inference_mode():
+        tokens = ours.forward_features(seen)
+        assert torch.equal(theirs(seen).last_hidden_state, tokens) and torch.equal(hub.forward_features(seen), tokens)
+    memory = fsspec.filesystem("memory")
+    for path in out.iterdir():
+        memory.pipe(f"/{shape}-{precision}/{path.name}", path.read_bytes())
+    stored = torch.hub.load(str(ROOT), "histoscale", f"memory://{shape}-{precision}", source="local")
+    with torch.inference_mode():
+        assert torch.equal(stored.forward_features(seen), tokens)
+    own, told = (timm.data.resolve_model_data_config(model) for model in (ours, hub))
+    assert {name: list(own[name]) for name in ("mean", "std", "input_size")} == {
+        name: list(told[name]) for name in ("mean", "std", "input_size")
+    }
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    monkeypatch.chdir(out)
+    blocks = code_of((out / "README.md").read_text())
+    found = []
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        found.append(names["tokens"])
+    assert len(found) == 2 and found[0].shape == found[1].shape and torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_no_file_of_a_release_says_where_things_lay(tmp_path: Path) -> None:
+    state = checkpoint(tmp_path / "run", PLAIN)
+    places = [f"{tmp_path}/weights/model.safetensors", "~/w/model.safetensors", "az://secret/w/model.safetensors"]
+    for place in [*places, f"hf:{tmp_path}/weights/model.safetensors"]:
+        state.facts["identity"]["start"] = {"weights": place, "origin": "timm:vit_small", "ratio": "1/2"}
+        write_release(state, tmp_path / "out", "fp32", RELEASE, {"probe": {"encoder": place, "score": 0.5}})
+        recipe = json.loads((tmp_path / "out/MODEL.json").read_text())["recipe"]["start"]
+        assert recipe["weights"].endswith("model.safetensors")
+        assert (recipe["origin"], recipe["ratio"]) == ("timm:vit_small", "1/2")
+        for path in (tmp_path / "out").iterdir():
+            assert not any(text in path.read_bytes() for text in (str(tmp_path).encode(), b"secret", b"~/w"))
+
+
+@pytest.mark.parametrize(
+    ("mpps", "magnification", "expected"),
+    [([0.25, 0.5, 1.0], "discrete", 0.5), ([2.0, 1.0], "discrete", 1.0), ([0.25, 0.75], "discrete", 0.25),
+     ([0.25, 2.0], "log_uniform", 0.5), ([1.0, 2.0], "log_uniform", 1.0), ([], "discrete", None)],
+)  # fmt: skip
+def test_the_default_magnification_is_the_trained_one_nearest_half_a_micrometre(
+    mpps: list[float], magnification: str, expected: float | None
+) -> None:
+    assert default_mpp(mpps, magnification) == expected
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    return [f"checkpoint={tmp_path / 'run/step-20'}", f"out={tmp_path / 'out'}", "logging.progress=lines", *more]
+
+
+def test_the_folder_holds_a_release_alone_and_a_second_call_has_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path / "run", PLAIN)
+    assert execute("release", arguments(tmp_path)) == 0
+    said = capsys.readouterr().err
+    assert "README.md" in said and "next: histoscale embed encoder=" in said
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FILES)
+    record = tmp_path / ".out.run"
+    assert {"state.json", "config.yaml", "summary.json"} <= {path.name for path in record.iterdir()} and str(record) in said
+    weights = tmp_path / "out/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert execute("release", arguments(tmp_path)) == 0
+    assert "nothing to do" in capsys.readouterr().err and weights.stat().st_mtime_ns == before
+    weights.write_bytes(b"damaged")
+    assert execute("release", arguments(tmp_path)) == 0
+    timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    shutil.rmtree(tmp_path / "out")
+    assert execute("release", arguments(tmp_path)) == 0 and weights.exists()
+    assert execute("release", arguments(tmp_path, "precision=bf16")) == 2  # another result
+    assert "'fp32' there, 'bf16' now" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(tmp_path / "run", PLAIN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.docx").write_text("years")
+    assert execute("release", arguments(tmp_path)) == 2
+    assert "holds other things (thesis.docx)" in capsys.readouterr().err
+    (tmp_path / "out/thesis.docx").unlink()
+    assert execute("release", arguments(tmp_path, "precision=bf16")) == 0  # the refused call holds nothing to its keys

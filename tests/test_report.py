@@ -1,39 +1,32 @@
 """The page: self-contained, escaped, drawable; and what a run weighs."""
 
+import io
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from histoscale.eval.report import (
-    Section,
-    Table,
-    curves_figure,
-    interval_figure,
-    number,
-    patch_sheet,
-    picture,
-    write_report,
-)
-from histoscale.launch.footprint import Footprint, memory_bytes
+from histoscale.eval.drawings import Line, steps_plot
+from histoscale.eval.page import Chapter, Drawing, Picture, inline, write_page
+from histoscale.launch.demo_report import chance_words, difference_words, number
+from histoscale.launch.footprint import Footprint, memory_bytes, rss_bytes
 
 EVIL = '<script>document.title = "owned"</script>'
 
 
 @pytest.fixture
 def page(tmp_path: Path) -> Path:
-    rows = [{"step": i, "loss": 1.0 / (i + 1), "gone": None} for i in range(5)]
-    curves = curves_figure(rows, {EVIL: {"loss": "loss", "gone": "gone"}}, {EVIL: 0.5})
-    scores = {EVIL: {"value": 0.7, "low": 0.6, "high": 0.8}, "withheld": {"value": 0.5, "low": None}}
-    intervals = interval_figure(scores, "BA", 0.25)
-    pixels = picture(np.zeros((4, 4, 3), np.uint8), EVIL)
-    table = Table((EVIL,), [(EVIL,)], EVIL)
-    section = Section(EVIL, f"{EVIL}\n\nsecond", [table], [(curves, EVIL), (intervals, EVIL), (pixels, EVIL)])
-    write_report(tmp_path / "report.html", EVIL, EVIL, {EVIL: EVIL}, [section])
+    line = Line(EVIL, np.array([[0.0, 1.0], [5.0, 0.9], [10.0, 0.7]]), np.zeros((0, 2)), "ours")
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 30, 90)).save(picture, "png")
+    parts = [Drawing(steps_plot([line], EVIL, 1.0), EVIL), Picture(inline(picture.getvalue(), "png"), EVIL, EVIL)]
+    write_page(tmp_path / "report.html", EVIL, EVIL, {EVIL: EVIL}, [Chapter(EVIL, parts)])
     return tmp_path / "report.html"
 
 
@@ -42,7 +35,7 @@ def test_nothing_outside_the_file_and_nothing_unescaped(page: Path) -> None:
     assert "<script" not in text and "&lt;script&gt;" in text
     links = re.findall(r"(?:src|href)=\"([^\"]*)", text)
     assert links and all(link.startswith(("data:", "#")) for link in links)
-    assert text.count("<svg") == 2 and text.count("<p>") >= 2
+    assert text.count("<svg") == 1 and text.count("<img") == 1
     assert list(page.parent.iterdir()) == [page]  # no partial file stays
 
 
@@ -62,18 +55,16 @@ def test_a_browser_draws_it(page: Path, tmp_path: Path) -> None:
     assert len(np.unique(np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3), axis=0)) > 50
 
 
-def test_numbers_say_why_an_interval_is_missing() -> None:
+def test_scores_are_told_with_what_may_be_chance() -> None:
     assert number({"value": 0.81234, "low": 0.7, "high": 0.9}) == "0.812 [0.700, 0.900]"
-    assert number({"value": 0.5, "low": None, "high": None, "note": "withheld: 7 patients"}) == "0.500 [withheld: 7 patients]"
+    assert number({"value": 0.5, "low": None, "high": None, "note": "withheld: 7 patients"}) == "0.500 [withheld]"
     assert number(None) == number({"value": None}) == "–"
-
-
-def test_patches_stand_in_reading_order() -> None:
-    patches = np.stack([np.full((3, 2, 2), i, np.uint8) for i in range(5)])
-    sheet = patch_sheet(patches, columns=3, gap_px=1)
-    assert sheet.shape == (5, 8, 3)
-    assert [int(sheet[y, x, 0]) for y, x in ((0, 0), (0, 3), (0, 6), (3, 0), (3, 3))] == [0, 1, 2, 3, 4]
-    assert (sheet[2] == 255).all() and (sheet[3:, 6:] == 255).all()
+    assert difference_words({"value": 0.1, "low": 0.05, "high": 0.15}) == "+0.100 [+0.050, +0.150]"
+    assert difference_words({"value": 0.1, "low": -0.05, "high": 0.15}).endswith("which may be chance")
+    said = {"It is better": (0.7, 0.55, 0.85), "It is worse": (0.3, 0.2, 0.4), "Its interval holds": (0.6, 0.4, 0.8)}
+    for words, (value, low, high) in said.items():
+        assert chance_words({"value": value, "low": low, "high": high}).startswith(words)
+    assert chance_words({"value": 0.9, "low": None, "high": None}).startswith("Without an interval")
 
 
 def test_footprint_sees_what_a_stage_held() -> None:
@@ -88,3 +79,14 @@ def test_footprint_sees_what_a_stage_held() -> None:
     big, small = footprint.stages
     assert big.peak_bytes > before + (150 << 20) > small.peak_bytes
     assert big.seconds > 0
+
+
+def test_a_footprint_holds_the_children_of_a_stage() -> None:
+    hold = "import sys; held = b'x' * (100 << 20); print('up', flush=True); sys.stdin.read()"
+    before, footprint = rss_bytes(os.getpid()), Footprint(0.01)
+    with footprint.stage("child"), subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "up\n"
+        assert rss_bytes(os.getpid()) > before + (90 << 20)
+        footprint._look()
+        child.communicate()
+    assert footprint.stages[0].peak_bytes > 90 << 20

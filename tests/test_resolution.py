@@ -118,8 +118,8 @@ def test_equal_scales_are_one_view_and_others_are_not() -> None:
 
 
 @pytest.mark.parametrize("config, mpp, words", [
-    (ResolutionConfig("crop", None), 0.5, "resolution.name is 'crop': expected one of resize, eva, native"),
-    (ResolutionConfig("eva", 0.5), 0.5, "only native has a target, set null for eva"),
+    (ResolutionConfig("crop", None), 0.5, "resolution is 'crop': expected one of resize, eva, native"),
+    (ResolutionConfig("eva", 0.5), 0.5, "only resolution=native has a target, set null for eva"),
     (ResolutionConfig("native", 0.5), None, "unknown: set dataset.mpp="),
     (ResolutionConfig("native", 0.0), 0.5, "above 0"),
 ])  # fmt: skip

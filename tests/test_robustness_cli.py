@@ -82,7 +82,7 @@ def arguments(root: Path, out: Path, *more: str) -> list[str]:
         "perturbations.haematoxylin=[-0.2,0.2]", "perturbations.eosin=[0]", "perturbations.blur_px=[2]",
         "perturbations.jpeg=[20]", "perturbations.downscale=[4]", "registration.top=[1,10]", "methods.macenko.light.pixels=200",
         "methods.reinhard.light.pixels=200", "normalisations=[none,macenko,reinhard]", "probe.penalties=[1,0.1,0.01]",
-        "logging.progress=off", "device=cpu", f"out={out}", *more,
+        "logging.progress=off", "precision=fp32", "hardware.device=cpu", f"out={out}", *more,
     ]  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_all_is_embedded_before_anything_is_measured_and_ranks_wait(
     more = ["measures=[index,curves]", "normalisations=[reinhard]", "perturbations.haematoxylin=[-5]", "initialisations=1"]
     more += [f"perturbations.{kind}=[]" for kind in ("eosin", "blur_px", "jpeg", "downscale")]
     found = invoke("robustness", arguments(tissue, tmp_path / "out", *more))["robustness"]
-    assert calls == ["embed_patches"] * 3 + ["structure"] * 3 + ["compare"] * 3 and waits == [7 * 86400.0]
+    assert calls == ["embed_patches"] * 4 + ["structure"] * 3 + ["compare"] * 3 and waits == [7 * 86400.0]
     refused = [remark for remark in found["remarks"] if "cannot be fitted" in remark]  # glass, after such a shift
     assert len(refused) == 1 and refused[0].startswith("reinhard cannot be fitted on 20 slides under haematoxylin -5")
 
@@ -240,6 +240,8 @@ def test_the_page_opens_in_a_browser(run: tuple[Path, dict[str, Any]], tmp_path:
     (["encoder=colour"], "stands beside every encoder as a floor"),
     (["perturbations.jpeg=[0]"], "perturbations.jpeg has 0: expected whole qualities of 1 to 100"),
     (["robustness.confounding.train=0.95"], "confounding.choose is 0.1"),
+    (["resolution=nativ"], "resolution is 'nativ': expected one of resize, eva, native"),
+    (["grid.mpp=0.5"], "only resolution=native has a target"),
     (["dataset=consep"], "dataset=consep has no class a patch"),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(

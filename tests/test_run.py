@@ -1,6 +1,7 @@
 """The way every command runs: composing, refusing, continuing, exit codes."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from histoscale.data.journal import Journal, JournalConfig, scrub
-from histoscale.launch import cli
+from histoscale.data.journal import Journal, JournalConfig
+from histoscale.launch import cli, lease
 from histoscale.launch import config as config_module
 from histoscale.launch import run as run_module
 from histoscale.launch.config import COMMANDS, Composed, ConfigError, load, schema_keys
@@ -40,10 +41,12 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise ValueError("size is negative")
         return {"toy": {"size": config.size}}
 
+    module.MADE = ("made*.txt",)  # type: ignore[attr-defined]
+    module.HOLDS = ("half-made",)  # type: ignore[attr-defined]
     module.run = work  # type: ignore[attr-defined]
 
     def compose(command: str, overrides: list[str]) -> Composed:
-        values: dict[str, Any] = {"size": 1, "workers": 0, "out": "", "logging": {"progress": "off"}}
+        values: dict[str, Any] = {"size": 1, "workers": 0, "out": "outputs/toy", "logging": {"progress": "off"}}
         values.update((k, type(values[k])(v)) for k, v in (o.split("=") for o in overrides))
         logging = JournalConfig(progress="off", interval_s=1, wandb="off", wandb_project="t", tensorboard=False)
         return Composed(module, ToyConfig(values["size"], values["workers"], values["out"], logging), values)
@@ -83,8 +86,68 @@ def test_changed_speed_keys_are_noted(toy: list[int], tmp_path: Path) -> None:
     assert rows == [{"changed": {"workers": [0, 5]}}]
 
 
+def test_a_result_without_a_given_folder_finds_its_own(
+    toy: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/toy-broken").mkdir(parents=True)
+    Path("outputs/toy-broken/state.json").write_text("{")  # another's trouble
+    for size in (3, 4, 5, 4, 3, 5):
+        assert invoke("toy", [f"size={size}"])["toy"] == {"size": size}
+    assert toy == [3, 4, 5]
+    assert sorted(path.name for path in Path("outputs").iterdir()) == ["toy", "toy-broken", "toy-size-4", "toy-size-5"]
+    with pytest.raises(Refused, match=r"size: 3 there, 6 now.*such as out=outputs/toy-size-6, or the old values"):
+        invoke("toy", ["size=6", "out=outputs/toy"])
+
+
+def test_a_default_folder_in_use_is_left_alone(toy: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    invoke("toy", ["size=3"])
+    (tmp_path / "outputs/toy/state.json").write_text(
+        (tmp_path / "outputs/toy/state.json").read_text().replace('"done"', '"running"').replace("true", "false")
+    )
+    with lease.alone(tmp_path / "outputs/toy", print):  # another one, that has not made anything yet
+        assert invoke("toy", ["size=4"])["toy"] == {"size": 4}
+        with pytest.raises(Refused, match="another run is writing to outputs/toy"):
+            invoke("toy", ["size=3"])
+    assert (tmp_path / "outputs/toy-size-4/summary.json").exists()
+
+
+def test_what_was_there_before_is_no_leftover(toy: list[int], tmp_path: Path) -> None:
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "made.txt").write_text("mine")
+    for size in (-1, -2):
+        with pytest.raises(ValueError):
+            invoke("toy", [f"size={size}", f"out={out}"])
+        (out / "notes.txt").write_text("mine too")
+        (out / "made-more.txt").write_text("left by the command")
+    assert invoke("toy", ["size=2", f"out={out}"])["toy"] == {"size": 2}
+    assert {path.name for path in out.glob("*.txt")} == {"made.txt", "notes.txt"}
+
+
+@pytest.mark.parametrize("harm", ["edited", "gone"])
+def test_a_summary_that_the_run_did_not_write_is_refused(toy: list[int], tmp_path: Path, harm: str) -> None:
+    out = tmp_path / "o"
+    invoke("toy", ["size=3", f"out={out}"])
+    text = (out / "summary.json").read_text()
+    (out / "summary.json").unlink()
+    if harm == "edited":
+        (out / "summary.json").write_text(text.replace("3", "4"))
+    with pytest.raises(Refused, match=r"summary.json is (gone|not as the run wrote it)"):
+        invoke("toy", ["size=3", f"out={out}"])
+    (out / "summary.json").write_text(text)
+    assert invoke("toy", ["size=3", f"out={out}"])["toy"] == {"size": 3}
+
+
+def test_a_damaged_state_is_named(toy: list[int], tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(Refused, match=r"state.json is damaged"):
+        invoke("toy", ["size=3", f"out={tmp_path}"])
+
+
 def test_two_runs_do_not_share_a_folder(toy: list[int], tmp_path: Path) -> None:
-    with run_module._alone(tmp_path / "o", True), pytest.raises(Refused, match="another run"):
+    with lease.alone(tmp_path / "o", print), pytest.raises(Refused, match="another run"):
         invoke("toy", [f"out={tmp_path / 'o'}"])
 
 
@@ -153,28 +216,42 @@ def test_command_line_from_a_shell(tmp_path: Path) -> None:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert "did you mean 'pretrain'" in histoscale("pretran").stderr
+    missing = histoscale("doctor", "out=d", "store=none.svs")
+    assert missing.returncode == 2 and "FAIL store" in missing.stdout and "none.svs: no such file" in missing.stderr
     good = histoscale("doctor", "out=d")
     assert good.returncode == 0 and "OpenSlide" in good.stdout
     assert json.loads((tmp_path / "d" / "summary.json").read_text())["doctor"]["openslide"]["ok"]
+    assert "store" not in json.loads((tmp_path / "d" / "summary.json").read_text())["doctor"]  # it was not asked for again
     bad = histoscale("doctor", "otu=d")
     assert bad.returncode == 2 and len(bad.stderr.strip().splitlines()) == 1 and "did you mean 'out'" in bad.stderr
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "https://a.blob.core.windows.net/c/x.svs?sv=2024&sig=SECRET%3D",
-        "account_key: SECRET",
-        "{'aws_secret_access_key': 'SECRET', 'x': 1}",
-        "connection_string=SECRET",
-        "https://user:SECRET@host/x",
-        "Authorization: Bearer SECRET",
-    ],
-)
-def test_credentials_are_scrubbed(text: str) -> None:
-    assert "SECRET" not in scrub(text)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_that_was_deleted_meanwhile_holds_no_result(
+    toy: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    out = tmp_path / "o"
+
+    def run(config: ToyConfig, journal: Journal) -> dict[str, Any]:
+        shutil.rmtree(out)
+        out.mkdir()  # by what writes into it
+        (out / "made.txt").touch()
+        if fails:
+            raise FileNotFoundError("of half a file")
+        return {}
+
+    monkeypatch.setattr(run_module.load("toy", []).module, "run", run)
+    with pytest.raises(lease.Lost, match=f"^{out} was deleted or moved while this run wrote to it"):
+        invoke("toy", ["size=1", f"out={out}"])
+    assert [path.name for path in out.iterdir()] == ["made.txt"]
 
 
-def test_scrubbing_leaves_ordinary_text() -> None:
-    text = "step: 3, se_loss 0.5, mpp 0.25, slides at az://container/slide.svs"
-    assert scrub(text) == text
+def test_what_a_killed_run_left_half_written_goes(toy: list[int], tmp_path: Path) -> None:
+    invoke("toy", ["size=3", f"out={tmp_path}"])
+    state = tmp_path / "state.json"
+    state.write_text(state.read_text().replace('"done"', '"running"'))  # as SIGKILL leaves it
+    (tmp_path / "deep").mkdir()
+    for name in ("summary.json.4194305.partial", "deep/a.7.partial", "notes.partial", "a.b.partial"):
+        (tmp_path / name).touch()
+    assert invoke("toy", ["size=3", f"out={tmp_path}"])["toy"] == {"size": 3}
+    assert sorted(path.name for path in tmp_path.rglob("*.partial")) == ["a.b.partial", "notes.partial"]

@@ -14,10 +14,11 @@ from histoscale.data.catalog import Catalog
 from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import read_manifest
+from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.storage import Store
-from histoscale.data.stream import Batch, Stream, StreamConfig
+from histoscale.data.stream import Batch, Stream
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.visit import SlideSource
 

@@ -58,5 +58,5 @@ def test_a_horizon_beyond_the_run_leaves_it_on_its_way(preset: str) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="schedule.preset='cosine'"):
         cosine(0, ScheduleConfig("cosine", T, W, None, True), W, 0, 1, 0)
-    with pytest.raises(ValueError, match="60 steps does not fit"):
+    with pytest.raises(ValueError, match="warmup_steps=60 does not fit"):
         cosine(0, ScheduleConfig("d2_v1", T, 60, None, True), 60, 0, 1, 0)

@@ -35,7 +35,7 @@ CONFIG = SegmentConfig(
     ),
     honest=HonestConfig(folds=3, every=8, patience=3),
     eva_patience={"squares": 3, "monusac": 2, "consep": 2},
-    feed=FeedConfig(tokens="fp32", crops=2, encode_batch=8, piece=5, images_in_memory=4),
+    feed=FeedConfig(tokens="fp32", crops=2, piece=5, images_in_memory=4),
     examples=2,
 )  # fmt: skip
 CELL = 8  # px of a token of the test's encoder
@@ -77,7 +77,8 @@ def middles(name: str = "middles", side: int = 32, blind: bool = False) -> Encod
         return found.mean(dim=1), found
 
     device = torch.device("cpu")
-    return Encoder(name, 3, side, (), None, None, (0.5,) * 3, (0.5,) * 3, "bicubic", "fp32", name, device, nn.Identity(), tokens)
+    half, model = (0.5,) * 3, nn.Identity()
+    return Encoder(name, 3, side, (), None, None, None, half, half, "bicubic", "fp32", name, device, model, tokens)
 
 
 Run = Callable[..., Segmentation]
@@ -89,7 +90,7 @@ def run(tmp_path: Path, journal: Journal) -> Run:
         masks: LabelledMasks, config: SegmentConfig = CONFIG, folder: str = "features", untrained: bool = True
     ) -> Segmentation:
         floor = [middles("blind", blind=True)] if untrained else []
-        return run_segmentation([middles()], floor, masks, config, INTERVAL, tmp_path / folder, journal)
+        return run_segmentation([middles()], floor, masks, config, INTERVAL, 8, tmp_path / folder, journal)
 
     return called
 
@@ -174,7 +175,7 @@ def test_fp16_tokens_take_half_and_are_refused_where_they_overflow(run: Run, tmp
     hot = middles("hot")
     loud = replace(hot, tokens=lambda pixels: tuple(x * 1e6 for x in hot.tokens(pixels)))  # type: ignore[arg-type]
     with pytest.raises(SegmentError, match="which fp16 cannot hold: set segment.feed.tokens=fp32"):
-        run_segmentation([loud], [], squares(), halves, INTERVAL, tmp_path / "hot", journal)
+        run_segmentation([loud], [], squares(), halves, INTERVAL, 8, tmp_path / "hot", journal)
 
 
 def test_evas_fit_ends_by_its_patience_and_only_sees_whole_epochs(run: Run) -> None:
@@ -194,23 +195,23 @@ def test_a_real_network_on_monusac_with_its_ambiguous_zones(tmp_path: Path, jour
     masks = open_monusac(tmp_path / "data", fixtures.MONUSAC)
     architecture = Architecture(
         "timm", "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-        32, (0.5,) * 3, (0.5,) * 3, "bicubic", (), None, None,
+        32, (0.5,) * 3, (0.5,) * 3, "bicubic", (), None, None, None,
     )  # fmt: skip
     torch.manual_seed(0)
     encoder = encoder_of(architecture.build(), architecture, "tiny", torch.device("cpu"), "fp32")
     small = replace(CONFIG, fit=replace(CONFIG.fit, steps=4, runs=1), honest=HonestConfig(3, 2, 2))
-    kept = run_segmentation([encoder], [], masks, small, INTERVAL, tmp_path / "features", journal)
+    kept = run_segmentation([encoder], [], masks, small, INTERVAL, 8, tmp_path / "features", journal)
     honest = of(kept.scores, encoder="tiny", protocol="honest", metric="monai_dice")
     assert honest.interval.low is None and "3 patients" in honest.interval.note and "2 crops an image, drawn once" in honest.note
     eva = of(kept.scores, encoder="tiny", protocol="eva", metric="monai_dice")
     assert "a defect of eva 0.4.5" in eva.note and "defect" not in honest.note
     assert honest.effective_mpp == pytest.approx(0.25 * 60 / 32)
     fresh = replace(small, feed=replace(small.feed, crops=None))
-    first, again = (run_segmentation([encoder], [], masks, fresh, INTERVAL, tmp_path / "f", journal) for _ in range(2))
+    first, again = (run_segmentation([encoder], [], masks, fresh, INTERVAL, 8, tmp_path / "f", journal) for _ in range(2))
     assert first.fits == again.fits != kept.fits
     assert "crops" not in of(first.scores, encoder="tiny", protocol="honest", metric="dice").note
     # The first two epochs of fresh crops are the crops that are kept.
-    one, two = (Material(masks, 32, 0, c.feed, tmp_path / "m", journal) for c in (small, fresh))
+    one, two = (Material(masks, 32, 0, c.feed, 8, tmp_path / "m", journal) for c in (small, fresh))
     for epoch in (0, 1):
         pair = [m.feeds(encoder, torch.device("cpu"), False)[0](np.array([2, 0]), epoch) for m in (one, two)]
         torch.testing.assert_close(pair[0].tokens, pair[1].tokens, atol=1e-5, rtol=1e-5)
@@ -221,7 +222,7 @@ def test_on_consep_images_are_drawn_and_the_interval_says_images(tmp_path: Path,
     fixtures.write_consep(tmp_path / "data", train=3, test=10)
     masks = open_consep(tmp_path / "data", fixtures.CONSEP)
     small = replace(CONFIG, fit=replace(CONFIG.fit, steps=2, runs=1), honest=HonestConfig(3, 2, 1))
-    found = run_segmentation([middles()], [], masks, small, INTERVAL, tmp_path / "features", journal)
+    found = run_segmentation([middles()], [], masks, small, INTERVAL, 8, tmp_path / "features", journal)
     score = of(found.scores, encoder="middles", protocol="honest", metric="dice")
     assert score.groups == "image" and score.interval.note.startswith("warning: 10 images, t-interval on image-level")
     assert score.effective_mpp == pytest.approx(0.25 * 250 / 32) and score.field_um == pytest.approx(62.5)
@@ -295,7 +296,7 @@ def test_what_cannot_be_is_said(run: Run, tmp_path: Path, journal: Journal, stor
         with pytest.raises(SegmentError, match=match):
             run(masks, replace(CONFIG, **change))
     with pytest.raises(SegmentError, match="colour is a floor"):
-        run_segmentation([open_encoder("colour", store)], [], masks, CONFIG, INTERVAL, tmp_path, journal)  # type: ignore[arg-type]
+        run_segmentation([open_encoder("colour", store)], [], masks, CONFIG, INTERVAL, 8, tmp_path, journal)  # type: ignore[arg-type]
     empty = replace(masks, read=lambda row: (masks.read(row)[0], np.zeros((32, 32), np.int64)), hash="empty")
     with pytest.raises(SegmentError, match="no training image holds a pixel of foreground"):
         run(empty, replace(CONFIG, protocols=["honest"]))

@@ -175,7 +175,7 @@ def test_tiles_are_nested_and_keyed_by_slide() -> None:
 def slides(tmp_path_factory: pytest.TempPathFactory, tissue_config: TissueConfig) -> Iterator[tuple[Path, Catalog, Store]]:
     """20 patients of seven codes and five hospitals, a diagnostic slide each; two also have a frozen one, one has two."""
     folder = tmp_path_factory.mktemp("tcga")
-    store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0))
+    store = Store(StorageConfig({}, "fsspec", str(folder / "cache"), 1 << 30, 20.0, 5.0, 60.0))
     names = [slide_of(patient) for patient in PATIENTS]
     names += [f"{PATIENTS[0]}-01A-01-TS1.f", f"{PATIENTS[1]}-01A-01-BS1.f", slide_of(PATIENTS[2]).replace("DX1", "DX2")]
     tissue = tissue_pixels(1400, 920, whole=True)

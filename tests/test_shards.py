@@ -16,11 +16,12 @@ import yaml
 from PIL import Image
 
 from histoscale.data.keys import key
+from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig, Visit
 from histoscale.data.shards import Shards, TilesError, shards_of
 from histoscale.data.storage import StorageError, Store
-from histoscale.data.stream import Batch, Stream, StreamConfig
+from histoscale.data.stream import Batch, Stream
 from histoscale.data.tiles import TileSource, open_tiles
 from histoscale.data.visit import VisitFailed
 from histoscale.launch.loopback import Server

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Page, needs_chromium, visit
+from browser import Page, in_the_dark, needs_chromium, visit
 from evidence_cases import evidence_config, grid, open_slide, softmax_case
 from PIL import Image
 from pyarrow.parquet import read_table
@@ -19,7 +19,7 @@ from histoscale.data.storage import StorageConfig, Store
 from histoscale.eval.annotations import Annotations, Polygon
 from histoscale.eval.evidence.case import Case, Finding, Measured
 from histoscale.eval.evidence.measure import extremes, measure_deletion, pooled
-from histoscale.eval.evidence.page import About
+from histoscale.eval.evidence.page import About, write_index
 from histoscale.eval.evidence.verdicts import VerdictError, count_verdicts, read_verdicts
 from histoscale.eval.evidence.write import EvidenceError, choose, write_slide_pages
 from histoscale.eval.scores.interval import IntervalConfig
@@ -41,10 +41,11 @@ def two_cases(folder: Path, store: Store, make_slide: Callable[..., Path]) -> li
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory, make_slide: Callable[..., Path]) -> tuple[Path, list[Measured]]:
     home = tmp_path_factory.mktemp("pages")
-    store = Store(StorageConfig({}, "fsspec", str(home / "cache"), 1 << 20, 5.0, 5.0))
+    store = Store(StorageConfig({}, "fsspec", str(home / "cache"), 1 << 20, 5.0, 5.0, 60.0))
     folder = home / "slides"
     counted: list[int] = []
-    measured = write_slide_pages(folder, two_cases(home, store, make_slide), ABOUT, evidence_config(), lambda: counted.append(1))
+    cases = two_cases(home, store, make_slide)
+    measured = write_slide_pages(folder, cases, ABOUT, evidence_config(), 1, lambda: counted.append(1))
     assert len(counted) == 2
     return folder, measured
 
@@ -63,6 +64,27 @@ def test_a_slide_gets_all_its_files_and_measures(pages: tuple[Path, list[Measure
     assert first.artefacts["glass"][1] > 0.2  # the slide's border is glass, and all of it was tiled
     assert json.loads(json.dumps(first.as_dict()))["beats_random"]["attention"] <= 1
     assert set(second.gains) == {"attention", "contribution"}  # a model without occlusion
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", ["index.html", "s1/page.html"])
+def test_pages_are_dark_where_the_reader_is_and_no_table_is_cut(
+    pages: tuple[Path, list[Measured]], tmp_path: Path, name: str
+) -> None:
+    wider, paper, ink = in_the_dark(pages[0] / name, tmp_path / "profile")
+    assert wider <= 0 and paper < 0.2 and ink > 0.8
+
+
+@pytest.mark.parametrize(
+    ("sweeping", "said"), [("every", ">flagged, as every slide is<"), ("no", ">not flagged, as no slide is<"), ("", ">flagged<")]
+)
+def test_the_list_says_where_flags_sort_nothing(tmp_path: Path, sweeping: str, said: str) -> None:
+    finding = Finding(0.5, "score 0.500 for tumour", "", sweeping != "no", 1.0, sweeping)
+    one = Measured("s", "p", 3, finding, {"pen": (0.1, 0.1)}, None, {"attention": 0.1}, {"attention": 1.0}, "s/overlay.png", "")
+    write_index(tmp_path / "index.html", ABOUT, [one, one])
+    page = (tmp_path / "index.html").read_text()
+    assert page.count(f"The model's rule flags {sweeping} slide that it reads") == bool(sweeping)
+    assert (said in page) and ('class="flag"' in page) == (not sweeping)
 
 
 def test_pages_need_nothing_from_outside_and_escape_names(pages: tuple[Path, list[Measured]]) -> None:
@@ -145,8 +167,9 @@ def test_hostile_names_stay_text_and_the_index_sorts(pages: tuple[Path, list[Mea
         await page.run("document.querySelectorAll('th button')[2].click()")
         up = await page.run(order)
         await page.run("document.querySelectorAll('th button')[2].click()")
+        page.events.clear()  # of the list's own loading
         await page.run("document.querySelector('tbody a[href*=s1]').click()")
-        await page.wait("Page.frameNavigated")
+        await page.wait("Page.loadEventFired")
         return pictures, before, up, await page.run(order)
 
     pictures, before, up, _ = visit(folder / "index.html", tmp_path / "two", sort)
@@ -155,7 +178,7 @@ def test_hostile_names_stay_text_and_the_index_sorts(pages: tuple[Path, list[Mea
 
 def test_without_slides_the_raw_files_alone(tmp_path: Path) -> None:
     case = softmax_case(None, grid(640, 640, 64), 64)
-    (measured,) = write_slide_pages(tmp_path / "slides", [case], ABOUT, evidence_config(), lambda: None)
+    (measured,) = write_slide_pages(tmp_path / "slides", [case], ABOUT, evidence_config(), 1, lambda: None)
     assert {path.name for path in (tmp_path / "slides/s1").iterdir()} == {"tiles.parquet", "heatmap.geojson"}
     assert measured.artefacts is None and measured.picture == "" and not (tmp_path / "slides/index.html").exists()
 
@@ -164,14 +187,14 @@ def test_without_slides_the_raw_files_alone(tmp_path: Path) -> None:
 def test_ids_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     case = softmax_case(None, grid(256, 256, 64), 64, name)
     with pytest.raises(EvidenceError, match="leaves the folder"):
-        write_slide_pages(tmp_path / "slides", [case], ABOUT, evidence_config(), lambda: None)
+        write_slide_pages(tmp_path / "slides", [case], ABOUT, evidence_config(), 1, lambda: None)
     assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_files_are_the_same_again(tmp_path: Path, store: Store, make_slide: Callable[..., Path]) -> None:
     cases = two_cases(tmp_path, store, make_slide)[:1]
     for name in ("one", "two"):
-        write_slide_pages(tmp_path / name, cases, ABOUT, evidence_config(), lambda: None)
+        write_slide_pages(tmp_path / name, cases, ABOUT, evidence_config(), 1, lambda: None)
     for path in (tmp_path / "one/s1").iterdir():
         assert path.read_bytes() == (tmp_path / "two/s1" / path.name).read_bytes(), path.name
 

@@ -15,17 +15,18 @@ from histoscale.data.catalog import Catalog
 from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
 from histoscale.data.manifest import read_manifest
+from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Stream, StreamConfig, StreamError
+from histoscale.data.stream import Stream, StreamError
 from histoscale.data.tissue import TissueConfig
 from histoscale.data.visit import SlideSource
 from histoscale.launch.loopback import Proxy, proxy, range_server
 
 ROOT = Path(__file__).resolve().parents[1]
-READING = StreamConfig(workers=0, prefetch=1, in_flight=4, threads=2, memory_gb=1, max_lost=0.5)
+READING = StreamConfig(workers=0, prefetch=1, in_flight=4, threads=2, memory_gb=1, memory_share=1.0, max_lost=0.5)
 SLIDES, STEPS, BATCH = 4, 30, 16
 
 
@@ -46,7 +47,7 @@ def sampler() -> SamplerConfig:
 
 @pytest.fixture
 def patient(tmp_path: Path) -> Store:
-    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, deadline_s=60, request_timeout_s=2))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, deadline_s=60, request_timeout_s=2, decode_s=60))
 
 
 @pytest.fixture
@@ -124,13 +125,14 @@ def test_a_credential_that_expires_ends_in_one_clear_error(
     assert time.monotonic() - started < 30 and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "fault", "words"), [(0, "throttle", "503"), (2, "throttle", "503"), (2, "stall", "Timeout")])
 def test_a_store_that_fails_for_good_stops_the_run_with_the_slide_and_the_cause(
-    catalog: Catalog, patient: Store, sampler: SamplerConfig, far: Proxy, tmp_path: Path, workers: int
+    catalog: Catalog, patient: Store, sampler: SamplerConfig, far: Proxy, tmp_path: Path, workers: int, fault: str, words: str
 ) -> None:
+    """Also one that takes every request and answers none."""
     hasty = Store(replace(patient.config, deadline_s=3.0))
-    with pytest.raises(StreamError, match=r"slide s\d: .*503"):
-        read(catalog, hasty, sampler, workers, {3: lambda: far.set(throttle=1.0)}, tmp_path / "lost.jsonl")
+    with pytest.raises(StreamError, match=rf"slide s\d: .*storage.deadline_s=3.*{words}"):
+        read(catalog, hasty, sampler, workers, {3: lambda: far.set(**{fault: 1.0})}, tmp_path / "lost.jsonl")
     assert not (tmp_path / "lost.jsonl").exists()  # an outage is nobody's lost visit
 
 

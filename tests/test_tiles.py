@@ -13,10 +13,11 @@ import yaml
 from PIL import Image
 
 from histoscale.data.keys import key
+from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig, Visit
 from histoscale.data.storage import StorageConfig, Store
-from histoscale.data.stream import Stream, StreamConfig
+from histoscale.data.stream import Stream
 from histoscale.data.tiles import TilesError, TileSource, open_tiles
 from histoscale.data.visit import VisitFailed
 
@@ -33,7 +34,7 @@ def sampler() -> SamplerConfig:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Store:
-    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 5.0, 5.0))
+    return Store(StorageConfig({}, "fsspec", str(tmp_path / "cache"), 1 << 30, 5.0, 5.0, 60.0))
 
 
 def tile(number: int, side: int = 24) -> np.ndarray:
@@ -141,9 +142,40 @@ def test_the_same_stream_reads_tiles(folder: Path, files: Store, sampler: Sample
     plan = Plan(1, 4, sampler, source.table())
     found = []
     for workers in (0, 2):
-        reading = StreamConfig(workers=workers, prefetch=1, in_flight=2, threads=1, memory_gb=1, max_lost=0.1)
+        reading = StreamConfig(workers=workers, prefetch=1, in_flight=2, threads=1, memory_gb=1, memory_share=1.0, max_lost=0.1)
         with Stream(plan, source, reading) as stream:
             found.append([next(stream) for _ in range(10)])
     for one, other in zip(*found, strict=True):
         assert one.pixels.numpy().tobytes() == other.pixels.numpy().tobytes()
         assert one.x.tolist() == other.x.tolist() == one.pixels[:, 0, 0, 0].tolist()
+
+
+def test_tiles_name_what_they_pass_over(folder: Path, sampler: SamplerConfig, files: Store) -> None:
+    for name in ("s1/a.jp2", "s1/b.jp2", "s3/list.csv", "tables/x.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    notes = open_tiles(str(folder), "^(.+)/", sampler, files).notes
+    assert len(notes) == 1 and notes[0].startswith("4 files are no pictures")
+    assert notes[0].endswith("s1: 2 .jp2; s3: 1 .csv; tables: 1 .csv")
+    (folder / "s4").mkdir()
+    (folder / "s4/a.jp2").write_bytes(b"x")
+    with pytest.raises(TilesError, match=r"1 folders hold images and none that is read \(s4: 1 .jp2\)"):
+        open_tiles(str(folder), "^(.+)/", sampler, files)
+
+
+def test_patients_of_tiles_are_one_however_they_are_written(tmp_path: Path, sampler: SamplerConfig, files: Store) -> None:
+    rows = [
+        {"slide_id": slide, "image": encoded(tile(i)), "patient_id": patient, "site": site, "mpp": mpp}
+        for i, (slide, patient, site, mpp) in enumerate(
+            [("a", "P1", "North", "0.5"), ("b", "p1 ", "north", "NA"), ("c", "nan", None, "0.5"), ("d", None, "NaN", None)]
+        )
+    ]
+    path = tmp_path / "tiles.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    source = open_tiles(str(path), "", sampler, files)
+    table = source.table()
+    assert list(table.patients) == ["P1", "P1", "c", "d"] and list(table.sites) == ["North", "North", "", ""]
+    assert np.isnan(source.mpp[[1, 3]]).all() and len(source.notes) == 2 and table.eligible.all()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], "slide_id": "NA"}, *rows[1:]]), path)
+    with pytest.raises(TilesError, match="1 of 4 tiles have no slide_id"):
+        open_tiles(str(path), "", sampler, files)

@@ -1,13 +1,16 @@
 """Rows reach TensorBoard and Weights & Biases as written, from rank 0 alone, and never need the network."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from histoscale.data import secrets
 from histoscale.data.journal import Journal, JournalConfig
+from histoscale.data.secrets import hide_options
 from histoscale.launch.trackers import TrackerError, tracked, wandb_mode
 
 CONFIG = JournalConfig("off", 10, "off", "test", False)
@@ -63,8 +66,14 @@ def test_wandb_keeps_the_rows_offline(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(secrets, "_known", ())
+    hide_options({"s3": {"secret": "cAnArY0123456789"}})
     tell(tmp_path / "out", replace(CONFIG, wandb="auto"), True, {"step": 1, "loss": 0.25, "note": "words stay in the JSON lines"})
+    print("a library prints cAnArY0123456789", file=sys.stderr)
     wandb.finish()
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert [path for path, data in kept.items() if b"cAnArY0123456789" in data] == []
+    assert any(b"a library prints ***" in data for data in kept.values())
     (run,) = (tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")
     assert run.stat().st_size > 0
     assert json.loads((tmp_path / "out/metrics.jsonl").read_text())["loss"] == 0.25

@@ -171,7 +171,8 @@ def test_nothing_moves_from_the_first_step_that_is_not_finite_on(tmp_path: Path,
     healthy, poisoned = tmp_path / "healthy", tmp_path / "poisoned"
     config = tiny.with_keys(tiny.CONFIG, **keys)
     with pytest.raises(Preempted):  # what the state is after one step
-        go(healthy, config, tiny.kill_at(0, tiny.synthetic(0, config, ALONE), signal.SIGTERM))
+        each = tiny.with_keys(config, **{"checkpoint.every": 1})
+        go(healthy, each, tiny.kill_at(1, tiny.synthetic(0, config, ALONE), signal.SIGTERM))
 
     def poison(backbone: nn.Module, step: int) -> dict[str, float]:
         if step:  # not before the first one
@@ -195,7 +196,7 @@ def test_micro_batches_are_one_step(tmp_path: Path, tiny: ModuleType, config: Tr
 
 
 def test_without_ibot_and_with_centring_it_runs_in_bf16(tmp_path: Path, tiny: ModuleType, config: TrainConfig, go: Any) -> None:
-    keys = {"schedule.steps": 3, "method.ibot_weight": 0.0, "method.targets": "centering", "optim.precision": "bf16"}
+    keys = {"schedule.steps": 3, "method.ibot_weight": 0.0, "method.targets": "centering", "precision": "bf16"}
     result = go(tmp_path, tiny.with_keys(config, **keys))
     assert "loss/ibot" not in result.row
     assert every_tensor(result.checkpoint)["centres.cls"].abs().sum() > 0
@@ -204,7 +205,11 @@ def test_without_ibot_and_with_centring_it_runs_in_bf16(tmp_path: Path, tiny: Mo
 
 @pytest.mark.parametrize(
     ("batch", "world", "micro", "group", "nearest"),
-    [(96, 5, 1, 1, "95 and 100"), (24, 2, 2, 4, "16 and 32"), (3, 4, 1, 1, ": 4")],
+    [
+        (96, 5, 1, 1, "give optim.global_batch=95 or optim.global_batch=100"),
+        (24, 2, 2, 4, "give optim.global_batch=16 or optim.global_batch=32, or method.group=3"),
+        (3, 4, 1, 1, "give optim.global_batch=4"),
+    ],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest(batch: int, world: int, micro: int, group: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"optim.global_batch={batch} .*{nearest}$"):

@@ -17,6 +17,14 @@ def names(config: ViewsConfig) -> list[str]:
     return [name.split(",")[0].split("\n")[0] for name, _ in sheet._rows(PIXELS, 0, SLOTS, config)]
 
 
+def test_patches_stand_in_reading_order() -> None:
+    patches = np.stack([np.full((3, 2, 2), i, np.uint8) for i in range(5)])
+    picture = sheet.patch_sheet(patches, columns=3, gap_px=1)
+    assert picture.shape == (5, 8, 3)
+    assert [int(picture[y, x, 0]) for y, x in ((0, 0), (0, 3), (0, 6), (3, 0), (3, 3))] == [0, 1, 2, 3, 4]
+    assert (picture[2] == 255).all() and (picture[3:, 6:] == 255).all()
+
+
 def test_only_what_is_used_has_a_row() -> None:
     config = CONFIG.views
     start = ["global crop", "local crop", "flips and turns", "HED jitter", "colour jitter", "blur"]

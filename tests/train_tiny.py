@@ -63,8 +63,9 @@ CONFIG = TrainConfig(
     start=StartConfig(
         weights=None, branch="both", heads=True, moments=True, resize="timm", may_lack=[], may_ignore=[], freeze_backbone_steps=0,
     ),
+    precision="fp32",
     optim=OptimConfig(
-        global_batch=24, micro_batches=1, precision="fp32", loss_scale=LossScaleConfig(first=65536.0, growth_steps=2000),
+        global_batch=24, micro_batches=1, loss_scale=LossScaleConfig(first=65536.0, growth_steps=2000),
         lr=2e-3, lr_rule="none", lr_start=2e-3, lr_final=1e-4,
         betas=[0.9, 0.999], eps=1e-8, weight_decay=[0.04, 0.1],
         groups="d2", layer_decay=0.9, patch_lr=1.0, clip_scope="module", clip_value=3.0,

@@ -36,7 +36,7 @@ def tiles_of(cohort: Path, slide_id: str, store: Store) -> tuple[np.ndarray, np.
     shares = np.array([[(made[at] >> bit & 1).mean() for bit in range(len(MADE))] for at in part])[keep]
     white = white_point(read_picture(reader, whole_slide(reader, mpp, 1000)))
     config = evidence_config().artefacts
-    optics = read_optics(reader, coords[keep], size, mpp, white, config)
+    optics = read_optics(reader, coords[keep], size, mpp, white, config, 1)
     found = judge(optics, np.arange(int(keep.sum())), config)
     return np.stack([found[kind] for kind in KINDS], 1), shares
 
@@ -47,7 +47,7 @@ def main() -> None:
     asked = parser.parse_args()
     names = sorted(path.name for path in (asked.cohort / "truth").iterdir())
     with tempfile.TemporaryDirectory() as cache:
-        store = Store(StorageConfig({}, "fsspec", cache, 1 << 24, 5.0, 5.0))
+        store = Store(StorageConfig({}, "fsspec", cache, 1 << 24, 5.0, 5.0, 60.0))
         parts = [tiles_of(asked.cohort, name, store) for name in names]
     found, shares = (np.concatenate(each) for each in zip(*parts, strict=True))
     clean = shares[:, [MADE.index(kind) for kind in MADE if kind != "stitching"]].sum(1) == 0

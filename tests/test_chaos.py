@@ -1,0 +1,22 @@
+"""A few kills of tests/chaos.py; HISTOSCALE_CHAOS=50 asks for more, HISTOSCALE_CHAOS_SEED for others."""
+
+import os
+from pathlib import Path
+
+import chaos
+import pytest
+
+KILLS, SEED = (
+    int(os.environ.get(name, default)) for name, default in (("HISTOSCALE_CHAOS", "5"), ("HISTOSCALE_CHAOS_SEED", "1"))
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600 + 60 * KILLS)
+def test_whatever_is_killed_the_results_are_those_of_a_calm_run(tmp_path: Path) -> None:
+    assert chaos.main(KILLS, SEED, tmp_path).total() == KILLS
+
+
+def test_a_difference_is_found() -> None:
+    """The comparison itself: one changed, one missing, one new."""
+    assert chaos.differences({"a": b"1", "b": b"2", "c": 3}, {"a": b"1", "b": b"3", "d": 4}) == ["b", "c", "d"]
