@@ -89,7 +89,7 @@ def detached(work: Callable[[], T]) -> tuple[threading.Thread, Callable[[], T]]:
 
     def outcome() -> T:
         if raised:
-            raise raised[0]
+            raise raised.pop()  # its frames would hold it here, and all that they hold
         return found[0]
 
     thread = threading.Thread(target=run, daemon=True, name="detached")

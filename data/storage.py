@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from histoscale.data.cache import FileCache
 from histoscale.data.clients import Client, Info
-from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told
+from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told, unframed
 from histoscale.data.secrets import hide_options, scrub
 
 Result = TypeVar("Result")
@@ -189,7 +189,7 @@ class Store:
             failures: list[BaseException] = []
             for i, reply in zip(todo, replies, strict=True):
                 if isinstance(reply, BaseException):
-                    failures.append(reply)
+                    failures.append(unframed(reply))
                 elif len(reply) != spans[i][1] - spans[i][0]:
                     failures.append(Short(f"{len(reply)} bytes came for the range {spans[i]}"))
                 else:
@@ -384,10 +384,10 @@ class Store:
             except StorageError:
                 raise
             except Exception as error:
+                unframed(error)
                 option = f"storage.options.{_scheme(uri)}"
-                stop = final(uri, option, error)
-                if stop is not None:
-                    raise stop from None
+                if final(uri, option, error) is not None:
+                    raise final(uri, option, error) from None  # type: ignore[misc]  # no name holds it: its frames would
                 pause = min(_FIRST_PAUSE_S * 2**count, _LONGEST_PAUSE_S) * random.uniform(0.5, 1.0)
                 asked = retry_after_s(error)
                 pause, count = max(pause, asked), count + 1

@@ -42,6 +42,15 @@ class Refusal(Exception):
         self.status, self.headers = status, headers
 
 
+def unframed(error: BaseException) -> BaseException:
+    """The error, without the frames that it and its causes came through. Where an error is a value those frames hold it in turn,
+    with the bytes and pixels of a whole visit, until the garbage collector looks: once in hours, with as many objects as torch
+    brings."""
+    for cause in list(_causes(error)):
+        cause.__traceback__ = None
+    return error
+
+
 def told(error: BaseException) -> str:
     """Name and text of an error on one line, without credentials."""
     text = scrub(" ".join(str(error).split()))
