@@ -9,10 +9,10 @@ import numpy as np
 from histoscale.data.splits import folds
 from histoscale.eval.logistic import Rows, Standard, fit
 from histoscale.eval.mil.bags import Bags
-from histoscale.eval.mil.metrics import cautious
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task
 from histoscale.eval.scores.classification import balanced_accuracy_of
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling
+from histoscale.eval.scores.rare import cautious
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from histoscale.eval.scores.classification import (
 from histoscale.eval.scores.concordance import Concordance
 from histoscale.eval.scores.interval import Interval, IntervalConfig
 from histoscale.eval.scores.ranking import Ranking
-from histoscale.eval.scores.rare import cautious as cautious
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
 

@@ -13,7 +13,6 @@ from histoscale.eval.mil.metrics import (
     PROPORTIONS,
     Metric,
     bounded,
-    cautious,
     chance,
     ece_intervals,
     headline,
@@ -29,6 +28,7 @@ from histoscale.eval.scores.calibration import reliability
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
 from histoscale.eval.scores.operating import Rate, Threshold, answer_of, operate, operation, rate, threshold
 from histoscale.eval.scores.ranking import roc_points
+from histoscale.eval.scores.rare import cautious
 from histoscale.eval.scores.recalibration import Recalibrated, RecalibrationConfig, local_recalibration
 
 
