@@ -15,14 +15,14 @@ from histoscale.launch.loopback import Absent, find_azurite, tied
 from histoscale.launch.run import invoke
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="this system has no smaps_rollup")
-CALM = "import time; kept = bytearray(8 << 20); time.sleep(60)"
+CALM = "import time; kept = bytearray(8 << 20); print(flush=True); time.sleep(60)"
 LEAKS = {
     "main_own_bytes": "kept.append(bytearray(100_000))",
     "descriptors": "kept.append(open('/dev/null'))",
     "threads": "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
     "processes": "kept.append(subprocess.Popen(['sleep', '60']))",
 }
-LEAKING = "import subprocess, threading, time\nkept = []\nwhile True:\n    {}\n    time.sleep(0.01)"
+LEAKING = "import subprocess, threading, time\nkept = []\nprint(flush=True)\nwhile True:\n    {}\n    time.sleep(0.01)"
 # What site runs in every Python of the run: descriptors are lost in the main process of pretrain alone.
 SITE = """
 import sys
@@ -44,10 +44,10 @@ def rule() -> SoakConfig:
 
 
 def watched(code: str, rule: SoakConfig) -> dict[str, str]:
-    """The verdicts on a program, looked at for two seconds, but for what other programs move."""
+    """The verdicts on a program, looked at for two seconds from its first line on, but for what other programs move."""
     at, looks = [], []
-    with subprocess.Popen(tied([sys.executable, "-c", code])) as child:
-        time.sleep(0.3)
+    with subprocess.Popen(tied([sys.executable, "-c", code]), stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"\n"
         for number in range(40):
             at.append(float(number))
             looks.append(look(child.pid))

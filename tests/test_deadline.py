@@ -23,6 +23,7 @@ from histoscale.data.manifest import read_manifest
 from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
+from histoscale.data.readers import deadline
 from histoscale.data.readers.deadline import let_go, within
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.readers.pyramid import Damage, LayoutError, Stands
@@ -103,7 +104,7 @@ def test_one_call_stands_for_a_slide_and_no_other_slide_waits() -> None:
     assert within(5.0, "b.svs", lambda: 2) == 2
     assert time.monotonic() - started < 5
     gate.set()
-    time.sleep(0.2)
+    deadline._standing["a.svs"].join()
     assert within(5.0, "a.svs", lambda: 3) == 3  # it came back, and so does the slide
 
 
