@@ -3,9 +3,9 @@
     python tests/chaos.py KILLS SEED FOLDER
 
 Slides lie behind a server and a proxy on loopback; pretrain has workers, embed is two ranks under torchrun. A kill is SIGKILL, at
-a random moment, to the main process, a worker, a rank, the server or the proxy: of those that are there, one of a kind that was
-killed least so far. It prints what it did, and ends with 1 where a result differs, a command hangs, or one ends otherwise than the
-README says.
+a random moment, to the main process, a worker, a rank, the server or the proxy: of those there are, one of a kind that was killed
+least so far. It prints what it did, and ends with 1 where a result differs, a command hangs, or one ends otherwise than it says
+in the README.
 """
 
 import contextlib
