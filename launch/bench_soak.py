@@ -103,7 +103,7 @@ def _quiet(command: str, *words: str) -> None:
 def look(pid: int) -> Look:
     """What a process and its descendants hold now. /dev/shm and the device are those of the machine: what nobody maps any more
     counts too."""
-    main, *others = family(pid) or [pid]
+    main, *others = list(family(pid)) or [pid]
     now: Look = {
         "main_pss_bytes": own_pss_bytes(main),
         "main_own_bytes": own_pss_bytes(main, _NOT_OF_FILES),

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,9 +27,12 @@ def family(pid: int) -> Iterator[int]:
     """A process and its descendants; none where it has ended."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):  # it ended between two looks
+    except (FileNotFoundError, ProcessLookupError):
         return
+    children: list[int] = []
+    for task in tasks:
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended between two looks
+            children += map(int, (task / "children").read_text().split())
     yield pid
     for child in children:
         yield from family(child)

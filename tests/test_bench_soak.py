@@ -11,6 +11,7 @@ import pytest
 from histoscale.launch.bench import SoakConfig
 from histoscale.launch.bench_soak import look, trend, trends
 from histoscale.launch.config import load
+from histoscale.launch.footprint import family
 from histoscale.launch.loopback import Absent, find_azurite, tied
 from histoscale.launch.run import invoke
 
@@ -67,6 +68,14 @@ def test_a_leak_is_named(what: str, rule: SoakConfig) -> None:
     assert verdicts[what] == "grows"
     others = set(verdicts) - {what, "main_own_bytes"}
     assert what == "processes" or {verdicts[name] for name in others} == {"flat"}  # a process has threads and descriptors too
+
+
+def test_a_process_whose_threads_end_while_it_is_looked_at_is_there() -> None:
+    code = "import threading\nprint(flush=True)\nwhile True:\n    threading.Thread(target=len, args=('',)).start()"
+    with subprocess.Popen(tied([sys.executable, "-c", code]), stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"\n"
+        assert all(next(family(child.pid), None) == child.pid for _ in range(2000))
+        child.kill()
 
 
 def test_a_slope_and_its_interval(rule: SoakConfig) -> None:
