@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -49,6 +50,7 @@ def worker_context(imports: str = "histoscale.data.stream") -> ForkServerContext
 def out_of_the_way() -> Iterator[None]:
     """While inside, processes are started whom the signals that ask a run to stop do not reach: batch systems send them to every
     process of a job, and the run needs its workers until it has saved itself."""
+    resource_tracker.ensure_running()  # else it is started along the way, which lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         yield

@@ -57,10 +57,16 @@ def was_asked() -> bool:
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """While inside, SIGTERM and SIGUSR1 are only noted in the list that is given, for ranks that must agree where they stop;
-    one that came before is in it. Outside the main thread nothing is changed."""
+    one that came before is in it. What fails after one is part of stopping, as in `stoppable`. Outside the main thread nothing is
+    changed."""
     asked = list(_asked)
     with _handled(lambda number, frame: asked.append(number)):
-        yield asked
+        try:
+            yield asked
+        except Exception as error:
+            if asked:
+                raise Preempted from error
+            raise
 
 
 @contextmanager

@@ -74,6 +74,11 @@ def test_while_a_step_is_trained_signals_are_noted() -> None:
             assert asked == [signal.SIGUSR1, signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
+    with pytest.raises(Preempted), stop_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("a worker that the same signal ended")
+    with pytest.raises(OSError, match="of its own"), stop_signals():
+        raise OSError("of its own")
     seen: list[list[int]] = []
 
     def elsewhere() -> None:
@@ -84,6 +89,28 @@ def test_while_a_step_is_trained_signals_are_noted() -> None:
     thread.start()
     thread.join()
     assert seen == [[]]
+
+
+STARTS = """
+import os, signal, time
+from histoscale.data.processes import out_of_the_way, worker_context
+if __name__ == "__main__":
+    context = worker_context("json")
+    with out_of_the_way():
+        worker = context.Process(target=time.sleep, args=(3,))
+        worker.start()
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.killpg(0, signal.SIGTERM)
+    worker.join()
+    print(worker.exitcode)
+"""
+
+
+def test_what_a_batch_system_sends_to_every_process_does_not_end_the_server_of_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "starts.py").write_text(STARTS)
+    command = [sys.executable, tmp_path / "starts.py"]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.stdout == "0\n", done.stderr
 
 
 @pytest.fixture(scope="module")
