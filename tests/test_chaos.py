@@ -7,7 +7,7 @@ import chaos
 import pytest
 
 KILLS, SEED = (
-    int(os.environ.get(name, default)) for name, default in (("HISTOSCALE_CHAOS", "5"), ("HISTOSCALE_CHAOS_SEED", "1"))
+    int(os.environ.get(name, default)) for name, default in (("HISTOSCALE_CHAOS", "3"), ("HISTOSCALE_CHAOS_SEED", "1"))
 )
 
 

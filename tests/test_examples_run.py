@@ -121,6 +121,7 @@ WAYS: dict[str, Composes | Stops | Refused | Fetches] = {
     "histoscale bench what=read catalog=runs/catalog sampler.grid=8 'sampler.mpps=[0.25]' 'sampler.weights=[1]' "
     "out=runs/bench_grid": Composes("8 x 8 patches at 0.25 um/px need larger slides than these"),
     "histoscale robustness encoder=runs/release dataset=cohort data_root=runs/cohort out=runs/cohort_sites": CURVES,
+    "histoscale bench what=read out=runs/bench": LONG,
     "histoscale bench what=catalog out=runs/bench_catalog": LONG,
     "histoscale bench what=remote catalog=runs/catalog out=runs/bench_remote": LONG,
     "histoscale bench what=views out=runs/bench_views": LONG,

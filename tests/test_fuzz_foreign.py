@@ -13,10 +13,10 @@ def test_foreign_files(tmp_path: Path) -> None:
 @lasting
 @pytest.mark.slow
 def test_foreign_files_for_longer(tmp_path: Path) -> None:
-    run("fuzz.foreign", asked_s(50.0), tmp_path, 1)
+    run("fuzz.foreign", asked_s(25.0), tmp_path, 1)
 
 
 @lasting
 @pytest.mark.slow
 def test_trained_weights_for_longer(tmp_path: Path) -> None:
-    run("fuzz.trained", asked_s(12.0), tmp_path, 1)
+    run("fuzz.trained", asked_s(6.0), tmp_path, 1)

@@ -30,7 +30,7 @@ def test_parsers(tmp_path: Path) -> None:
 @lasting
 @pytest.mark.slow
 def test_parsers_for_longer(tmp_path: Path) -> None:
-    run("fuzz.parsers", asked_s(40.0), tmp_path, 1)
+    run("fuzz.parsers", asked_s(25.0), tmp_path, 1)
 
 
 def test_planted_faults_are_found(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ SIDE, REDUCTIONS = 64, (1, 2, 4, 8)
 PROVEN = ("1x1_", "2x1_", "1x2_", "2x2_", "4x1_", "grey_")  # samplings that are decoded in parts
 NEVER_RETURNED = {2: (0, 0, 1, 13), 4: (0, 0, 1, 5)}  # parts of a progressive tile of 2x4, by scale
 ANSWER_S = 60
-FUZZ_S = int(os.environ.get("HISTOSCALE_FUZZ_S", "60"))
+FUZZ_S = int(os.environ.get("HISTOSCALE_FUZZ_S", "30"))
 
 
 def compiled(folder: Path, name: str, *sources: Path, compiler: str = "cc", flags: tuple[str, ...] = ("-O2",)) -> Path:
