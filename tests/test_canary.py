@@ -166,11 +166,12 @@ def test_no_canary_is_left_by_a_run_that_is_broken_off(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "2"])
-@pytest.mark.parametrize(("word", "code"), [("schedule.steps=4", 0), ("schedule.steps=x", 1), ("wrong key", 1)])
+@pytest.mark.parametrize(("word", "code"), [("schedule.steps=4", 0), (f"storage.deadline_s={NOWHERE}", 1), ("wrong key", 1)])
 def test_no_canary_is_left_under_torchrun(run: list[str], ranks: str, word: str, code: int, tmp_path: Path) -> None:
-    """A run that ends well, one whose configuration is refused, and one whose store refuses it; torchrun's logs are looked at."""
+    """A run that ends well, one whose configuration is refused for what looks like a password, and one whose store refuses it;
+    torchrun's logs are looked at."""
     words = [each.replace(ACCOUNT_KEY, KEY) for each in run] if word == "wrong key" else [*run, word]
     child = started([*TORCHRUN, ranks, *words], tmp_path, {})
     said = child.communicate(timeout=200)[0]
     assert child.returncode == code and any((tmp_path / "logs").rglob("stderr.log")), said
-    assert canaries(tmp_path, said, ACCOUNT_KEY, KEY) == []
+    assert canaries(tmp_path, said, ACCOUNT_KEY, KEY, CANARY) == []
