@@ -50,9 +50,10 @@ def worker_context(imports: str = "histoscale.data.stream") -> ForkServerContext
 def out_of_the_way() -> Iterator[None]:
     """While inside, processes are started whom the signals that ask a run to stop do not reach: batch systems send them to every
     process of a job, and the run needs its workers until it has saved itself."""
-    resource_tracker.ensure_running()  # else it is started along the way, which lets SIGTERM through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
+        resource_tracker.ensure_running()  # which lets SIGTERM through again: now, not when the first process brings it along
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
