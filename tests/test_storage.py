@@ -147,16 +147,19 @@ class Visit:
     """What its caller holds while it reads: megabytes of pixels."""
 
 
-@pytest.mark.parametrize("fault", [503, "cut", 404, 401])
-@pytest.mark.parametrize("backend", ["fsspec", "obstore"])
-def test_a_failed_request_keeps_nothing_of_its_caller(server: RangeServer, store: Store, fault: int | str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "fault"),
+    [("fsspec", 503), ("fsspec", "cut"), ("fsspec", 404), ("fsspec", 401), ("obstore", 404), ("obstore", 401)],
+)
+def test_a_failed_request_keeps_nothing_of_its_caller(server: RangeServer, store: Store, backend: str, fault: int | str) -> None:
     """An error holds the frames that it came through, and they hold it: that is let go by the garbage collector alone, which in a
     process of millions of objects looks once in hours."""
     reading = Store(replace(store.config, backend=backend))
 
     def read() -> weakref.ref[Visit]:
         visit = Visit()
-        server.fault = lambda path, tries: fault if tries % 3 else None
+        server.tries.clear()
+        server.fault = lambda path, tries: fault if tries <= 2 else None  # both spans, once
         with contextlib.suppress(StorageError):
             assert reading.ranges(server.uri("a.bin"), [(10, 500), (600, 900)]) == [DATA[10:500], DATA[600:900]]
         return weakref.ref(visit)
