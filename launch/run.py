@@ -51,10 +51,10 @@ def execute(command: str, argv: list[str]) -> int:
             with stoppable():
                 invoke(command, argv, True)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
+        _tell(str(stop))
         return 0 if under_torchrun() else EXIT_PREEMPTED  # torchrun restarts on any other code
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        _tell("interrupted; the same command goes on")
         return 130
     except BrokenPipeError:  # whoever read the output, `head` say, has gone; what was under way is not done
         _discard(sys.stdout, sys.stderr)
@@ -69,8 +69,14 @@ def _said(command: str, error: Exception) -> int:
     if os.environ.get("HISTOSCALE_TRACEBACK"):
         traceback.print_exc()
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    print(f"histoscale {command}: {name}{str(error).removeprefix(f'{command}: ')}", file=sys.stderr)
+    _tell(f"histoscale {command}: {name}{str(error).removeprefix(f'{command}: ')}")
     return EXIT_USER_ERROR
+
+
+def _tell(line: str) -> None:
+    """Written at once: under torchrun all ranks share one stream, and under PYTHONUNBUFFERED `print` writes a line in two pieces."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _on_rank(command: str, argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What a user types: values to the letter, mistakes named, answers without the weight of what the command would run."""
 
+import io
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from histoscale.launch.config import COMMANDS, FREE, choices, flatten, load, sch
 from histoscale.launch.explain import help_text
 from histoscale.launch.overrides import ConfigError, read_overrides
 from histoscale.launch.paths import ANYWHERE, ON_DISK
+from histoscale.launch.run import execute
 
 HEAVY = ("numpy", "torch", "timm", "torchvision", "sklearn", "transformers", "pydantic", "fsspec")
 
@@ -154,6 +156,20 @@ def test_answers_need_none_of_the_weight(words: list[str], tmp_path: Path) -> No
     code, *imported = done.stderr.splitlines()[-1].split()
     assert code in ("0", "2") and (done.stdout or len(done.stderr.splitlines()) > 1) and not imported, imported
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_write_that_another_rank_cannot_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    class Unbuffered(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Unbuffered())
+    assert execute("index", ["manifst=x"]) == 2
+    (line,) = written
+    assert line.endswith("did you mean 'manifest'?\n")
 
 
 @pytest.mark.parametrize("words", [["pretrain", "--help"], ["pretrain", "--cfg"], ["--help"]])
