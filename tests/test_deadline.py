@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def answer(slide: Path) -> None:
         pipe = os.open(slide.parent / "pixels.jpg", os.O_RDWR)
         time.sleep(0.05)
         os.close(pipe)
+
+
+def writer_of(pipe: Path) -> int:
+    """Its end for writing, once somebody waits at the other one; while it is open and nothing is written, they wait on."""
+    while True:
+        with suppress(OSError):  # ENXIO: nobody has opened it to read
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -195,11 +204,9 @@ def test_index_refuses_it_and_hears_sigterm_while_it_stands(
     assert refused.slide_id == "stands" and "stands.vms: its decoder has not returned after 1 s" in refused.reason
     other = tmp_path / "other"
     standing = command("index", manifest, f"out={other}", f"storage.decode_s={NEVER}")
-    while not (other / "config.yaml").exists():
-        time.sleep(0.1)
-    time.sleep(5)
+    pipe = writer_of(hamamatsu.parent / "pixels.jpg")
     assert standing.poll() is None
     standing.send_signal(signal.SIGTERM)
-    started = time.monotonic()
     said, _ = standing.communicate(timeout=60)
-    assert standing.returncode == 75 and time.monotonic() - started < 30, said
+    os.close(pipe)
+    assert standing.returncode == 75, said

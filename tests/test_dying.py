@@ -90,10 +90,12 @@ def test_a_worker_that_is_killed_within_a_message_leaves_nobody_waiting(
 ) -> None:
     """Its part is larger than a pipe holds: it stands in the middle of writing until someone reads."""
     source = source_of(tiles, sampler, store)
-    with Stream(Plan(0, 4096, sampler, source.table()), source, replace(READING, workers=1)) as stream:
+    with Stream(Plan(0, 128, sampler, source.table()), source, replace(READING, workers=1)) as stream:
         next(stream)
-        time.sleep(8.0)
         pid = stream.worker_pids()[0]
+        worker, used = psutil.Process(pid), -1.0
+        while used != (used := sum(worker.cpu_times()[:2])):  # it stands: nobody takes its part
+            time.sleep(1.0)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(StreamError, match=KILLED.format(pid=pid)):
             for _ in range(20):
