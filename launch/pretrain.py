@@ -6,7 +6,7 @@ Examples:
     histoscale pretrain catalog=runs/catalog recipe=dinov2_vits14 schedule.steps=2 optim.global_batch=8 out=runs/trial
     histoscale pretrain catalog=runs/catalog recipe=kaiko_vits16_dino start.weights=weights/dino.safetensors out=runs/kaiko
     histoscale pretrain catalog=runs/catalog recipe=midnight_vitg14 'phase=[high_resolution]' out=runs/phases
-    histoscale pretrain catalog=runs/catalog recipe=demo 'longer=[300]' out=runs/small   # 300 steps more, once it has ended
+    histoscale pretrain catalog=runs/catalog recipe=demo 'longer=[200]' out=runs/small   # 200 steps more, once it has ended
     histoscale pretrain tiles=tiles recipe=demo out=runs/tiles           # ready tiles in place of slides, or tiles.parquet
     histoscale pretrain "tiles='az://container/train-{000..041}.tar'" recipe=demo out=runs/shards    # WebDataset
 

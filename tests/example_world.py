@@ -56,7 +56,7 @@ def lay(root: Path, shown_manifest: str, azure: Server) -> World:
     shell = {
         "HOME": str(home), "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "PYTHONSAFEPATH": "1",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "AZURE_STORAGE_CONNECTION_STRING": connection_string(azure.url),
-        "AZURITE": os.environ.get("AZURITE", ""), "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8",
+        "AZURITE": os.environ.get("AZURITE", ""), "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return World(folder, home, shell)
 

@@ -16,7 +16,7 @@ from histoscale.data.cohort.tissue import MAP_UM, Tissue
 
 Array = np.ndarray
 TILE = 256
-BLOCK = 1024  # rendered at once; a multiple of 16 TILE / 16 so that every level is cut from whole blocks
+BLOCK = 512  # rendered at once: its planes stay in cache; a multiple of TILE, so that every level is cut from whole blocks
 FACTORS = (1, 4, 16)
 
 
