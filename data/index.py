@@ -23,7 +23,7 @@ from histoscale.data.parts import Entry, Known, Parts, Rejected, Row, next_run, 
 from histoscale.data.processes import follow, settle, worker_context
 from histoscale.data.ranks import Ranks
 from histoscale.data.readers.layout import read_layout
-from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Level, Reader, level_mpps
+from histoscale.data.readers.pyramid import Damage, DecodeError, Layout, LayoutError, Level, Reader, Stands, level_mpps
 from histoscale.data.readers.region import open_reader
 from histoscale.data.storage import Missing, Store
 from histoscale.data.tissue import NoTissue, TissueConfig, tissue_mask
@@ -188,6 +188,7 @@ def complete(slide: Slide, header: Mapping[str, Any]) -> Slide:
 
 def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | None = None) -> Entry | Rejected | Known:
     """Header, tile tables and tissue of one slide; Rejected if it cannot be used; `known` itself if nothing has changed since.
+    One whose decoder did not return in time is rejected without a fingerprint, so that it is looked at again.
 
     A store that fails raises StorageError.
     """
@@ -217,15 +218,23 @@ def examine(slide: Slide, store: Store, tissue: TissueConfig, known: Known | Non
             mask = drawn_mask(slide.mask_uri, store, whole, picture.shape[:2], mask_mpp / full.mpp)
     except Missing as error:
         return Rejected(slide.slide_id, f"missing: {error}", source)
-    except LayoutError as error:
-        return Rejected(slide.slide_id, f"unreadable: {error}", source)
-    except DecodeError as error:
-        return Rejected(slide.slide_id, f"undecodable: {error}", source)
+    except (LayoutError, DecodeError) as error:
+        reason = f"{'unreadable' if isinstance(error, LayoutError) else 'undecodable'}: {error}"
+        if _stood(error):
+            return Rejected(slide.slide_id, f"{reason}; the next index looks again", source._replace(fingerprint=None))
+        return Rejected(slide.slide_id, reason, source)
     except NoTissue as error:
         return Rejected(slide.slide_id, str(error), source)
     except MaskError as error:
         return Rejected(slide.slide_id, f"unusable mask: {slide.mask_uri}: {error}", source)
     return Entry(full, source, layout, mask, mask_mpp, _jpeg(picture))
+
+
+def _stood(error: BaseException | None) -> bool:
+    """Whether a decoder that did not return in time is what an error came from: a disk or a machine that stands does that too."""
+    while error is not None and not isinstance(error, Stands):
+        error = error.__cause__
+    return error is not None
 
 
 def _marked(uri: str, store: Store) -> str:

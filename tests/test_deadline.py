@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,17 +18,19 @@ import pytest
 import yaml
 from PIL import Image
 
+from histoscale.data import index
 from histoscale.data.catalog import Catalog, open_catalog
-from histoscale.data.index import build_catalog
+from histoscale.data.index import build_catalog, examine
 from histoscale.data.journal import Journal
-from histoscale.data.manifest import read_manifest
+from histoscale.data.manifest import Slide, read_manifest
 from histoscale.data.memory import StreamConfig
+from histoscale.data.parts import Rejected
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.readers import deadline
 from histoscale.data.readers.deadline import let_go, within
 from histoscale.data.readers.layout import read_layout
-from histoscale.data.readers.pyramid import Damage, LayoutError, Stands
+from histoscale.data.readers.pyramid import Damage, Layout, LayoutError, Stands
 from histoscale.data.readers.region import open_reader
 from histoscale.data.storage import Store
 from histoscale.data.stream import Stream
@@ -59,6 +62,15 @@ def hamamatsu(tmp_path: Path, draw_tissue: Callable[..., np.ndarray]) -> Path:
 def stop_answering(slide: Path) -> None:
     (slide.parent / "pixels.jpg").unlink()
     os.mkfifo(slide.parent / "pixels.jpg")
+
+
+def stop_after_header(patched: pytest.MonkeyPatch, slide: Path) -> None:
+    def read(uri: str, store: Store) -> Layout:
+        layout = read_layout(uri, store)
+        stop_answering(slide)
+        return layout
+
+    patched.setattr(index, "read_layout", read)
 
 
 def answer(slide: Path) -> None:
@@ -160,6 +172,28 @@ def test_a_header_and_a_region_that_stand_are_named(hamamatsu: Path, hasty: Stor
     answer(hamamatsu)
 
 
+@pytest.mark.parametrize("part", ["header", "pixels"])
+def test_what_stood_once_is_looked_at_again(
+    hamamatsu: Path, hasty: Store, tissue_config: TissueConfig, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """A disk that stands for a while, or a process that was suspended, is no fault of the slide."""
+    slide = Slide("stands", str(hamamatsu), *[None] * 5, 0.5, *[None] * 3, {})
+    with monkeypatch.context() as patched:
+        if part == "pixels":
+            stop_after_header(patched, hamamatsu)
+        else:
+            stop_answering(hamamatsu)
+        found = examine(slide, hasty, tissue_config)
+    answer(hamamatsu)
+    deadline._standing[str(hamamatsu)].join()
+    assert isinstance(found, Rejected) and found.known.fingerprint is None
+    words = r"un\w+: .*has not returned after 1 s \(storage\.decode_s=1\).*; the next index looks again"
+    assert re.fullmatch(words, found.reason)
+    (hamamatsu.parent / "pixels.jpg").unlink()
+    again = examine(slide, hasty, tissue_config, found.known)
+    assert isinstance(again, Rejected) and again.known.fingerprint is not None and "looks again" not in again.reason
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_visit_that_stands_is_lost_by_name_and_the_stream_goes_on_and_ends(
     catalog: Catalog, hasty: Store, sampler: SamplerConfig, hamamatsu: Path, tmp_path: Path, workers: int
@@ -202,6 +236,7 @@ def test_index_refuses_it_and_hears_sigterm_while_it_stands(
     assert refusing.returncode == 0, said
     (refused,) = open_catalog(str(tmp_path / "index"), store).rejected
     assert refused.slide_id == "stands" and "stands.vms: its decoder has not returned after 1 s" in refused.reason
+    assert refused.known.fingerprint is None and refused.reason.endswith("; the next index looks again")
     other = tmp_path / "other"
     standing = command("index", manifest, f"out={other}", f"storage.decode_s={NEVER}")
     pipe = writer_of(hamamatsu.parent / "pixels.jpg")

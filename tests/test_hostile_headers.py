@@ -13,11 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from histoscale.data.index import examine
+from histoscale.data.manifest import Slide
+from histoscale.data.parts import Rejected
+from histoscale.data.readers import layout
 from histoscale.data.readers.codec import decode_tile
 from histoscale.data.readers.layout import read_layout
 from histoscale.data.readers.pyramid import DecodeError, LayoutError, Level
 from histoscale.data.readers.region import open_reader
 from histoscale.data.storage import Missing, Store
+from histoscale.data.tissue import TissueConfig
 
 MakeSlide = Callable[..., Path]
 Draw = Callable[..., np.ndarray]
@@ -91,6 +96,68 @@ def test_hostile_headers_are_refused_in_bounded_memory(tmp_path: Path, store: St
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
+
+
+def philips(*levels: dict[str, object], spacings: str = "", text: str = "") -> list[bytes]:
+    """Directories of Philips' kind, and behind them what their tags point at: pixel spacings in mm by level, or another text."""
+    said = "".join(
+        f'<DataObject ObjectType="PixelDataRepresentation"><Attribute Name="DICOM_PIXEL_SPACING">"{one}"</Attribute></DataObject>'
+        for one in spacings.split("|")
+    )
+    texts = {305: b"Philips DP v1.0\0", 270: (text or f"<DataObject>{said}</DataObject>").encode() + b"\0"}
+    entries = [tiled(**changed) for changed in levels]  # type: ignore[arg-type]
+    starts = [AT]
+    for i, one in enumerate(entries):
+        starts.append(starts[-1] + 6 + 12 * (len(one) + (2 if i == 0 else 0)))
+    place = starts[-1]
+    for tag, data in texts.items():
+        entries[0][tag] = (2, len(data), struct.pack("<I", place))
+        place += len(data)
+    following = [*starts[1:-1], 0]
+    return [*(directory(one, after) for one, after in zip(entries, following, strict=True)), *texts.values()]
+
+
+def double(name: str, value: float) -> list[bytes]:
+    """A directory with one tag whose value is a double, which lies behind it."""
+    behind = struct.pack("<I", AT + len(directory(tiled(), 0)))
+    return [directory(tiled(**{name: (12, 1, behind)}), 0), struct.pack("<d", value)]
+
+
+TWO = {"width": long(128), "offsets": (4, 2, long(8)[2]), "counts": (4, 2, long(8)[2])}
+RUINOUS: dict[str, tuple[list[bytes], str]] = {
+    "Philips without an object": (philips({}, text="x</DataObject>"), "no bright-field tissue"),  # OpenSlide reads it
+    "a smaller level of the same spacing": (
+        philips(TWO, {}, spacings="0.5 0.5|0.5 0.5"),
+        "a level of 128x64 px: its directory holds 64x64 px",
+    ),
+    "a ratio beyond all numbers": (philips({}, {}, spacings="1e-300 1e-300|1e300 1e300"), "inf times those of level 0"),
+    "a ratio beyond the level": (philips({}, {}, spacings="0.0005 0.0005|0.5 0.5"), "1000 times those of level 0"),
+    "a width that is no number": (double("width", float("nan")), "tag 256 has the unknown type 12"),
+    "a compression without end": (double("compression", float("inf")), "tag 259 has the unknown type 12"),
+    "offsets that are no number": (double("offsets", float("nan")), "tag 324 has the unknown type 12"),
+}
+
+
+@pytest.mark.parametrize("name", RUINOUS)
+def test_what_a_header_says_costs_its_slide_and_not_the_index(
+    tmp_path: Path, store: Store, tissue_config: TissueConfig, name: str
+) -> None:
+    directories, reason = RUINOUS[name]
+    path = written(tmp_path / "a.tif", *directories)
+    found = examine(Slide("a", str(path), *[None] * 5, 0.5, *[None] * 3, {}), store, tissue_config)
+    assert isinstance(found, Rejected) and reason in found.reason
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyError, TypeError, ValueError])
+def test_what_no_rule_foresaw_is_a_damaged_header(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(file: object) -> None:
+        raise error("strange")
+
+    monkeypatch.setattr(layout, "_tiff", fail)
+    with pytest.raises(LayoutError, match=f"its TIFF header is damaged or a vendor's own \\({error.__name__}: '?strange'?\\)"):
+        read_layout(str(written(tmp_path / "a.tif")), store)
 
 
 def test_the_drawn_header_is_a_slide_when_nothing_is_wrong_with_it(tmp_path: Path, store: Store) -> None:

@@ -58,7 +58,7 @@ def ome(text: str, size: tuple[int, int]) -> Described:
 
 
 def philips(text: str) -> tuple[list[list[float]], str | None]:
-    """(the pixel spacings of every level in mm, down and across; the scanner's name)."""
+    """(the pixel spacings of every level in mm, down and across; the scanner's name). None of a text without an object."""
     spacings: list[str | None] = []  # of the levels; None: not said
     inside: list[int] = []  # for every open object the level that it is, -1 for others
     taking: list[str] | None = None
@@ -88,7 +88,7 @@ def philips(text: str) -> tuple[list[list[float]], str | None]:
         if name == "DataObject":
             inside.pop()
 
-    _walk(text[text.index("<DataObject") :], begin, hear, end)
+    _walk("".join(text.partition("<DataObject")[1:]), begin, hear, end)
     pairs = [(one or "").replace('"', " ").split(maxsplit=2)[:2] for one in spacings]
     return [[number(value) or 0.0 for value in pair] for pair in pairs], word("".join(model))
 

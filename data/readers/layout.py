@@ -35,12 +35,15 @@ def read_layout(uri: str, store: Store) -> Layout:
     headers = RangeFile(uri, size, store, BLOCK, _MOST_HEADER)
     try:
         found = _tiff(Tiff(headers))
-    except TiffError as error:
-        found = f"its TIFF header is damaged or a vendor's own ({error})"
+    except LayoutError:
+        raise
     except OSError as error:
         if headers.exceeded:
             raise LayoutError(f"its headers take more than {_MOST_HEADER >> 20} MB: they are damaged") from error
         raise
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # also what no rule foresaw: one slide stops no index
+        kind = "" if isinstance(error, TiffError) else f"{type(error).__name__}: "
+        found = f"its TIFF header is damaged or a vendor's own ({kind}{error})"
     if isinstance(found, str):
         return _by_openslide(uri, store, found)
     for number, level in enumerate(found.levels):
@@ -119,7 +122,10 @@ def _philips(tiled: list[Page], text: str) -> Layout | str:
     size = (tiled[0].width, tiled[0].height)
     levels: list[Level] = []
     for page, (down, across) in zip(tiled, spacings, strict=True):
-        shrunk = max(1, round((down / spacings[0][0] + across / spacings[0][1]) / 2))
+        ratio = (down / spacings[0][0] + across / spacings[0][1]) / 2
+        if not ratio <= min(size):
+            raise LayoutError(f"its Philips XML has pixels of {down:g} x {across:g} mm, {ratio:g} times those of level 0")
+        shrunk = max(1, round(ratio))
         problem = _problem(page)
         if problem:
             return problem
@@ -170,6 +176,8 @@ def _level(page: Page, size: tuple[int, int], above: Sequence[Level], full: tupl
         raise LayoutError(
             f"tiles of {wide}x{high} px on a level of {size[0]}x{size[1]}: expected at most {_MOST_TILE_PX} px a tile"
         )
+    if size[0] > page.width or size[1] > page.height:
+        raise LayoutError(f"a level of {size[0]}x{size[1]} px: its directory holds {page.width}x{page.height} px")
     columns, rows = -(-page.width // wide), -(-page.height // high)
     told = page.count(Tag.OFFSETS), page.count(Tag.COUNTS)
     if 16 * max(told) > _MOST_HEADER:

@@ -15,7 +15,7 @@ from histoscale.data.readers.rangefile import RangeFile
 _MOST_PAGES = 1000  # directories in a file
 _MOST_TAGS = 4096  # in a directory
 _MOST_TEXT = 64 << 20  # bytes: Philips keeps pictures in its description
-_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 7: "u1", 9: "i4", 12: "f8", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
+_TYPES = {1: "u1", 2: "u1", 3: "u2", 4: "u4", 5: "u4", 7: "u1", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
 _RATIONAL, _TEXT = 5, 2  # two numbers a value; a byte a character
 
 
@@ -68,9 +68,9 @@ class Page:
         return int(values[0]) if len(values) else default
 
     def numbers(self, tag: Tag, most: int) -> np.ndarray:
-        """The values of a tag, at most so many: int64 [n], float64 of doubles; of rationals numerators and denominators in turn.
+        """The values of a tag, at most so many: int64 [n]; of rationals numerators and denominators in turn.
 
-        Raises TiffError for values outside the file, or of a type that is unknown.
+        Raises TiffError for values outside the file, or of a type that no tag here has.
         """
         field = self._fields.get(tag)
         if field is None:
@@ -80,8 +80,7 @@ class Page:
         code = np.dtype(self.file.order + _TYPES[field.type])
         count = min(field.count, most) * (2 if field.type == _RATIONAL else 1)
         data = field.held[: count * code.itemsize] if field.held else self.file.read(field.place, count * code.itemsize)
-        values = np.frombuffer(data, code)
-        return values.astype(np.float64 if code.kind == "f" else np.int64)
+        return np.frombuffer(data, code).astype(np.int64)
 
     def fraction(self, tag: Tag) -> float | None:
         """A rational; None where it is none, or nothing."""

@@ -18,6 +18,7 @@ import yaml
 from fuzz.engine import Target
 from PIL import Image
 from slide_fixtures import tissue_pixels, write_slide
+from test_hostile_headers import philips, written
 
 from histoscale.data.catalog import Catalog, CatalogError, open_catalog
 from histoscale.data.index import build_catalog
@@ -61,6 +62,7 @@ def _tiff(folder: Path, store: Store) -> Target:
         "ome": {"compression": "lzw", "subifds": True, "byteorder": ">"},
     }.items():
         seeds.append(write_slide(path, 100, 80, SIDE, (1, 2), kind=kind, **more).read_bytes())  # type: ignore[arg-type]
+    seeds.append(written(path, *philips({}, {}, spacings="0.5 0.5|1 1")).read_bytes())
 
     def call(data: bytes) -> None:
         path.write_bytes(data)
