@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from histoscale.data.living import orphaned, signature
+from histoscale.data.living import abandoned, signature
 
 _PARTIAL = ".partial"
 
@@ -43,6 +43,8 @@ class FileCache:
             os.utime(entry)
         except FileNotFoundError:
             return False
+        except OSError as error:  # which does not say of what
+            raise OSError(error.errno, error.strerror, str(entry)) from None
         return True
 
     def _evict(self, keep: Path) -> None:
@@ -51,7 +53,8 @@ class FileCache:
         total = sum(entry.size for entry in entries)
         for entry in entries:
             copying = entry.path.name.endswith(_PARTIAL)
-            if orphaned(entry.path.name) or (total > self.limit_bytes and not copying and entry.path != keep):
+            left = copying and abandoned(entry.path.name, entry.used)
+            if left or (total > self.limit_bytes and not copying and entry.path != keep):
                 self._remove(entry)
                 total -= entry.size
 
@@ -70,14 +73,15 @@ def _beside(entry: Path) -> Path:
 
 
 class _Entry:
-    """A folder's size and last use; files that vanish meanwhile count as nothing."""
+    """A folder's size and last use, of a copy the last write to it; files that vanish meanwhile count as nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.size, self.used = path, 0, 0.0
         for stat in _stats(path):
             self.size += stat.st_size
+            self.used = max(self.used, stat.st_mtime) if path.name.endswith(_PARTIAL) else 0.0
         with contextlib.suppress(FileNotFoundError):
-            self.used = path.stat().st_mtime
+            self.used = max(self.used, path.stat().st_mtime)
 
 
 def _stats(folder: Path) -> Iterator[os.stat_result]:

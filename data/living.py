@@ -4,11 +4,13 @@ import hashlib
 import os
 import re
 import socket
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 _SIGNED = re.compile(r"hs([0-9a-f]{4})([0-9a-f]{4})([0-9a-f]{4})-(\d+)-([0-9a-f]+)")
+_SILENT_S = 3600.0  # who has not written for so long is taken for gone where nobody can tell
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,34 @@ def lives(process: Process, here: str | None = None) -> bool | None:
 
 
 def signature() -> str:
-    """For names of files that only this process writes: whoever finds one can ask whether it was `orphaned`."""
+    """For names of files that only this process writes: whoever finds one can ask whether it was `orphaned` or `abandoned`."""
     me = this_process()
     return f"hs{''.join(map(_short, _place()))}-{me.pid}-{me.started:x}"
 
 
 def orphaned(name: str) -> bool:
-    """Whether a name bears the signature of a process of this host that is gone: it died, or the host has booted since."""
+    """Whether a name bears the signature of a process of this host that is gone: it died, or the host has booted since. Of names
+    in a place that no other machine writes to."""
+    signed, (host, boot, _) = _SIGNED.search(name), map(_short, _place())
+    booted = signed is not None and signed[1] == host and signed[2] != boot
+    return booted or _ended(name) is True
+
+
+def abandoned(name: str, written: float) -> bool:
+    """Whether nobody writes any more to what bears a name and was last written to at `written` (seconds since 1970), in a place
+    that other machines may write to: they see no process of this one, and may have its host's name, as containers and clones do.
+    """
+    ended = _ended(name)
+    return time.time() - written > _SILENT_S if ended is None else ended
+
+
+def _ended(name: str) -> bool | None:
+    """Whether the process is gone whose signature a name bears. None: it bears none, or one of another host, boot or space of
+    process ids, and nobody can tell from here."""
     signed = _SIGNED.search(name)
-    if signed is None:
-        return False
-    host, boot, space, pid, started = signed.groups()
-    here = [_short(part) for part in _place()]
-    if host != here[0] or (boot == here[1] and space != here[2]):  # others, whom one cannot see from here
-        return False
-    return boot != here[1] or lives(Process(machine(), int(pid), int(started, 16))) is False
+    if signed is None or list(signed.groups()[:3]) != [_short(part) for part in _place()]:
+        return None
+    return lives(Process(machine(), int(signed[4]), int(signed[5], 16))) is False
 
 
 def _short(part: str) -> str:

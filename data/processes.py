@@ -20,7 +20,7 @@ from typing import TypeVar
 from histoscale.data.living import orphaned, signature
 from histoscale.data.secrets import scrub_streams
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt's names in glibc
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -2, -3, -8  # mallopt's names in glibc
 _FREE_BYTES, _SPARE_BYTES = 16 << 20, 8 << 20  # at most so much free memory on top of a worker's heap, and what trimming leaves
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 _MAPPED_ALONE_BYTES = 32 << 20  # the most that glibc takes: arrays from here on are mappings of their own
@@ -118,12 +118,17 @@ def follow(*first: Callable[[], None]) -> None:
 
 def _return_free_memory() -> None:
     """glibc keeps twice the largest array that was ever freed (up to 64 MiB) on top of the heap: in every worker, for one region
-    that was shrunk from a finer level. The spare bytes are for the ordinary visit, which then asks the system no more often."""
+    that was shrunk from a finer level. The spare bytes are for the ordinary visit, which then asks the system no more often.
+
+    It also gives threads heaps of their own, of which no threshold returns anything: with the one that all share, what decoding
+    threads have freed does not grow.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:  # musl has none
-        mallopt(_MMAP_THRESHOLD, _MAPPED_ALONE_BYTES)  # each of the three also ends glibc's own adjusting
+        mallopt(_MMAP_THRESHOLD, _MAPPED_ALONE_BYTES)  # each of the first three also ends glibc's own adjusting
         mallopt(_TRIM_THRESHOLD, _FREE_BYTES)
         mallopt(_TOP_PAD, _SPARE_BYTES)
+        mallopt(_ARENA_MAX, 1)
 
 
 def _sign_names() -> None:
@@ -135,11 +140,19 @@ def _sign_names() -> None:
     if settings["semprefix"].startswith("/hs"):
         return
     for path in [*_SHARED.glob("sem.hs*"), *Path(tempfile.gettempdir()).glob("hs*")]:
-        if orphaned(path.name):
+        if orphaned(path.resolve().name):
             with suppress(OSError):  # another start was faster, or it is another user's
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     name = signature()
     settings["semprefix"] = f"/{name}"
     if settings.get("tempdir") is None:
-        settings["tempdir"] = tempfile.mkdtemp(prefix=f"{name}-")
-        Finalize(None, shutil.rmtree, args=(settings["tempdir"], True), exitpriority=-100)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        short = folder.with_name(f"hs{folder.name[-8:]}")  # the path of a socket has room for a hundred characters
+        short.symlink_to(folder.name)
+        settings["tempdir"] = str(short)
+        Finalize(None, _remove, args=(folder, short), exitpriority=-100)
+
+
+def _remove(folder: Path, short: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    short.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from histoscale.data.cache import FileCache
 from histoscale.data.clients import Client, Info
 from histoscale.data.clients.faults import Changed, Missing, Short, StorageError, final, retry_after_s, told, unframed
+from histoscale.data.journal import names_file
 from histoscale.data.secrets import hide_options, scrub
 
 Result = TypeVar("Result")
@@ -35,6 +36,8 @@ _TOKENS = {
 }  # fmt: skip
 _PACKAGES = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 _CONTAINER = re.compile(r"[\w$.-]+@[\w.-]+(:\d+)?")  # of Azure, with its account
+_ACCESS_POINT = re.compile(r"arn:[\w-]+:s3[\w-]*:[\w-]*:\d*:[\w.:-]+")  # of S3, by its name in place of a bucket's
+_LINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")  # the scheme of a link that has no ://
 _PORT = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:]*)(:\d*)?")  # a host and a port
 _CREDENTIAL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/+[^/:@]*:[^/@]*@")  # user:password@ behind any number of slashes
 _ONE_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
@@ -104,17 +107,21 @@ def names_user(text: str) -> bool:
 
 
 def _authorities(uri: str) -> Iterator[tuple[str, str]]:
-    """(scheme, what stands between :// and the next slash), of every URI in a chain such as zip://a::https://host."""
+    """(scheme, what stands between :// and the next slash or link), of every URI in a chain such as zip://a::https://host."""
     parts = uri.split("://")
-    for before, behind in zip(parts, parts[1:], strict=False):
-        yield re.split(r"[^a-z0-9+.-]", before.lower())[-1], re.split(r"[/\\?#]", behind, maxsplit=1)[0]
+    for number, (before, behind) in enumerate(zip(parts, parts[1:], strict=False)):
+        links = behind.split("::")  # but those of an IPv6 address
+        while number < len(parts) - 2 and len(links) > 1 and _LINK.fullmatch(links[-1]):
+            links.pop()
+        authority = re.split(r"[/\\?#]", "::".join(links), maxsplit=1)[0]
+        yield re.split(r"[^a-z0-9+.-]", before.lower())[-1], authority
 
 
 def _names_someone(place: tuple[str, str]) -> bool:
     """Whether an authority holds more than a host and its port: user@, user:password@, or the beginning of a password that a
-    slash cuts. az://container@account names nobody."""
+    slash cuts. az://container@account names nobody, nor does an access point of S3."""
     scheme, text = place
-    if scheme in _AZURE and _CONTAINER.fullmatch(text):
+    if (scheme in _AZURE and _CONTAINER.fullmatch(text)) or (scheme == "s3" and _ACCESS_POINT.fullmatch(text)):
         return False
     return "@" in text or _PORT.fullmatch(text) is None
 
@@ -284,32 +291,32 @@ class Store:
         name = posixpath.basename(uri.rstrip("/"))
         return cache.folder(f"{uri} {mark.size} {mark.tag}", lambda folder: self._copy(uri, folder)) / name
 
-    def _copy(self, uri: str, folder: Path) -> None:
-        name = posixpath.basename(uri.rstrip("/"))
-        parent = uri.rstrip("/")[: -len(name) - 1]
-        if self.is_folder(uri):
-            wanted = [(join(uri, child), folder / name / child) for child in self.children(uri)]
-        elif name.lower().endswith(".dcm"):
-            siblings = [child for child in self.children(parent) if child.lower().endswith(".dcm")]
-            wanted = [(join(parent, child), folder / child) for child in siblings]
-        elif name.lower().endswith(".mrxs"):
+    def parts(self, uri: str) -> list[str]:
+        """The files that belong to a slide which is a file, and that file: those in the folder of an MRXS slide, the instances
+        beside a DICOM file, the files that a VMS or VMU file names. Raises Missing, StorageError."""
+        name = posixpath.basename(uri)
+        parent = uri[: -len(name)]  # with its slash, "" for this folder
+        kind = posixpath.splitext(name)[1].lower()
+        if kind == ".dcm":
+            return [parent + child for child in self.children(parent) if child.lower().endswith(".dcm")]
+        if kind == ".mrxs":
             beside = uri[: -len(".mrxs")]
-            wanted = [(uri, folder / name)]
-            wanted += [(join(beside, child), folder / name[: -len(".mrxs")] / child) for child in self.children(beside)]
-        elif name.lower().endswith((".vms", ".vmu")):
-            wanted = [(join(parent, child), folder / child) for child in [name, *_named(self.read(uri))]]
-            wanted = [
-                (source, path) for source, path in wanted if self.exists(source)
-            ]  # some are optional: OpenSlide knows which
-        else:
-            wanted = [(uri, folder / name)]
+            return [uri, *(join(beside, child) for child in self.children(beside))]
+        if kind in (".vms", ".vmu"):  # some are optional: OpenSlide knows which
+            return [uri, *(parent + child for child in _named(self.read(uri)) if self.exists(parent + child))]
+        return [uri]
+
+    def _copy(self, uri: str, folder: Path) -> None:
+        parent = uri.rstrip("/")[: -len(posixpath.basename(uri.rstrip("/")))]
+        parts = [join(uri, child) for child in self.children(uri)] if self.is_folder(uri) else self.parts(uri)
+        wanted = [(part, folder / part[len(parent) :]) for part in parts]
         total = sum(self.size(source) for source, _ in wanted)
         if total > self.config.cache_bytes:
             limit = self.config.cache_bytes
             raise StorageError(f"{scrub(uri)} takes {total} bytes, more than storage.cache_bytes={limit}: raise it")
         for source, path in wanted:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            with names_file(path), path.open("wb") as file:
                 for block in self._blocks(source, self.size(source)):
                     file.write(block)
 

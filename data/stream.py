@@ -26,7 +26,6 @@ from histoscale.data.memory import StreamConfig, budget, fitted, steps_ahead
 from histoscale.data.plan import ATTEMPTS, Place, Plan, Visit, rank_slots
 from histoscale.data.processes import follow, out_of_the_way, settle, worker_context
 from histoscale.data.secrets import scrub
-from histoscale.data.storage import StorageError
 from histoscale.data.tally import Tally
 from histoscale.data.visit import Patches, Source, VisitFailed
 
@@ -104,7 +103,7 @@ class _Fault:
 def read_visit(plan: Plan, source: Source, place: Place, numbers: list[int]) -> _Read:
     """The visit of a place, or the first of its replacements that can be read; of its patches those `numbers` that are to come.
 
-    Raises StreamError when every attempt failed, or when the store does not answer.
+    Raises StreamError when every attempt failed, when the store does not answer, or when the cache's disk is full.
     """
     lost: list[Lost] = []
     for attempt in range(ATTEMPTS + 1):
@@ -115,7 +114,7 @@ def read_visit(plan: Plan, source: Source, place: Place, numbers: list[int]) -> 
         except VisitFailed as failed:
             reason = scrub(str(failed))
             lost.append(Lost(place.slot, place.lane, visit.number, attempt, visit.slide, visit.target, failed.tested, reason))
-        except StorageError as error:
+        except OSError as error:  # of a store, or of the disk that slides are copied to
             raise StreamError(f"slide {source.slide_ids[visit.slide]}: {scrub(str(error))}") from error
     slides = ", ".join(source.slide_ids[one.slide] for one in lost)
     raise StreamError(f"{ATTEMPTS + 1} slides in a row could not be read ({slides}); the last one: {lost[-1].reason}")
@@ -213,7 +212,7 @@ class _Owners(IterableDataset[_Part | _Fault]):
             source: Source = pickle.loads(self.source) if isinstance(self.source, bytes) else self.source
             self.source = source
             yield from Owner(self.plan, source, slots, self.config, worker is not None).parts(self.start)
-        except (StreamError, StorageError, CatalogError) as error:
+        except (OSError, CatalogError) as error:
             yield _Fault(str(error))  # a plain value: the main process raises it without a worker's traceback around it
 
 

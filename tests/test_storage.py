@@ -4,7 +4,9 @@ import contextlib
 import gc
 import os
 import pickle
+import resource
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,6 +21,7 @@ import pytest
 from store_children import die_while_copying, fill_many
 
 from histoscale.data.cache import FileCache
+from histoscale.data.living import signature
 from histoscale.data.storage import Changed, Fingerprint, Missing, StorageConfig, StorageError, Store, check_uri, resolve
 
 DATA = bytes(range(256)) * 64
@@ -331,6 +334,32 @@ def test_a_copy_of_one_who_lives_stays_whatever_the_clock_says(tmp_path: Path) -
     assert (cache.folder("a", slow) / "x").read_bytes() == b"whole"
 
 
+@pytest.mark.parametrize("whose", ["nobody's", "another host's", "another boot's"])
+def test_a_copy_of_whom_nobody_can_tell_goes_once_nothing_was_written_to_it_for_an_hour(tmp_path: Path, whose: str) -> None:
+    """Of a container that is gone, or of another machine of this one's name that is at work on the same disk."""
+    host, boot = (signature()[i : i + 4] for i in (2, 6))
+    other = "0000" if "0000" not in (host, boot) else "1111"
+    signed = {
+        "nobody's": "",
+        "another host's": signature().replace(host, other, 1),
+        "another boot's": f"hs{host}{other}{signature()[10:]}",
+    }[whose]
+    partial = tmp_path / f"{'0' * 32}.{signed}.{'1' * 32}.partial"
+    partial.mkdir()
+    (partial / "x").write_bytes(b"half")
+    cache = FileCache(tmp_path, 1 << 20)
+
+    def next_one(name: str, folder_s: float, file_s: float) -> bool:
+        """Whether the copy is there after somebody filled the cache, `…_s` seconds after its last change."""
+        for path, seconds in ((partial / "x", file_s), (partial, folder_s)):
+            os.utime(path, (time.time() - seconds,) * 2)
+        cache.folder(name, lambda folder: (folder / "x").write_bytes(b"whole") and None)
+        return partial.exists()
+
+    assert next_one("a", 0.0, 0.0) and next_one("b", 7200.0, 3000.0)
+    assert not next_one("c", 7200.0, 7200.0)
+
+
 def test_processes_that_crowd_a_small_cache_read_whole_entries(tmp_path: Path) -> None:
     """Room for 40 entries, three processes that want 90 of them: evicted and filled again all the time, never half."""
     with ProcessPoolExecutor(3, mp_context=get_context("forkserver")) as pool:
@@ -339,6 +368,19 @@ def test_processes_that_crowd_a_small_cache_read_whole_entries(tmp_path: Path) -
     assert all(all(whole) for whole in found)
     FileCache(tmp_path, 4000).folder("last", lambda folder: (folder / "x").write_bytes(bytes(100)) and None)
     assert sum(path.stat().st_size for path in tmp_path.rglob("x")) <= 4000
+
+
+def test_a_full_cache_disk_is_named(store: Store) -> None:
+    """No file may grow beyond the limit, as on a disk that is full: the same error from the same system calls."""
+    fsspec.filesystem("memory").pipe("/full/a.ndpi", DATA)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            store.local("memory://full/a.ndpi")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value.filename).startswith(store.config.cache_dir) and caught.value.filename.endswith("/a.ndpi")
 
 
 def test_many_fill_one_entry_at_once(tmp_path: Path) -> None:

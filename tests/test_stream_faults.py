@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from histoscale.data import index
 from histoscale.data.catalog import Catalog
 from histoscale.data.index import build_catalog
 from histoscale.data.journal import Journal
@@ -19,6 +20,7 @@ from histoscale.data.memory import StreamConfig
 from histoscale.data.pixelfilter import PixelFilterConfig
 from histoscale.data.plan import Plan, SamplerConfig
 from histoscale.data.readers.layout import read_layout
+from histoscale.data.readers.vendor import read_header
 from histoscale.data.storage import StorageConfig, Store
 from histoscale.data.stream import Stream, StreamError
 from histoscale.data.tissue import TissueConfig
@@ -134,6 +136,25 @@ def test_a_store_that_fails_for_good_stops_the_run_with_the_slide_and_the_cause(
     with pytest.raises(StreamError, match=rf"slide s\d: .*storage.deadline_s=3.*{words}"):
         read(catalog, hasty, sampler, workers, {3: lambda: far.set(**{fault: 1.0})}, tmp_path / "lost.jsonl")
     assert not (tmp_path / "lost.jsonl").exists()  # an outage is nobody's lost visit
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_that_cannot_be_written_ends_the_run_in_a_sentence_that_names_the_file(
+    far: Proxy, patient: Store, sampler: SamplerConfig, make_slide: Callable[..., Path], tissue_config: TissueConfig,
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int,
+) -> None:  # fmt: skip
+    """A slide that OpenSlide reads, from a copy. The errors of a full disk and of this one are of one kind."""
+    monkeypatch.setattr(index, "read_layout", read_header)
+    make_slide(tmp_path / "s0.svs", width=1000, height=800, tile=64)
+    (tmp_path / "manifest.csv").write_text(f"slide_id,uri\ns0,{far.url}/s0.svs\n")
+    slides = read_manifest(str(tmp_path / "manifest.csv"), patient)
+    copied = build_catalog(slides, patient, tissue_config, tmp_path / "copied", 0, None, journal)
+    (tmp_path / "no folder").touch()
+    source = SlideSource(copied, Store(replace(patient.config, cache_dir=str(tmp_path / "no folder/cache"))), sampler)
+    with Stream(Plan(5, BATCH, sampler, source.table()), source, replace(READING, workers=workers)) as stream:
+        with pytest.raises(StreamError, match=r"slide s0: .*Not a directory: '.*/no folder/cache/") as error:
+            next(stream)
+    assert "\n" not in str(error.value)
 
 
 def test_a_slide_that_was_replaced_is_lost_not_mixed(
