@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 
 from histoscale.data.delimited import TableError, cleaned, damage, read_delimited, shown
-from histoscale.data.journal import scrub
 from histoscale.data.names import NamesError, one_spelling, patient_key
+from histoscale.data.secrets import has_credential
 from histoscale.data.storage import Store, check_uri, names_user, resolve
 
 MPP_RANGE = (0.05, 20.0)  # µm per pixel; outside is a unit error or no microscope slide
@@ -51,10 +51,12 @@ class Slide:
 _COLUMNS = tuple(field.name for field in fields(Slide) if field.name not in ("labels", "mask_uri"))
 _NEEDED = ("slide_id", "uri")
 _NUMBERS = ("mpp", "objective")
+_PLACES = ("uri", "mask")
+_SECRET = "holds a token or a key, which is how they leak into files: drop it"
 
 
 class Refused(NamedTuple):
-    """A row that costs its slide. row: its number. slide_id: as far as it can be shown."""
+    """A row that costs its slide. row: its number. slide_id: as far as it can be shown, without credentials."""
 
     row: int
     slide_id: str
@@ -76,7 +78,7 @@ def parse_manifest(uri: str, store: Store, say: Callable[[str], None] | None = N
     holds. `nan`, `NA`, `null` and the like are missing values; patients and sites that differ by case, blanks or Unicode form
     are one, in the spelling that most rows have.
 
-    say: is told which names were joined. Raises ManifestError for missing columns, empty or duplicate ids, URIs that carry a
+    say: is told which names were joined. Raises ManifestError for missing columns, empty or duplicate ids, cells that carry a
     token or a password, numbers that are none, patients or sites that a blank inside tells apart, and where no row is left.
     An absurd mpp is not an error here: `index` rejects that slide and keeps the others.
     """
@@ -84,6 +86,8 @@ def parse_manifest(uri: str, store: Store, say: Callable[[str], None] | None = N
     rows = _read_parquet(uri, store) if parquet else _read_csv(uri, store)
     if not rows:
         raise ManifestError(f"{uri} has no rows")
+    for name in filter(has_credential, rows[0][1]):
+        raise ManifestError(f"{uri}: the name of the column {shown(name)} {_SECRET}")
     slides, problems, refused = [], [], []
     counts: dict[str, list[int]] = {}
     for number, row in rows:
@@ -97,7 +101,7 @@ def parse_manifest(uri: str, store: Store, say: Callable[[str], None] | None = N
             counts.setdefault(name, []).append(number)
             slides.append(_slide(row, uri))
         except ValueError as error:
-            problems.append(f"row {number} ({scrub(shown(name)) or 'no slide_id'}): {error}")
+            problems.append(f"row {number} ({shown(name) or 'no slide_id'}): {error}")
     for name, numbers in counts.items():
         if name and len(numbers) > 1:
             problems.append(f"slide_id {name} stands in rows {', '.join(map(str, numbers))}")
@@ -185,10 +189,14 @@ def _text(value: Any) -> str:
 
 
 def _check_secrets(row: Mapping[str, str]) -> None:
-    """Raises ValueError for a row with a password in any cell; what it says has nothing of it."""
+    """Raises ValueError for a row with a password or a token in any cell; what it says has nothing of it."""
     for name, value in row.items():
-        if name not in ("uri", "mask") and "://" in value and names_user(value):
+        if name in _PLACES:  # _resolved says which option to set instead
+            continue
+        if "://" in value and names_user(value):
             raise ValueError(f"{name} holds a URI that names a user or a password, which is how they leak into files: drop them")
+        if has_credential(value, strictly=name != "slide_id"):
+            raise ValueError(f"{name} {_SECRET}")
 
 
 def _damaged(row: Mapping[str, str]) -> str | None:
@@ -197,7 +205,7 @@ def _damaged(row: Mapping[str, str]) -> str | None:
         wrong = damage(value)
         if wrong:
             return f"its {name} {wrong}"
-    for name in ("uri", "mask"):
+    for name in _PLACES:
         if set(row.get(name, "")) & set("\t\n\r"):
             return f"its {name} holds a line break or a tab"
     try:
@@ -212,16 +220,26 @@ def _slide(row: dict[str, str], manifest: str) -> Slide:
     uri = row.get("uri", "")
     if not uri:
         raise ValueError("no uri")
-    check_uri(uri)
     told: dict[str, Any] = {name: row.get(name) or None for name in _COLUMNS}
     for name in _NUMBERS:
         told[name] = _number(name, told[name])
     labels = {name: value for name, value in row.items() if name not in (*_COLUMNS, "mask") and value}
     mask = row.get("mask") or None
-    if mask is not None:
-        check_uri(mask)
-        mask = resolve(manifest, mask)
-    return Slide(**{**told, "uri": resolve(manifest, uri)}, labels=labels, mask_uri=mask)
+    return Slide(
+        **{**told, "uri": _resolved("uri", uri, manifest)},
+        labels=labels,
+        mask_uri=None if mask is None else _resolved("mask", mask, manifest),
+    )
+
+
+def _resolved(name: str, uri: str, manifest: str) -> str:
+    """Raises ValueError as `check_uri`, of the URI as it is written and of where it leads, and for a path with a token."""
+    check_uri(uri)
+    if has_credential(uri, strictly=False):
+        raise ValueError(f"{name} {_SECRET}")
+    found = resolve(manifest, uri)
+    check_uri(found)
+    return found
 
 
 def _number(name: str, text: str | None) -> float | None:
@@ -246,7 +264,7 @@ def check_slide_id(slide_id: str) -> None:
             if slide_id.startswith(".")
             else f"is longer than {_LONGEST} bytes"
         )
-        raise ValueError(f"slide_id {scrub(slide_id[:_LONGEST])!r} {why}; it becomes a file name")
+        raise ValueError(f"slide_id '{shown(slide_id)}' {why}; it becomes a file name")
 
 
 def mpp_problem(mpp: float | None) -> str | None:

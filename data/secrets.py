@@ -15,11 +15,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 HIDDEN = "***"
-OPTIONS = "storage.options"  # below this key everything is a credential, but for:
+OPTIONS = "storage.options"  # below this key everything is a credential, but for what fsspec's file systems call:
 _OPEN = frozenset({
     "account_name", "account_host", "anon", "endpoint_url", "region_name", "project", "use_ssl", "addressing_style",
     "signature_version", "tenant_id", "client_id", "requester_pays", "version_aware", "default_cache_type",
-    "user-agent", "accept",
+    "user-agent", "accept", "accept-encoding", "accept-language", "cache-control", "content-type", "x-ms-version",
+    # fsspec and its HTTP
+    "cache_type", "block_size", "blocksize", "default_block_size", "default_fill_cache", "cache_regions", "max_concurrency",
+    "batch_size", "simple_links", "same_scheme", "size_policy", "encoded", "trust_env", "raise_for_status",
+    # adlfs
+    "location_mode", "assume_container_exists", "socket_timeout", "connection_timeout", "read_timeout", "timeout",
+    # s3fs and botocore
+    "profile", "mode", "defaults_mode", "max_attempts", "total_max_attempts", "connect_timeout", "max_pool_connections",
+    "tcp_keepalive", "verify", "api_version", "user_agent", "user_agent_extra", "user_agent_appid", "payload_signing_enabled",
+    "use_accelerate_endpoint", "use_dualstack_endpoint", "use_fips_endpoint", "us_east_1_regional_endpoint",
+    "parameter_validation", "request_checksum_calculation", "response_checksum_validation", "account_id_endpoint_mode",
+    "requestpayer",
+    # gcsfs
+    "access", "consistency", "cache_timeout", "requests_timeout", "default_location", "location", "check_connection",
+    # obstore
+    "region", "default_region", "bucket", "container_name", "endpoint", "authority_host", "metadata_endpoint", "credential_type",
+    "checksum_algorithm", "conditional_put", "copy_if_not_exists", "request_payer", "skip_signature", "s3_express",
+    "virtual_hosted_style_request", "unsigned_payload", "imdsv1_fallback", "role_arn", "role_session_name", "allow_http",
+    "allow_invalid_certificates", "default_content_type", "pool_idle_timeout", "pool_max_idle_per_host", "max_retries",
+    "retry_timeout", "init_backoff", "max_backoff", "use_emulator", "use_azure_cli", "disable_tagging", "disable_bulk_delete",
 })  # fmt: skip
 _VARIABLES = (
     "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CLIENT_SECRET",
@@ -38,9 +57,12 @@ _LONGEST_NAME = 48
 _SCHEMES = ("bearer", "basic", "digest", "sharedkey", "token")  # of an Authorization
 _SIGNS = ("sig", "signature", "x-amz-signature", "x-amz-security-token")
 # Of the query of a URL: https://learn.microsoft.com/rest/api/storageservices/create-service-sas, signed URLs of S3 and of GCS.
+# Of a fragment (RFC 6749, 4.2.2: access_token) those that are no words of a page.
+_IN_FRAGMENTS = (
+    r"sig|secret|signature|password|passwd|pwd|(?:[a-z]+[-_])*token|api[-_]?key|client[-_]secret|x-amz-[a-z-]+|x-goog-[a-z-]+"
+)
 _PARAMETERS = (
-    r"sig|se|sp|sv|st|sr|skoid|sktid|skt|ske|sks|skv|key|secret|signature|credential|auth|authorization|password|passwd|pwd"
-    r"|(?:[a-z]+[-_])*token|api[-_]?key|client[-_]secret|awsaccesskeyid|googleaccessid|x-amz-[a-z-]+|x-goog-[a-z-]+"
+    rf"{_IN_FRAGMENTS}|se|sp|sv|st|sr|skoid|sktid|skt|ske|sks|skv|key|credential|auth|authorization|awsaccesskeyid|googleaccessid"
 )
 # Possessive quantifiers and the look behind keep these linear: what was looked through once is not looked through again.
 _WORD = re.compile(r"(?<![\w-])([\w-]++)\\*+[\"']?+\s*+[=:]\s*+\\*+")
@@ -53,7 +75,10 @@ _RUN = re.compile(r"[^\s\"'<>]++")  # a URL stands in one
 _URL = re.compile(
     r"(?<![a-z0-9+.-])([a-z0-9+.-]*+)://((?:[^\s/?#@:]*+:(?!\d*+(?:[/?#]|$))[^\s@]{0,256}+@)?+[^\s/?#]*+)", re.IGNORECASE
 )
-_PARAMETER = re.compile(rf"((?:^|&)(?:amp;)?(?:{_PARAMETERS})=)([^&#]++)", re.IGNORECASE)
+# A URL may hold another one, in its query or its path, written as it is or quoted: %3A %2F %3F %26 %3D are : / ? & =.
+_SCHEME_ENDS, _QUERY = re.compile(r"://|%3A%2F%2F", re.IGNORECASE), re.compile(r"\?|%3F", re.IGNORECASE)
+_PARAMETER = re.compile(rf"((?:[?&;]|%3F|%26)(?:{_PARAMETERS})(?:=|%3D))([^&#]++)", re.IGNORECASE)
+_OF_FRAGMENT = re.compile(rf"([#&](?:{_IN_FRAGMENTS})=)([^&#]++)", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{([^{}]*+)\}")
 _SHORTEST = 8  # shorter values are words that stand elsewhere too
 _known: tuple[str, ...] = ()  # longest first
@@ -62,7 +87,7 @@ _known: tuple[str, ...] = ()  # longest first
 def scrub(text: str) -> str:
     """Text for people with *** in place of credentials: known ones, parameters of URLs, user:password@, and `name: value` where
     the name is that of a credential."""
-    text = _without_named(_CONNECTION.sub(rf"\1{HIDDEN}", _without_urls(_without_known(text), strictly=False)))
+    text = _without_named(_without_forms(_without_known(text), strictly=False))
     return _BEARER.sub(rf"\1{HIDDEN}", text)
 
 
@@ -75,8 +100,13 @@ def scrubbed(values: Any) -> Any:
 def _scrubbed(value: Any, path: str, hidden: bool) -> Any:
     """path: the keys above, each behind a dot; hidden: whether what stands there is a credential."""
     if isinstance(value, Mapping):
-        return {_clean(key) if isinstance(key, str) else key: _scrubbed(below, f"{path}.{key}", _is_hidden(f"{path}.{key}"))
-                for key, below in value.items()}  # fmt: skip
+        found: dict[Any, Any] = {}
+        for key, below in value.items():
+            shown = _clean_key(key) if isinstance(key, str) else key
+            if shown in found or (shown != key and shown in value):  # two that differ by their credentials alone are still two
+                shown = f"{shown} ({len(found) + 1})"
+            found[shown] = _scrubbed(below, f"{path}.{key}", _is_hidden(f"{path}.{key}"))
+        return found
     if isinstance(value, list | tuple):
         return [_scrubbed(below, path, hidden) for below in value]
     if hidden:
@@ -92,26 +122,50 @@ def _is_hidden(path: str) -> bool:
 
 def _clean(text: str) -> str:
     """A value's text: only what is known is taken out, and what is a credential by its form."""
-    return _CONNECTION.sub(rf"\1{HIDDEN}", _without_urls(_without_known(text), strictly=True))
+    return _without_forms(_without_known(text))
 
 
-def _without_known(text: str) -> str:
+def _clean_key(key: str) -> str:
+    """The name of a result: as `_clean`, but a known word of letters alone is only hidden where it is the whole name."""
+    return HIDDEN if key in _known else _without_forms(_without_known(key, words=False))
+
+
+def has_credential(text: str, strictly: bool = True) -> bool:
+    """Whether a text has a credential by its form: in a URL, or in a connection string. strictly: as in values, where the query
+    of a path alone is none."""
+    return _without_forms(text, strictly) != text
+
+
+def _without_forms(text: str, strictly: bool = True) -> str:
+    return _CONNECTION.sub(rf"\1{HIDDEN}", _without_urls(text, strictly))
+
+
+def _without_known(text: str, words: bool = True) -> str:
     for secret in _known:
-        text = text.replace(secret, HIDDEN)
+        if words or not secret.isalpha():
+            text = text.replace(secret, HIDDEN)
     return text
 
 
 def _without_urls(text: str, strictly: bool) -> str:
     """strictly: a query counts only behind a scheme; else also behind the path of a request, or alone."""
-    if "://" not in text and (strictly or "?" not in text):
+    if not _SCHEME_ENDS.search(text) and (strictly or not ("?" in text or "#" in text)):
         return text
 
     def one(run: re.Match[str]) -> str:
-        head, mark, query = _URL.sub(_without_user, run[0]).partition("?")
-        known = "://" in head or not strictly
-        return head + mark + (_PARAMETER.sub(_without_value, query) if known else query)
+        url = _URL.sub(_without_user, run[0])
+        scheme = _SCHEME_ENDS.search(url)
+        if strictly and scheme is None:
+            return url
+        url = _from(url, _QUERY.search(url, scheme.end() if strictly and scheme else 0), _PARAMETER)
+        return _from(url, re.search("#", url), _OF_FRAGMENT)
 
     return _RUN.sub(one, text)
+
+
+def _from(url: str, start: re.Match[str] | None, parameter: re.Pattern[str]) -> str:
+    """A URL without the values of some parameters behind its first ? or #."""
+    return url if start is None else url[: start.start()] + parameter.sub(_without_value, url[start.start() :])
 
 
 def _without_user(url: re.Match[str]) -> str:

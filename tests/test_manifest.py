@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from histoscale.data.manifest import ManifestError, mpp_problem, read_manifest
+from histoscale.data.manifest import ManifestError, mpp_problem, parse_manifest, read_manifest
 from histoscale.data.storage import Missing, Store
 
 
@@ -46,6 +46,39 @@ def test_all_bad_rows_stand_in_one_error(tmp_path: Path, store: Store) -> None:
                  "a stands in rows 2, 7", "row 8 (g)", "storage.options.az.sas_token", "unknown scheme 'ftq'"):  # fmt: skip
         assert part in text
     assert "SECRET" not in text
+
+
+@pytest.mark.parametrize("row", [
+    "https://a.blob/y.svs?sv=1&sig=SECRET,b,,x", "c/y.svs?sv=1&sig=SECRET,b,,x", "b,c/y.svs?sv=1&sig=SECRET,,x",
+    "b,b.svs,c/m.png?sig=SECRET,x", "b,b.svs,,seen at https://h/y?sig=SECRET", "b,b.svs,,https://h/to?next=https://a/y?sig=SECRET",
+    "b,b.svs,,AccountName=a;AccountKey=SECRET==", "b,b.svs,,see https://h/#access_token=SECRET",
+])  # fmt: skip
+def test_a_token_in_any_cell_is_refused_and_not_shown(tmp_path: Path, store: Store, row: str) -> None:
+    with pytest.raises(ManifestError, match="row 3 .*holds a token or a key, .*: drop it") as caught:
+        read_manifest(write(tmp_path, f"slide_id,uri,mask,note\na,a.svs,,https://h/x?page=2\n{row}\n"), store)
+    assert "SECRET" not in str(caught.value) and "1 bad rows" in str(caught.value)
+
+
+def test_a_token_in_the_name_of_a_column_is_refused(tmp_path: Path, store: Store) -> None:
+    with pytest.raises(ManifestError, match="the name of the column https://h/y.sig=... holds a token or a key") as caught:
+        read_manifest(write(tmp_path, "slide_id,uri,https://h/y?sig=SECRET\na,a.svs,1\n"), store)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_row_that_costs_its_slide_is_shown_without_what_may_be_secret(tmp_path: Path, store: Store) -> None:
+    """Also of one that is too long to be shown whole."""
+    ids = [f"password=SECRET{'x' * 300}", f"{'x' * 80} password='SECRET {'y' * 300}'",
+           f"{'z' * 180} password='SECRET{'y' * 300}'"]  # fmt: skip
+    text = "slide_id,uri\na,a.svs\n" + "".join(f"{name},b.svs\n" for name in ids)
+    _, refused = parse_manifest(write(tmp_path, text), store)
+    assert [one.row for one in refused] == [3, 4, 5] and "SECRET" not in str(refused) and "longer than 200" in refused[0].reason
+
+
+def test_relative_uris_are_looked_at_where_they_lead(tmp_path: Path, store: Store) -> None:
+    store.read = lambda uri: b"slide_id,uri\na,a.svs?x=SECRET\n"  # type: ignore[method-assign]
+    with pytest.raises(ManifestError, match="has a query string") as caught:
+        read_manifest("https://host/folder/m.csv", store)
+    assert "SECRET" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "a\\b", ".hidden", "a\tb", "x" * 201])
