@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from histoscale.data.names import column_key, known, nearest, tidy
+from histoscale.data.secrets import scrub
 from histoscale.data.spreadsheet import meant
 
 _SEPARATORS = (",", ";", "\t", "|")
@@ -45,7 +46,7 @@ def read_delimited(data: bytes, where: str, needed: Sequence[str], optional: Seq
     """
     text, encoding = _decoded(data, where)
     first, _, rest = text.partition("\n")
-    told = first.strip().removeprefix("sep=") if first.startswith("sep=") else ""  # as Excel writes
+    told = first.removeprefix("sep=").strip(" \r") if first.startswith("sep=") else ""  # as Excel writes; a tab is told too
     text, skipped = (rest, 1) if told else (text, 0)
     named = {column_key(name): name for name in (*needed, *optional)}
     headers = {mark: _header(text, mark, named) for mark in ([told] if told in _SEPARATORS else _SEPARATORS)}
@@ -99,8 +100,9 @@ def cleaned(cell: str) -> str:
 
 
 def shown(cell: str) -> str:
-    """The beginning of a cell as it can be printed."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cell[:_LONGEST]) + ("…" if len(cell) > _LONGEST else "")
+    """The beginning of a cell as it can be printed, without credentials: they are looked for before it is cut."""
+    whole = scrub("".join(c if c.isprintable() else repr(c)[1:-1] for c in cell[:MOST_CELL]))
+    return whole[:_LONGEST] + ("…" if len(whole) > _LONGEST else "")
 
 
 def _decoded(data: bytes, where: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ A result is known by the content of its inputs, not by their dates: a file that 
 same input, and one changed byte is another. Local files are read whole, once: a hash is remembered with the file's size, inode,
 time of change and time of status change (ctime, which every write moves and nobody can set back), and is only taken over while
 all four are the same and the file had rested for two seconds when it was read (git's "racy" rule: a write within one tick of a
-clock leaves no trace in a time). Remote files are known by size and etag.
+clock leaves no trace in a time). Remote files are known by size and etag, slides as `slide_bytes` says.
 """
 
 import contextlib
@@ -99,17 +99,26 @@ def sketch_of(uri: str, store: Store, mark: Fingerprint) -> str:
 
 
 def slide_bytes(uri: str, store: Store) -> str:
-    """What stands for the bytes of a slide: of a local file all of them up to `SLIDE`, a sketch beyond (of a folder: of its
-    files); of a remote one size and etag. Raises Missing, StorageError."""
-    mark = store.fingerprint(uri)
+    """What stands for the bytes of a slide, over all files that belong to it (`Store.parts`; of a folder those in it).
+
+    Of a local file every byte counts up to `SLIDE`: touched or copied it is the same. A larger one, of which there may be
+    terabytes, goes by a sketch and its time of change: a byte written in place makes another slide, and so does a touch, or a
+    copy that does not keep times (`cp -p` and `rsync -t` do). Remote files go by size and etag. Raises Missing, StorageError.
+    """
     if is_remote(uri):
-        return f"{mark.size} {mark.tag}"
+        marks = map(store.fingerprint, store.parts(uri))
+        return " ".join(f"{mark.size} {mark.tag}" for mark in marks)
     path = store.local(uri)
-    parts = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]
+    parts = sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else map(store.local, store.parts(uri))
     try:
-        return " ".join(sketch(part, SLIDE) for part in parts)
+        return " ".join(_slide_part(part) for part in parts)
     except OSError as error:
         raise StorageError(f"{uri}: {error.strerror or error}") from error
+
+
+def _slide_part(path: Path) -> str:
+    stat = path.stat()
+    return sketch(path, SLIDE) + (f" {stat.st_mtime_ns}" if stat.st_size > SLIDE else "")
 
 
 def note_slides(uris: Sequence[str], store: Store) -> None:

@@ -102,10 +102,10 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 def _left_in_groups(root: Path) -> Iterator[int]:
     try:
-        groups = (root / "proc/self/cgroup").read_text().split()
+        groups = (root / "proc/self/cgroup").read_text(errors="surrogateescape").split("\n")  # names may hold blanks
     except FileNotFoundError:
         return
-    for group in groups:
+    for group in filter(None, groups):
         _, controllers, place = group.split(":", 2)
         if controllers not in ("", "memory"):
             continue

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-MISSING = frozenset(("", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "#n/a", "#na", "null", "none", "nat"))
+_MISSING = frozenset(("", "nan", "-nan", "na", "n/a", "n.a.", "<na>", "#n/a", "#na", "null"))  # in any case
+_MISSING_AS_WRITTEN = frozenset(("None", "NaT"))  # of Python and pandas; NAT is normal adjacent tissue, and none is a class too
 _TRUE, _FALSE = frozenset(("true", "yes", "1")), frozenset(("false", "no", "0"))
 _SUFFIX = re.compile(r"(\.(ome|svs|tiff?|ndpi|mrxs|scn|bif|vmu?s?|czi|dcm|isyntax|svslide|zarr|h5|png|jpe?g))+$", re.IGNORECASE)
 _TCGA = re.compile(r"TCGA-\w{2}-\w{4}(-\w+)*", re.IGNORECASE)
@@ -36,8 +37,9 @@ def fold(text: str) -> str:
 
 
 def is_missing(text: str) -> bool:
-    """Whether a cell is empty, or says so in words: nan, NA, N/A, null, none, as tables are written by pandas, R and people."""
-    return fold(text) in MISSING
+    """Whether a cell is empty, or says so in words: nan, NA, N/A, null in any case, None and NaT to the letter, as tables are
+    written by pandas, R and people."""
+    return fold(text) in _MISSING or tidy(text) in _MISSING_AS_WRITTEN
 
 
 def known(text: str | None) -> str:

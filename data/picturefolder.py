@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from histoscale.data.fingerprint import is_run
 from histoscale.data.names import fold
@@ -40,11 +41,12 @@ def counted(kinds: Mapping[str, int]) -> str:
 
 
 def list_pictures(root: Path) -> Listing:
-    """Linked folders are followed, each once; hidden files and folders, and those of archivers, are left alone."""
+    """Linked folders are followed, each once; hidden files and folders, and those of archivers, are left alone. Raises OSError
+    for a folder that cannot be listed."""
     pictures, folders = [], []
     skipped: dict[str, Counter[str]] = {}
     entered: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, onerror=_stop, followlinks=True):
         real = os.path.realpath(folder)
         if real in entered:
             below.clear()
@@ -63,6 +65,11 @@ def list_pictures(root: Path) -> Listing:
             else:
                 skipped.setdefault(folders[-1], Counter())[suffix] += 1
     return Listing(sorted(pictures, key=_order), sorted(folders, key=_order), dict(sorted(skipped.items())))
+
+
+def _stop(error: OSError) -> NoReturn:
+    why = f"{error.strerror}, so its pictures would be missing: make the folder readable, or move it away"
+    raise OSError(error.errno, why, error.filename) from error
 
 
 def _order(path: str) -> tuple[list[str], str]:

@@ -4,18 +4,22 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
 from histoscale.data import fingerprint
+from histoscale.data.keys import key
+from histoscale.data.storage import Store
 from histoscale.launch.config import load
 from histoscale.launch.run import Refused, asked_of, invoke
 
@@ -109,27 +113,44 @@ def inputs(command: str, root: Path) -> list[Path]:
     }[command]  # fmt: skip
 
 
-def identity(command: str, root: Path, *more: str) -> str:
-    """What its result is known by, or why it refuses."""
-    composed = load(command, [*overrides(command, root), *more, f"out={root / 'none'}"])
-    try:
-        return asked_of(command, composed, root / "none").identity
-    except (ValueError, OSError) as error:
-        return f"refused: {error}"
+def asking(command: str, root: Path) -> Callable[[], str]:
+    """Each call says what its result is known by, or why it refuses."""
+    composed = load(command, [*overrides(command, root), f"out={root / 'none'}"])
+
+    def ask() -> str:
+        try:
+            return asked_of(command, composed, root / "none").identity
+        except (ValueError, OSError) as error:
+            return f"refused: {error}"
+
+    return ask
+
+
+def identity(command: str, root: Path) -> str:
+    return asking(command, root)()
+
+
+def told_apart(paths: list[Path]) -> list[Path]:
+    """All of them, but of the slides' files, which one loop reads folder by folder, the first, middle and last of each."""
+    folders: dict[tuple[Path, str], list[Path]] = {}
+    for path in paths:
+        folders.setdefault((path.parent.parent if path.suffix == ".geojson" else path.parent, path.suffix), []).append(path)
+    return [path for (_, suffix), same in folders.items() for i, path in enumerate(same)
+            if suffix not in (".h5", ".svs", ".geojson") or i in (0, len(same) // 2, len(same) - 1)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["mil", "probe", "robustness", "compare", "embed"])
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(drawn=st.data())
-def test_a_byte_of_any_input_is_another_result(world: Path, command: str, drawn: st.DataObject) -> None:
-    path = drawn.draw(st.sampled_from(inputs(command, world)))
-    place = drawn.draw(st.integers(0, 1 << 20))
-    before = identity(command, world)
-    flip(path, place)
-    changed = identity(command, world)
-    flip(path, place)
-    assert not before.startswith("refused") and changed != before, path
-    assert identity(command, world) == before
+def test_a_byte_of_any_input_is_another_result(world: Path, command: str) -> None:
+    """Of each of them one, at a place that its name draws."""
+    ask, paths = asking(command, world), told_apart(inputs(command, world))
+    before, kept = ask(), []
+    for path in paths:
+        place = key(0, path.relative_to(world).as_posix()) % (1 << 20)
+        flip(path, place)
+        kept += [path] if ask() == before else []
+        flip(path, place)
+    assert not before.startswith("refused") and paths and kept == []
+    assert ask() == before
 
 
 @pytest.mark.parametrize("command", ["mil", "probe", "robustness", "compare", "embed"])
@@ -219,6 +240,64 @@ def test_a_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
     path.write_bytes(b"one")
     fingerprint.content(path)
     assert str(path) not in fingerprint._known
+
+
+# What OpenSlide opens is one file; the pixels lie in others.
+SLIDES = {
+    "slide.mrxs": {"slide.mrxs": b"stub", "slide/Slidedat.ini": b"index", "slide/Data0001.dat": b"pixels"},
+    "slide.vms": {"slide.vms": b"[x]\nImageFile=a.jpg\nMapFile=map.jpg\nOptimisationFile=none.opt\n", "a.jpg": b"pixels",
+                  "map.jpg": b"map"},
+    "slide.dcm": {"slide.dcm": b"level 0", "other.DCM": b"level 1"},
+    "slide.svs": {"slide.svs": b"all"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_a_byte_of_any_file_of_a_slide_is_another_slide(tmp_path: Path, store: Store, name: str) -> None:
+    for below, data in {**SLIDES[name], "notes.txt": b"no part of it"}.items():
+        (tmp_path / below).parent.mkdir(exist_ok=True)
+        (tmp_path / below).write_bytes(data)
+    before = fingerprint.slide_bytes(str(tmp_path / name), store)
+    flip(tmp_path / "notes.txt", 0)
+    for below in SLIDES[name]:
+        assert fingerprint.slide_bytes(str(tmp_path / name), store) == before
+        flip(tmp_path / below, -1)
+        assert fingerprint.slide_bytes(str(tmp_path / name), store) != before, below
+        flip(tmp_path / below, -1)
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_and_in_a_store(store: Store, name: str) -> None:
+    """By the mark that a store gives each file when it is written; what belongs to a slide is copied with it."""
+    files = fsspec.filesystem("memory")
+    for below, data in SLIDES[name].items():
+        files.pipe_file(f"/marks/{below}", data)
+    uri = f"memory://marks/{name}"
+    before = fingerprint.slide_bytes(uri, store)
+    for below, data in SLIDES[name].items():
+        assert (store.local(uri).parent / below).read_bytes() == data
+        assert fingerprint.slide_bytes(uri, store) == before
+        files.pipe_file(f"/marks/{below}", data + b"!")
+        assert fingerprint.slide_bytes(uri, store) != before, below
+        files.pipe_file(f"/marks/{below}", data)
+        before = fingerprint.slide_bytes(uri, store)
+    files.rm("/marks", recursive=True)
+
+
+def test_of_a_large_slide_its_time_of_change_counts(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "SLIDE", 1 << 17)
+    small, large = tmp_path / "small.svs", tmp_path / "large.svs"
+    small.write_bytes(bytes(1 << 17))
+    large.write_bytes(bytes((1 << 17) + 1))
+    before = [fingerprint.slide_bytes(str(path), store) for path in (small, large)]
+    stat = large.stat()
+    flip(large, 5000)  # between the blocks that a sketch reads
+    for path in (small, large):
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    after = [fingerprint.slide_bytes(str(path), store) for path in (small, large)]
+    assert after[0] == before[0] and after[1] != before[1]
+    copied = shutil.copy2(large, tmp_path / "copied.svs")
+    assert fingerprint.slide_bytes(str(copied), store) == after[1]
 
 
 _PLACES = st.text("ab/", min_size=1, max_size=8).map(lambda text: os.path.normpath(f"/{text.lstrip('/')}"))

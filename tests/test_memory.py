@@ -152,6 +152,9 @@ def test_control_groups_of_both_versions_and_their_parents_limit(tmp_path: Path)
         "sys/fs/cgroup/memory/a/memory.stat": "total_inactive_file 0\n",
     }  # fmt: skip
     assert available_bytes(machine(tmp_path / "v1", "5:cpu:/a\n4:memory:/a\n", **first)) == 0
+    named = {f"sys/fs/cgroup/my job \u2028 1/{name.rpartition('/')[2]}": text for name, text in list(second.items())[:3]}
+    blanks = machine(tmp_path / "blanks", "1:name=a b:/x\n0::/my job \u2028 1\n", **named)
+    assert available_bytes(blanks) == 700000000
     assert available_bytes() > 0
 
 

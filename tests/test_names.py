@@ -68,9 +68,17 @@ def test_codes_follow_the_name_and_not_its_spelling() -> None:
         assert np.array_equal(codes([spelt[name] for name in names]), codes(names))
 
 
-@pytest.mark.parametrize("text", ["", " ", "nan", "NaN", "NA", "N/A", "n/a ", "null", "NULL", "None", "none", "<NA>", "#N/A"])
+@pytest.mark.parametrize("text", ["", " ", "nan", "NaN", "NA", "N/A", "n/a ", "null", "NULL", " None", "NaT", "<NA>", "#N/A"])
 def test_what_says_nothing_is_missing(text: str) -> None:
     assert is_missing(text) and known(text) == ""
+
+
+@pytest.mark.parametrize("text", ["NAT", "nat", "none", "NONE", "Nat"])
+def test_normal_adjacent_tissue_and_no_treatment_are_classes(text: str) -> None:
+    """NaT and None are what pandas and Python write; in another case they are words that people write."""
+    assert not is_missing(text) and known(f"{text} ") == text
+    found = read_delimited(f"slide_id,tissue\ns1,{text}\ns2,None\ns3,NaT\n".encode(), "t.csv", ["slide_id"])
+    assert [row["tissue"] for _, row in found.rows] == [text, "", ""]
 
 
 def test_nancy_and_nadia_are_not_missing() -> None:
@@ -111,6 +119,9 @@ def test_columns_are_found_however_they_are_written() -> None:
     assert found.rows == [
         (3, {"slide_id": "s", "patient_id": "", "a,b": "c,d"}), (4, {"slide_id": "t", "patient_id": "", "a,b": ""}),
     ]  # fmt: skip
+    for line in ("sep=\t", "sep=\t\r", "sep=\t \r"):  # as Excel writes it; the tab is no blank at its end
+        found = read_delimited(f"{line}\nslide_id\turi\na\tb,c\n".encode(), "t.csv", ["slide_id", "uri"])
+        assert found.columns == ["slide_id", "uri"] and found.rows == [(3, {"slide_id": "a", "uri": "b,c"})]
     for text, words in (
         ("slide,x\na,1\n", r"t.csv lacks the column slide_id; it has slide, x; is 'slide' meant to be slide_id\?"),
         ("slide_id,Slide ID\na,b\n", "'slide_id' twice"),

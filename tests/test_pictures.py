@@ -1,6 +1,7 @@
 """A picture reads the same however it was saved; its values mean what its type says, never what one picture happens to hold."""
 
 import io
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from histoscale.data.pictures import PictureError, pixels_of, size_of
+from histoscale.data import pictures
+from histoscale.data.pictures import PictureError, bits_used, largest_float, pixels_of, size_of
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (7, 5, 3), np.uint8)
@@ -87,6 +89,48 @@ def test_another_encoding_holds_the_same_pixels(way: str, tmp_path: Path) -> Non
         assert found.dtype == np.uint8 and np.array_equal(found, pixels), way
 
 
+@pytest.mark.parametrize("way", [name for name in WAYS if "bits" in name or "floats" in name])
+def test_a_picture_of_several_windows_is_one(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "_WINDOW_PX", 2)
+    pixels, encode = WAYS[way]
+    assert np.array_equal(pixels_of(encode(pixels)), pixels)
+
+
+@pytest.mark.parametrize("values", [
+    wide(np.resize(RGB, (1500, 1600, 3))), (np.resize(RGB, (1500, 1600, 3)) / 255).astype(np.float32),
+    wide(np.resize(RGB, (1500, 1600, 4))),
+], ids=["16 bits", "floats", "alpha"])  # fmt: skip
+def test_what_is_held_beside_the_values_is_small(values: np.ndarray) -> None:
+    """The file's bytes are given; then come the strip and the values, and three bytes a pixel."""
+    data = tiff(values, "rgb", compression="zlib", rowsperstrip=1500, extrasamples=["unassalpha"] * (values.shape[2] - 3))
+    tracemalloc.start()
+    try:
+        found = pixels_of(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (1500, 1600, 3) and peak <= 2 * values.nbytes + found.nbytes + (24 << 20)
+
+
+@pytest.mark.parametrize("values", [np.zeros((64, 64, 8)), wide(np.zeros((64, 640, 3), np.uint8))], ids=["floats", "16 bits"])
+def test_what_would_take_too_much_memory_is_not_decoded(
+    values: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "_MOST_BYTES", 64 * 64 * (2 * 8 * 8 + 3) - 1)
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", None)  # it would be needed
+    path = tmp_path / "x.tif"
+    path.write_bytes(tiff(values, "minisblack" if values.shape[2] == 8 else "rgb", planarconfig="contig"))
+    for read in (pixels_of, largest_float, bits_used):
+        if read is not bits_used or values.dtype.kind == "u":  # Pillow opens no floats of several samples
+            with pytest.raises(PictureError, match=r"px of \d+ bytes each: it would take .* MB of memory, expected at most"):
+                read(path)
+    monkeypatch.setattr(pictures, "_MOST_BYTES", 200)
+    path.write_bytes(grey_png16(GREY))
+    for read in (pixels_of, bits_used):
+        with pytest.raises(PictureError, match="it would take .* MB of memory"):
+            read(path)
+
+
 @pytest.mark.parametrize("way", [name for name in WAYS if "16" in name or "floats" in name])
 def test_no_picture_is_stretched_by_its_own_values(way: str) -> None:
     """A dark one stays as dark as it is beside a bright one."""
@@ -116,8 +160,8 @@ def test_what_is_transparent_is_white() -> None:
     (tiff(GREY[..., 0].astype(np.uint32), "minisblack"), "uint32 without a declared SMaxSampleValue"),
     (tiff(GREY[..., 0].astype(np.int16), "minisblack"), "int16 without a declared"),
     (tiff(wide(GREY[..., 0]), "minisblack", extratags=declared(4095)), "and it declares 12 bits"),
-    (tiff(wide(RGB), "rgb", compression="zlib")[:-40], ""),
-    (pillow(RGB, "RGB")[:-30], ""),
+    (tiff(wide(RGB), "rgb", compression="zlib")[:-40], "^it is damaged or cut short: "),
+    (pillow(RGB, "RGB")[:-30], "^it is damaged or cut short: "),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused_in_words(data: bytes, words: str) -> None:
     with pytest.raises(PictureError, match=words) as error:

@@ -61,11 +61,17 @@ CREDENTIALS = (
     "https:/user:SECRET@host/a.svs", "https://user%3ASECRET@host/a.svs", "HTTPS://user:SECRET@[::1]:80/a.svs",
     "s3://AKIA:SECRET@bucket/a.svs",
     "az://container:SECRET@account/a.svs", "file://user:SECRET@host/a.svs", "simplecache::https://user:SECRET@host/a.svs",
-    "zip://a.svs::https://user:SECRET@host/a.zip", "sftp://user:SECRET@host/a.svs", "https://host/a.svs?sig=SECRET",
+    "zip://a.svs::https://user:SECRET@host/a.zip",
+    "zip://a.svs::simplecache::https://user:SE/SECRET@host/a.zip", "https://[::1]:SECRET@host/a.svs", "s3://arn:SE/SECRET@b/a.svs",
+    "s3://arn:aws:s3:SECRET@bucket/a.svs",
+    "sftp://user:SECRET@host/a.svs", "https://host/a.svs?sig=SECRET",
 )  # fmt: skip
 PLAIN = (
     "az://container@account.dfs.core.windows.net/a.svs", "abfs://container@account/a@b.svs", "s3://bucket/a@2x:b.svs",
     "http://h:80/a.svs", "https://[::1]:80/a.svs", "/data/user:x@y.svs", "a@b.svs", "memory://bucket/a.svs",
+    "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/my-ap/key.svs", "s3://arn:aws-cn:s3::1:accesspoint:my-ap/a.svs",
+    "zip://a.zip::s3://bucket/x", "zip://a::https://host/x", "zip://a::simplecache::https://[::1]:80/x",
+    "zip://a::az://container@account/x", "zip://*.svs::file:///data/a.zip", "zip://a::s3://arn:aws:s3:us-west-2:1:accesspoint/b/x",
 )  # fmt: skip
 
 
@@ -85,6 +91,14 @@ def test_a_credential_in_a_uri_is_refused_and_not_shown(tmp_path: Path, store: S
 def test_other_uris_are_none(store: Store) -> None:
     for uri in PLAIN:
         check_uri(uri)
+
+
+def test_the_beginning_of_a_password_is_one_in_every_link_of_a_chain() -> None:
+    arn = "arn:aws:s3:us-west-2:123456789012:SECRET"
+    for uri in ("zip://user:SECRET::https://host/a.zip", "zip://a::https://user:SECRET/a.zip", f"https://{arn}/a.svs"):
+        with pytest.raises(ValueError, match="names a user or a password") as caught:
+            check_uri(uri)
+        assert "SECRET" not in str(caught.value)
 
 
 # Manifests
