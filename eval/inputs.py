@@ -9,6 +9,7 @@ from histoscale.data.storage import Store, is_remote
 from histoscale.eval.architecture import is_release
 from histoscale.eval.hub import model_folder
 from histoscale.pretrain.checkpoint import read_checkpoint
+from histoscale.pretrain.start import is_checkpoint, weight_files
 
 _TOLD = ("config.json", "MODEL.json", "preprocessor_config.json")  # of a release
 
@@ -35,6 +36,16 @@ def read_encoder(spec: str, store: Store) -> None:
     elif not is_remote(spec):
         state = read_checkpoint(Path(spec).expanduser())
         told(state.path / "state.json", state.identity)
+
+
+def read_start(spec: str) -> str:
+    """What names the weights that `start.weights` takes: all that a checkpoint says, else the bytes of the files that are read;
+    notes them. Raises StartError, CheckpointError, OSError."""
+    if not is_checkpoint(spec):
+        return " ".join(contents(weight_files(spec)))
+    state = read_checkpoint(spec)
+    told(state.path / "state.json", state.identity)
+    return state.identity
 
 
 def read_catalog(uri: str, store: Store, rows: Iterable[str] = ()) -> str:

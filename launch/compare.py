@@ -59,7 +59,9 @@ def identity(config: Config) -> dict[str, Any]:
     """What each run had found, not only where it stands."""
     for path in check_folders(config.runs).values():
         check_summary(path / SUMMARY)
-    names = (SCORES, SUMMARY) if _of_mil(config) else (FILE,)
+    of_mil = _of_mil(config)
+    open_mil_runs(config.runs) if of_mil else open_runs(config.runs)  # what is no run is said as such
+    names = (SCORES, SUMMARY) if of_mil else (FILE,)
     read = [content(path / name) for path in check_folders(config.runs).values() for name in names]
     return {"runs": list(check_folders(config.runs)), "read": read}
 

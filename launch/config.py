@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from histoscale.data.secrets import hide, scrubbed
 from histoscale.launch import proportion
 from histoscale.launch.overrides import ConfigError, nearest, read_overrides
-from histoscale.launch.paths import credential, expanded, uri_on_disk
+from histoscale.launch.paths import credential, empty, expanded, uri_on_disk
 from histoscale.launch.renamed import renamed
 
 COMMANDS = (
@@ -55,7 +55,7 @@ def load(command: str, words: list[str]) -> Composed:
         named = ", ".join(f"{key}={_offer(key)}" for key in missing)
         raise ConfigError(f"{command} needs {named} (`histoscale {command} --help` shows an example)")
     values = expanded(_plain(command, tree))
-    wrong = credential(flatten(values)) or uri_on_disk(flatten(values))
+    wrong = empty(flatten(values)) or credential(flatten(values)) or uri_on_disk(flatten(values))
     if wrong:
         raise ConfigError(f"{command}: {wrong}")
     from pydantic import TypeAdapter, ValidationError
@@ -92,6 +92,9 @@ def composed(command: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     for override in overrides:  # what Hydra says of one that it refuses may hold a credential
         hide({override.key_or_group: override.value()})
     for override in overrides:
+        if override.key_or_group.partition(".")[0] == "hydra":
+            what = "is a key of Hydra's launcher, which does not run here: the folder of results is out="
+            raise ConfigError(f"{command}: {override.key_or_group}= {what}")
         if now := renamed(command, override.key_or_group):
             raise ConfigError(f"{command}: {override.key_or_group}= is called {now}= now")
     chosen = {override.key_or_group for override in overrides if _is_group(override)}
@@ -105,8 +108,8 @@ def composed(command: str, words: list[str]) -> tuple[DictConfig, list[str]]:
     except (HydraException, OmegaConfBaseException) as error:
         with initialize_config_module("histoscale.configs", version_base="1.3"):
             raise ConfigError(f"{command}: {_mistake(command, overrides, left_out) or _in_one_line(error)}") from error
-    empty = [key for key, value in flatten(_plain(command, tree, resolve=False)).items() if value == "???"]
-    return tree, [*unchosen, *empty]
+    lacking = [key for key, value in flatten(_plain(command, tree, resolve=False)).items() if value == "???"]
+    return tree, [*unchosen, *lacking]
 
 
 def _mistake(command: str, overrides: list[Override], left_out: list[str]) -> str | None:
@@ -158,6 +161,8 @@ def _offer(key: str) -> str:
 
 
 def _plain(command: str, tree: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    if resolve and (wrong := proportion.unusable(flatten(_plain(command, tree, resolve=False)))):
+        raise ConfigError(f"{command}: {wrong}")
     try:
         values = OmegaConf.to_container(tree, resolve=resolve)
     except OmegaConfBaseException as error:

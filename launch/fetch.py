@@ -7,6 +7,7 @@ Cut off or stopped, the same command goes on from the last byte. Of sets that th
 they are and under which licence. `histoscale probe dataset=… data_root=…` then checks counts and layout when it opens them.
 """
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,8 +41,9 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     journal.say(f"{name} is given under {origin.licence}; by fetching it you accept that")
     root = Path(config.data_root).expanduser()
     made = fetch_set(origin, root, config.mirror or origin.base, config.fetch, journal)
-    more = " honest.few_shot.shots=[10] eva=ten_shot" if name == "pcam_10shot" else ""
-    journal.say(f"{root} holds {name}; next: histoscale probe encoder=ENCODER dataset={name} data_root={config.data_root}{more}")
+    more = ["honest.few_shot.shots=[10]", "eva=ten_shot"] if name == "pcam_10shot" else []
+    typed = shlex.join(["encoder=ENCODER", f"dataset={name}", f"data_root={config.data_root}", *more])
+    journal.say(f"{root} holds {name}; next: histoscale probe {typed}")
     return {"fetch": {"dataset": name, "licence": origin.licence, "files": {part: asdict(row) for part, row in made.items()}}}
 
 

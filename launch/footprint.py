@@ -92,11 +92,11 @@ class Footprint:
     def __init__(self, interval_s: float) -> None:
         self.interval_s = interval_s
         self.stages: list[Stage] = []
-        self._peak, self._resident = 0, 0
+        self._peak = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        self._peak, self._resident = 0, 0
+        self._peak = 0
         self._look()
         done = threading.Event()
 
@@ -116,7 +116,6 @@ class Footprint:
             self.stages.append(Stage(name, time.monotonic() - start, self._peak))
 
     def _look(self) -> None:
-        """The costly figure is read only when the cheap one, which is never below it, has risen."""
-        resident = rss_bytes(os.getpid()) if sys.platform.startswith("linux") else self._resident + 1
-        if resident > self._resident:
-            self._resident, self._peak = resident, max(self._peak, memory_bytes())
+        """The costly figure is read only where the cheap one, which is never below it, lies above the peak."""
+        if not sys.platform.startswith("linux") or rss_bytes(os.getpid()) > self._peak:
+            self._peak = max(self._peak, memory_bytes())

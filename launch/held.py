@@ -134,9 +134,16 @@ def grows(state: dict[str, Any], asked: Asked) -> bool:
 
 
 def begin(out: Path, asked: Asked, state: dict[str, Any] | None) -> list[str]:
-    """Clears what tries without a result left; the names that were in `out` before any of them."""
+    """Clears what tries without a result left; the names that were in `out` before any of them. Raises Refused where something
+    else has files of the names that every command writes."""
     if state is None:
-        return sorted({path.name for name in getattr(asked.module, "MADE", ()) for path in out.glob(name)})
+        foreign = [name for name in (STATE, *OWN) if (out / name).exists()]
+        if foreign:
+            raise Refused(
+                f"{out} holds {', '.join(foreign)} of something that is no run, and a run writes files of these names: give a "
+                f"folder of its own, such as out={out / asked.command}, or move them away"
+            )
+        return sorted({path.name for path in _made(out, asked.module)})
     found = list(state.get("found", []))
     if is_bound(out, state, asked):
         return found
@@ -147,10 +154,19 @@ def begin(out: Path, asked: Asked, state: dict[str, Any] | None) -> list[str]:
     old, new = state["result"], plain(asked.result)
     kept = [name for name, keys in caches.items() if same and all(old.get(key) == new.get(key) for key in keys or {*old, *new})]
     spared = {*found, *(path.name for name in kept for path in out.glob(name))}
-    for path in {path for name in (*OWN, *getattr(before, "MADE", ())) for path in out.glob(name)}:
+    for path in {*(out / name for name in OWN if (out / name).exists()), *_made(out, before)}:
         if path.name not in spared:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
     return found
+
+
+def _made(out: Path, module: ModuleType | None) -> set[Path]:
+    """What a command leaves besides OWN."""
+    return {path for name in getattr(module, "MADE", ()) for path in out.glob(name)}
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sweep(out: Path) -> None:
@@ -170,21 +186,31 @@ def _maker(state: dict[str, Any], asked: Asked) -> ModuleType | None:
 
 @dataclass(frozen=True)
 class Standing:
-    """A finished folder before its command looks again. own: the text of each of OWN and STATE; rest: path -> size and time."""
+    """A folder with a result before its command looks again, or goes on with more.
 
+    own: the text of each of OWN and STATE; made: names of what the command had left; results: path -> size and time, of all the
+    rest of a folder that is looked at, of the first results of one that goes on.
+    """
+
+    asked: Asked
+    grown: bool
     own: dict[str, bytes]
-    rest: dict[str, tuple[int, int]]
+    made: set[str]
+    results: dict[str, tuple[int, int]]
 
     @staticmethod
-    def of(out: Path) -> "Standing":
+    def of(out: Path, asked: Asked, grown: bool) -> "Standing":
         own = {name: (out / name).read_bytes() for name in (*OWN, STATE) if (out / name).exists()}
-        return Standing(own, _rest(out))
+        return Standing(asked, grown, own, {path.name for path in _made(out, asked.module)}, _results(out, asked, grown))
 
     def restore(self, out: Path) -> bool:
-        """Take back what a look noted that failed before it changed anything; whether that was so. A command that makes nothing
-        but a summary (`doctor`) has failed all the same."""
-        if not self.rest or _rest(out) != self.rest:
+        """Take back what was left by a look that failed before it changed anything, or by more that failed before its first
+        result; whether that was so. A command that makes nothing but a summary (`doctor`) has failed all the same."""
+        if not self.results or _results(out, self.asked, self.grown) != self.results:
             return False
+        for path in _made(out, self.asked.module):
+            if path.name not in self.made:
+                _remove(path)
         for name in (*OWN, STATE):
             if name in self.own:
                 write_atomic(out / name, self.own[name].decode())
@@ -193,10 +219,10 @@ class Standing:
         return True
 
 
-def _rest(out: Path) -> dict[str, tuple[int, int]]:
-    own = {*OWN, STATE}
-    names = ((path, str(path.relative_to(out))) for path in out.rglob("*") if path.is_file())
-    files = (path for path, name in names if name not in own and not is_ours(name))
+def _results(out: Path, asked: Asked, grown: bool) -> dict[str, tuple[int, int]]:
+    globs = getattr(asked.module, "HOLDS", ()) if grown else ("**/*",)
+    names = ((path, str(path.relative_to(out))) for glob in globs for path in out.glob(glob) if path.is_file())
+    files = (path for path, name in names if name not in (*OWN, STATE) and not is_ours(name))
     return {str(path): ((found := path.stat()).st_size, found.st_mtime_ns) for path in files}
 
 
@@ -216,7 +242,7 @@ def places(out: Path) -> list[Path]:
 
 def begun(command: str, module: Any, result: Mapping[str, Any], out: Path, given: bool) -> dict[str, Any] | None:
     """The state of a run of the same command that would go on, but for its precision and for phases that are added."""
-    asked = {key: value for key, value in plain(result).items() if key not in ("precision", "phases")}
+    asked = {key: value for key, value in plain(result).items() if key not in ("precision", "phases", "longer")}
     for path in [out] if given else places(out):
         state = _known_state(record_of(module, path))
         if state is not None and state["command"] == command and asked.items() <= state["result"].items():

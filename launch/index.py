@@ -70,7 +70,7 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
         if ranks.main:
             write_sheet(out / "catalog.html", catalog, config.sheet_slides)
     except NoneAccepted as error:
-        journal.say("\n".join(reasons(error.rejected)))
+        journal.say("\n".join(reasons(error.rejected, "")))
         raise ValueError(f"{error}: see above; the catalog that is in {config.out} stays as it was") from error
     finally:
         close_ranks()
@@ -116,17 +116,17 @@ def by_reason(rejected: Sequence[Rejected]) -> Counter[str]:
 def table(catalog: Catalog) -> str:
     """What was accepted, and what was not and why."""
     first = f"accepted {len(catalog)} slides, rejected {len(catalog.rejected)} (catalog {catalog.hash})"
-    return "\n".join([first, *reasons(catalog.rejected)])
+    return "\n".join([first, *reasons(catalog.rejected, " in rejected.parquet")])
 
 
-def reasons(rejected: Sequence[Rejected]) -> list[str]:
-    """By the kind of their reason, the first few of each."""
+def reasons(rejected: Sequence[Rejected], where: str) -> list[str]:
+    """By the kind of their reason, the first few of each. where: the others are."""
     lines = []
     for kind, count in by_reason(rejected).most_common():
         lines.append(f"  {count} x {kind}")
         found = [one for one in rejected if one.reason.split(":")[0] == kind]
         lines += [f"      {one.slide_id}: {one.reason}" for one in found[:5]]
-        lines += [f"      and {count - 5} more in rejected.parquet"] if count > 5 else []
+        lines += [f"      and {count - 5} more{where}"] if count > 5 else []
     return lines
 
 

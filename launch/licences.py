@@ -58,11 +58,9 @@ non-commercial: read their cards.
 
 
 def licence_of(name: str) -> str | None:
-    """What an installed package says of itself, as an SPDX expression; None where it is not installed or says nothing known."""
-    try:
-        told = metadata(name)
-    except PackageNotFoundError:
-        return None
+    """What an installed package says of itself, as an SPDX expression; None where it says nothing known. Raises
+    PackageNotFoundError."""
+    told = metadata(name)
     text, expression = ((told.get_all(field) or [""])[0].strip() for field in ("License", "License-Expression"))
     classified = re.findall(r"^License :: OSI Approved :: (.+)$", "\n".join(told.get_all("Classifier", [])), re.MULTILINE)
     meant = [MEANS.get(line, line) for line in classified]
@@ -100,7 +98,10 @@ def rows() -> Iterator[tuple[str, str | None]]:
     """Each package of constraints.txt with its licence; what this machine does not install keeps what LICENSES.md says."""
     written = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", LIST.read_text(), re.MULTILINE)) if LIST.exists() else {}
     for name in sorted({name for name, _ in pins(CONSTRAINTS)}):
-        yield name, licence_of(name) or UNSAID.get(name) or written.get(name)
+        try:
+            yield name, licence_of(name) or UNSAID.get(name)
+        except PackageNotFoundError:
+            yield name, UNSAID.get(name) or written.get(name)
 
 
 def page(found: dict[str, str | None]) -> str:

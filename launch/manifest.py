@@ -9,6 +9,7 @@
 where you put them, and counts are held against those that were published.
 """
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -61,7 +62,8 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     patients = {slide.patient_id for slide in slides} - {None}
     sites = Counter(slide.site or "unknown" for slide in slides)
     journal.say(table(cohort))
-    journal.say(f"open {path}; next: histoscale index manifest={path} out={config.out}_catalog")
+    typed = shlex.join([f"manifest={path}", f"out={config.out}_catalog"])
+    journal.say(f"open {path}; next: histoscale index {typed}")
     return {
         "manifest": {
             "cohort": cohort.name,

@@ -7,7 +7,7 @@ from typing import Any
 # What these keys hold is a path, or a name that may be one, and never anything that Hydra's grammar should read.
 ANYWHERE = {
     "manifest", "catalog", "previous", "tiles", "pretraining", "encoder", "start.weights", "monitor.labelled", "online.catalog",
-    "store", "mirror", "data_root",
+    "store", "mirror", "data_root", "method.gram.source",
 }  # fmt: skip
 ON_DISK = {
     "out", "embeddings", "floor_embeddings", "annotations", "checkpoint", "summary", "runs", "registered", "root", "labels.path",
@@ -30,6 +30,13 @@ def expanded(values: Any) -> Any:
         return [expanded(below) for below in values]
     home = _HOME.match(values) if isinstance(values, str) else None
     return home[1] + os.path.expanduser(values[home.end(1) :]) if home else values
+
+
+def empty(values: dict[str, Any]) -> str | None:
+    """What is wrong with the first key of dotted `values` that is to name a path and is empty, as an unset variable of the shell
+    leaves it; None: nothing."""
+    key = next((key for key in sorted(values) if is_path(key) and (values[key] == "" or values[key] == [""])), None)
+    return None if key is None else f"{key}= is empty: give a path ({key}=. is the folder that this runs in)"
 
 
 def credential(values: dict[str, Any]) -> str | None:

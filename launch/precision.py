@@ -1,6 +1,7 @@
 """`precision=auto`: what this machine computes fastest in without harm, decided once for a run and then kept."""
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,9 +9,10 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from histoscale.launch.config import Composed
+from histoscale.launch.config import Composed, flatten
 
 AUTO = "auto"
+_PLACE = re.compile(r"precision|phases\.[^.]+\.precision")
 PATIENCE_S = 7 * 86400.0  # of the group that later shares the embedding, as its commands have it
 GAIN = 1.1  # bf16 must be so many times as fast on the CPU
 ROUNDS = 3  # the fastest of each counts: other processes only slow down
@@ -18,17 +20,20 @@ SHAPE = {"images": 2, "tokens": 197, "width": 384, "heads": 6}  # of a ViT-S/16 
 
 
 def settled(composed: Composed, state: Mapping[str, Any] | None) -> tuple[Composed, str | None]:
-    """The configuration with `precision` as a word that computes, and why in a line; None where nothing was left open.
+    """The configuration with `precision` as a word that computes, in its phases too, and why in a line; None where nothing was
+    left open.
 
     state: the state.json of a run that goes on: what it says stays, on any machine. Under torchrun rank 0 decides for all.
     """
     config = composed.config
-    if composed.values.get("precision") != AUTO or not hasattr(config, "hardware"):
+    places = _open_places(composed.values)
+    if not places or not hasattr(config, "hardware"):
         return composed, None
-    known = (state or {}).get("result", {}).get("precision")
+    recorded = flatten((state or {}).get("result", {}))
+    known = next((recorded[place] for place in places if recorded.get(place) not in (None, AUTO)), None)
 
     def decide() -> tuple[str, str]:
-        if known not in (None, AUTO):
+        if known is not None:
             return known, "as this run began"
         if getattr(config, "encoder", None) == "colour":
             return "fp32", "for statistics of colour"
@@ -48,7 +53,12 @@ def settled(composed: Composed, state: Mapping[str, Any] | None) -> tuple[Compos
         word, why = open_ranks(config.hardware.device, getattr(config.hardware, "timeout_s", PATIENCE_S)).first(decide)
     values = _without_auto(composed.values, word)
     changed = {name: values[name] for name in ("precision", "phases") if name in values}
-    return replace(composed, values=values, config=replace(config, **changed)), f"precision=auto: {word}, {why}"
+    return replace(composed, values=values, config=replace(config, **changed)), f"{places[0]}=auto: {word}, {why}"
+
+
+def _open_places(values: Mapping[str, Any]) -> list[str]:
+    """The dotted keys that say auto: of a command, and of the phases of a run."""
+    return [key for key, value in flatten(dict(values)).items() if value == AUTO and _PLACE.fullmatch(key)]
 
 
 def _on_cuda(device: str) -> bool:
@@ -102,9 +112,10 @@ def on_cpu(trains: bool) -> tuple[str, str]:
 
 
 def _without_auto(values: Mapping[str, Any], word: str) -> dict[str, Any]:
-    """The values with this word, also in phases that say auto."""
+    """The values with this word wherever they say auto."""
     phases = {
         name: {**change, "precision": word} if isinstance(change, Mapping) and change.get("precision") == AUTO else change
         for name, change in values.get("phases", {}).items()
     }
-    return {**values, "precision": word, **({"phases": phases} if phases else {})}
+    own = word if values["precision"] == AUTO else values["precision"]
+    return {**values, "precision": own, **({"phases": phases} if phases else {})}

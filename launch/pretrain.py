@@ -12,9 +12,10 @@ Examples:
 
 A recipe sets every group; keys after it change single values; warm-ups and freezes keep their share of schedule.steps unless they
 are given. A run that has ended goes on, also on a catalog that has grown, with longer=[STEPS] behind the same command, then
-longer=[STEPS,STEPS] and so on, or with phases.NAME. keys, which say by themselves what continues and what changes. `out`
-holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl (losses, collapse
-read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and exits with 75.
+longer=[STEPS,STEPS] and so on, or, before the first longer=, with phases.NAME. keys, which say by themselves what continues and
+what changes. `out` holds patches.png and views.png (of the first batch), parameters-*.tsv, checkpoints/step-N, metrics.jsonl
+(losses, collapse read-outs, rates), lost.jsonl (visits that failed), summary.json. On SIGTERM or SIGUSR1 the run saves itself and
+exits with 75.
 """
 
 import os
@@ -45,7 +46,7 @@ from histoscale.eval.architecture import trained_architecture
 from histoscale.eval.datasets.cohort import CutConfig
 from histoscale.eval.datasets.opening import open_dataset
 from histoscale.eval.datasets.patches import DatasetConfig
-from histoscale.eval.inputs import read_encoder
+from histoscale.eval.inputs import read_start
 from histoscale.eval.online import Online, OnlineConfig
 from histoscale.eval.view_sheet import patch_sheet, view_sheet
 from histoscale.launch import held
@@ -55,7 +56,7 @@ from histoscale.launch.trackers import tracked
 from histoscale.pretrain import trainer
 from histoscale.pretrain.backbone import ModelConfig
 from histoscale.pretrain.checkpoint import CheckpointConfig
-from histoscale.pretrain.methods import MethodConfig
+from histoscale.pretrain.methods import DinoConfig, MethodConfig
 from histoscale.pretrain.monitor import MonitorConfig
 from histoscale.pretrain.optim import OptimConfig
 from histoscale.pretrain.parallel import HardwareConfig
@@ -69,8 +70,8 @@ RESULT = (
     "longer",
 )  # fmt: skip
 CONTINUES = (  # said where other keys are refused
-    "; a run that has ended goes on, also on a catalog that has grown, with longer=[STEPS] behind the command that made it, and "
-    "with other keys in a new phase (phases.NAME...)"
+    "; a run that has ended goes on, also on a catalog that has grown, with longer=[STEPS] behind the command that made it, or, "
+    "before the first longer=, with other keys in a new phase (phases.NAME...)"
 )
 INPUTS = ("catalog", "tiles")
 MADE = ("patches*.png", "views*.png", "parameters-*.tsv", "lost.jsonl", "checkpoints", "online", "tensorboard", "wandb")
@@ -127,10 +128,21 @@ class Opened:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The data of each phase by their hash, wherever they lie, and the version of the plan. Raises ConfigError, ValueError."""
-    if config.start.weights is not None:
-        read_encoder(config.start.weights, Store(config.storage))
-    return {**data_hash(config), "phases": [{"name": phase.name, **data_hash(one)} for phase, one in ready(config)[1:]]}
+    """Data and weights of each phase by their hash, wherever they lie, and the version of the plan. Raises ConfigError,
+    ValueError, OSError."""
+    phases = ready(config)
+    data = [data_hash(one) for _, one in phases]
+    named = [given_weights(one) for _, one in phases]
+    hashes = {spec: read_start(spec) for given in named for spec in given.values()}
+    read = [{**facts, **{name: hashes[spec] for name, spec in given.items()}} for facts, given in zip(data, named, strict=True)]
+    return {**read[0], "phases": [{"name": phase.name, **facts} for (phase, _), facts in zip(phases[1:], read[1:], strict=True)]}
+
+
+def given_weights(config: Config) -> dict[str, str]:
+    """What a phase takes from elsewhere, as `start.weights` spells it."""
+    gram = None if isinstance(config.method, DinoConfig) else config.method.gram
+    source = gram.source if gram is not None and gram.source != "teacher" else None
+    return {name: spec for name, spec in (("weights", config.start.weights), ("gram", source)) if spec is not None}
 
 
 def ready(config: Config) -> list[tuple[Phase, Config]]:
@@ -199,9 +211,9 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     hashes = identity(config)
     ranks = open_ranks(config.hardware.device, config.hardware.timeout_s)
     check_shared(journal.out, ranks)
-    rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
     reached = phase_reached(journal.out / "checkpoints", [(phase, one.schedule.steps) for phase, one in phases], ranks)
     opened = [open_phase(phase, one, journal) for phase, one in phases[reached:]]  # all of them, before the first is trained
+    rows = tracked(journal, {**{key: plain(asdict(config)[key]) for key in RESULT}, **hashes})
     for (phase, one), (data, plan) in zip(phases[reached:], opened, strict=True):
         reading = replace(one, stream=readings[phase.index])
         told = _train_phase(phase, reading, data, plan, rows, ranks, phase is phases[-1][0])
@@ -215,13 +227,14 @@ def what_next(config: Config, summary: dict[str, Any]) -> str:
     """What to open and what to type when a run has ended."""
     out, checkpoint = Path(config.out), summary["pretrain"]["checkpoint"]
     given, release, probe = (shlex.quote(str(out) + behind) for behind in ("", "_release", "_probe"))
-    more = [*config.longer, (config.longer or [config.schedule.steps])[-1]]
+    steps = [*config.longer, (config.longer or [config.schedule.steps])[-1]]
+    more = shlex.quote(f"longer={steps}".replace(" ", ""))
     return (
         f"checkpoint: {out / checkpoint}\n"
         f"to look at: {out / 'patches.png'} and {out / 'views.png'}: the first batch, and its views\n"
         f"next:       histoscale release checkpoint={given} out={release}\n"
         f"            histoscale probe encoder={given} dataset=folder data_root=FOLDER_OF_LABELLED_TILES out={probe}\n"
-        f"to go on:   the same command and longer={str(more).replace(' ', '')}"
+        f"to go on:   the same command and {more}"
     )
 
 

@@ -15,6 +15,7 @@ predictions.npz, which `histoscale compare` reads. Sets with masks (consep, monu
 """
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -182,10 +183,8 @@ def _run(config: Config, journal: Journal) -> dict[str, Any]:
     if not untrained:
         remarks.append("no random floor: this encoder has no architecture that could be left untrained")
     _write(name, found, remarks, config, journal)
-    journal.say(
-        f"open {journal.path('report.html')}; next, beside another encoder on the same set: histoscale compare "
-        f"runs=[{config.out},OTHER_OUT] out={config.out}_compare"
-    )
+    typed = shlex.join([f"runs=[{config.out},OTHER_OUT]", f"out={config.out}_compare"])
+    journal.say(f"open {journal.path('report.html')}; next, beside another encoder on the same set: histoscale compare {typed}")
     about: dict[str, Any] = {"encoder": encoder.name, "label": name, "encoder_hash": encoder.hash, "precision": config.precision}
     about |= {"dataset": config.dataset.name, "transductive": encoder.transductive, "remarks": remarks, **found.about}
     return {"probe": {**about, "scores": summary(found.scores)}}

@@ -56,20 +56,27 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, journal: Journal) -> dict[str, Any]:
-    """Write the release, whole or not at all. Raises CheckpointError, and ValueError for an `out` that holds other things."""
-    out, partial = Path(config.out), journal.path("partial")
+    """Write the release, whole or not at all. Raises CheckpointError, and ValueError for an `out` that holds other things or
+    cannot be replaced whole."""
+    out = Path(config.out)
+    place = out.resolve()  # a link stays, and what it names is replaced
+    partial, old = place.with_name(f".{place.name}.partial"), place.with_name(f".{place.name}.old")
+    if old.exists() and not place.exists():  # a kill between the two renames
+        os.rename(old, place)
     before = _recorded(journal.path("summary.json"))
     if before is not None and before["files"] == _digests(out):
         journal.say(f"release: {out} already holds this result; nothing to do")
         return {"release": before}
     _check_free(out, before is not None)
-    shutil.rmtree(partial, ignore_errors=True)
+    if os.path.ismount(place):
+        raise ValueError(f"out={out} is a mount point, which no rename replaces: give a folder in it, out={out / 'release'} say")
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
         facts = write_release(read_checkpoint(config.checkpoint), partial, config.precision, config.release, _measured(config))
         files = _digests(partial)
-        for name in FILES:  # a folder that this command filled before
-            (out / name).unlink(missing_ok=True)
-        os.replace(partial, out)
+        _swap(partial, place, old)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     typed = shlex.quote(f"encoder={out}")
@@ -81,6 +88,19 @@ def run(config: Config, journal: Journal) -> dict[str, Any]:
     )
     shown = ("name", "branch", "steps", "width", "parameters", "sha256", "transductive", "mpp")
     return {"release": {**{name: facts[name] for name in shown}, "files": files}}
+
+
+def _swap(new: Path, place: Path, old: Path) -> None:
+    """One folder in the place of another, which is there until the new one stands; a disk exchanges no two folders at once."""
+    if place.exists():
+        os.rename(place, old)
+    try:
+        os.rename(new, place)
+    except OSError:
+        if old.exists():
+            os.rename(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ and stains, as PLISM: cosine and retrieval. All with and without the `normalisat
 encoder and plain colour, with 95 % intervals over patients. Leaves table.txt, report.html, summary.json and findings.jsonl.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -237,9 +238,10 @@ def _measured(seen: Seen, config: Config, journal: Journal, device: torch.device
 def _next(config: Config) -> str:
     """What to type: scores on the same set, or this set beside the registered tiles."""
     if config.data_root is None:
-        return f"labelled tiles of several sites: histoscale robustness encoder={config.encoder} data_root=TILES"
-    set_of = f"dataset={config.dataset.name} data_root={config.data_root}"
-    return f"what the encoder is worth there: histoscale probe encoder={config.encoder} {set_of} out={config.out}_probe"
+        typed = shlex.join([f"encoder={config.encoder}", "data_root=TILES"])
+        return f"labelled tiles of several sites: histoscale robustness {typed}"
+    set_of = [f"dataset={config.dataset.name}", f"data_root={config.data_root}", f"out={config.out}_probe"]
+    return f"what the encoder is worth there: histoscale probe {shlex.join([f'encoder={config.encoder}', *set_of])}"
 
 
 def _open(config: Config, store: Store) -> LabelledPatches:

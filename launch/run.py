@@ -74,7 +74,7 @@ def _said(command: str, error: Exception) -> int:
 
 
 def _tell(line: str) -> None:
-    """Written at once: under torchrun all ranks share one stream, and under PYTHONUNBUFFERED `print` writes a line in two pieces."""
+    """Written at once: under torchrun all ranks share one stream, and under PYTHONUNBUFFERED `print` writes a line in two."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
@@ -143,16 +143,18 @@ def invoke(command: str, overrides: list[str], typed: bool = False) -> dict[str,
             journal.say(f"{command}: {out} already holds this result; nothing to do")
             return _told_next(composed, summary, journal, typed)
         found: list[str] = []
-        before = held.Standing.of(out) if main and state is not None and state["status"] == "done" and not grown else None
+        before: held.Standing | None = None
         if main:
             if state is not None and state["status"] != "done":
                 held.sweep(out)
+            if state is not None and (grown or state["status"] == "done"):
+                before = held.Standing.of(out, asked, grown)
             found = held.begin(out, asked, state)
             if bound:
                 _note_changes(out, composed, journal)
+            held.write_state(out, asked, "running", found, bound)  # first: without it the others are nobody's
             write_atomic(out / "config.yaml", yaml.safe_dump(scrubbed(composed.values), sort_keys=False))
             fingerprint.save(out / fingerprint.LIST, asked.files, asked.noted)
-            held.write_state(out, asked, "running", found, bound)
         start = time.monotonic()
         try:
             with names_file(out), survivors():
@@ -168,7 +170,7 @@ def invoke(command: str, overrides: list[str], typed: bool = False) -> dict[str,
                 holding.check()  # why everything else failed; and nothing more is written there
                 with suppress(OSError):  # a disk that is full must not hide what happened
                     if before is not None and before.restore(out):
-                        pass  # what was finished stands as it did
+                        pass  # what had a result stands as it did
                     elif was_asked():
                         held.write_state(out, asked, "preempted", found, bound, preempted=True, step=None)
                     else:

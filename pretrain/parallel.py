@@ -228,13 +228,18 @@ def prepare(student: nn.Module, teacher: nn.Module, hardware: HardwareConfig, pr
     return Parallel(student, teacher, ranks, mesh, looked_at)
 
 
+def check_precision(precision: str) -> None:
+    """Raises ValueError for a word that names none."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: expected {', '.join(PRECISIONS)} or auto")
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The forward's precision: fp32, or bf16 or fp16 autocast (weights, moments and what the losses compute stay fp32).
 
     Raises ValueError for another word.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}: expected {', '.join(PRECISIONS)}")
+    check_precision(precision)
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 

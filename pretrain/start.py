@@ -102,26 +102,37 @@ def check_start(config: StartConfig) -> None:
 def is_checkpoint(weights: str | None) -> bool:
     """Whether `start.weights` names a checkpoint of ours, which holds more than a backbone."""
     path = Path(weights or "")
-    if not weights or (path / "model.safetensors").exists():  # a release keeps a state.json of its own
+    if not weights or (path / "model.safetensors").exists():  # a model, whatever else its trainer left beside it
         return False
     return (path / "state.json").exists() or (path / "checkpoints").is_dir()
 
 
 def read_weights(spec: str) -> dict[str, Tensor]:
     """The tensors that `start.weights` names, under the names that they have there. Raises StartError, CheckpointError."""
+    if is_checkpoint(spec):
+        return read_tensors(read_checkpoint(spec), "teacher.backbone.")
+    return _from_files(weight_files(spec), spec)
+
+
+def weight_files(spec: str) -> list[Path]:
+    """The safetensors files of a `start.weights` that is no checkpoint of ours; the hub's are fetched. Raises StartError."""
     if spec.startswith("timm:"):
         return _from_hub(_timm_repository(spec.removeprefix("timm:")), spec)
     if spec.startswith("hf:"):
         return _from_hub(spec.removeprefix("hf:"), spec)
     path = Path(spec)
-    if is_checkpoint(spec):
-        return read_tensors(read_checkpoint(path), "teacher.backbone.")
-    if path.is_dir():
-        shards = [path / "model.safetensors"]
-        if (path / "model.safetensors.index.json").exists():
-            shards = [path / name for name in _indexed(path / "model.safetensors.index.json")]
-        return _from_files(shards, spec)
-    return _from_files([path], spec)
+    files = [path / "model.safetensors"] if path.is_dir() else [path]
+    if (path / "model.safetensors.index.json").exists():
+        files = [path / name for name in _indexed(path / "model.safetensors.index.json")]
+    for file in files:
+        if file.suffix != ".safetensors":
+            raise StartError(
+                f"start.weights={spec}: {file.name} is not safetensors, and a pickle can run code, so nothing else is read; "
+                "save the tensors with safetensors.torch.save_file"
+            )
+        if not file.is_file():
+            raise StartError(f"start.weights={spec}: {file} cannot be read (there is no such file)")
+    return files
 
 
 def _timm_repository(name: str) -> str:
@@ -135,7 +146,7 @@ def _timm_repository(name: str) -> str:
     return f"{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
 
 
-def _from_hub(repository: str, spec: str) -> dict[str, Tensor]:
+def _from_hub(repository: str, spec: str) -> list[Path]:
     try:
         try:
             files = [hf_hub_download(repository, "model.safetensors")]
@@ -147,7 +158,7 @@ def _from_hub(repository: str, spec: str) -> dict[str, Tensor]:
             f"start.weights={spec}: {repository} could not be fetched ({str(error).partition(chr(10))[0]}); "
             "without a network give the path of a safetensors file or of its folder"
         ) from None
-    return _from_files([Path(file) for file in files], spec)
+    return [Path(file) for file in files]
 
 
 def _indexed(index: Path) -> list[str]:
@@ -164,11 +175,6 @@ def _indexed(index: Path) -> list[str]:
 def _from_files(files: list[Path], spec: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
-        if file.suffix != ".safetensors":
-            raise StartError(
-                f"start.weights={spec}: {file.name} is not safetensors, and a pickle can run code, so nothing else is read; "
-                "save the tensors with safetensors.torch.save_file"
-            )
         try:
             twice = read_header(file).keys() & found.keys()
             if twice:

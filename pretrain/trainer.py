@@ -41,7 +41,7 @@ from histoscale.pretrain.methods import (
 )
 from histoscale.pretrain.monitor import MonitorConfig, Window, signs_of_collapse
 from histoscale.pretrain.optim import OptimConfig, build_optimizer, lr_at, peak_lr, set_scheduled, table_text, weight_decay_at
-from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, prepare, set_threads
+from histoscale.pretrain.parallel import HardwareConfig, Parallel, autocast, check_precision, prepare, set_threads
 from histoscale.pretrain.phase import ONLY, Phase, begin, enter, find_state
 from histoscale.pretrain.preempted import Preempted, stop_signals
 from histoscale.pretrain.saving import Saver
@@ -291,9 +291,10 @@ def _scalars(found: Losses) -> dict[str, Tensor]:
 
 
 def check_train(config: TrainConfig, world: int) -> None:
-    """What needs no data and no model to be found wrong: raises ValueError for a batch or pools that do not divide, and for a
-    schedule that does not come out."""
+    """What needs no data and no model to be found wrong: raises ValueError for a batch or pools that do not divide, a precision
+    that there is not, and a schedule that does not come out."""
     optim, method, schedule, start = config.optim, config.method, config.schedule, config.start
+    check_precision(config.precision)
     check_batch(optim.global_batch, world, optim.micro_batches, method.group)
     check_pools(method, optim.global_batch // optim.micro_batches)
     if min(config.checkpoint.every, config.checkpoint.keep_last, config.monitor.every, schedule.steps) < 1:

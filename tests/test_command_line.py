@@ -2,14 +2,18 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from histoscale.launch import robustness
 from histoscale.launch.config import COMMANDS, FREE, choices, flatten, load, schema_keys, shown
 from histoscale.launch.explain import help_text
 from histoscale.launch.overrides import ConfigError, read_overrides
@@ -40,6 +44,18 @@ def test_a_path_is_taken_to_the_letter(name: str) -> None:
 def test_so_is_the_value_of_an_option(value: str) -> None:
     [override] = read_overrides("doctor", [f"storage.options.az.account_key={value}"])
     assert (len(value) > 1 and value[0] == value[-1] == "'") or str(override.value()) == value
+
+
+def test_a_line_to_paste_arrives_as_it_was_meant() -> None:
+    dataset = SimpleNamespace(name="crc")
+    config: Any = SimpleNamespace(encoder="hf:my models/x", dataset=dataset, data_root="it's here", out="a (b)")
+    words = shlex.split(robustness._next(config).partition("histoscale ")[2])
+    found = {override.key_or_group: override.value() for override in read_overrides("probe", words[1:])}
+    assert words[0] == "probe"
+    assert found == {"encoder": "hf:my models/x", "dataset": "crc", "data_root": "it's here", "out": "a (b)_probe"}
+    config.data_root = None
+    words = shlex.split(robustness._next(config).partition("histoscale ")[2])
+    assert words == ["robustness", "encoder=hf:my models/x", "data_root=TILES"]
 
 
 def test_odd_names_arrive() -> None:
@@ -114,6 +130,14 @@ def test_every_required_or_optional_text_is_known_as_a_path_or_not(command: str)
         (["doctor", "logging={progres: off}"], "unknown key 'logging.progres'; did you mean 'logging.progress'?"),
         (["mil", "task.classes={hé: [1]}"], "'é' stands in it: put the text that holds it in quotes"),
         (["doctor", "~out"], "deletes a key"),
+        (["doctor", "out="], "out= is empty: give a path"),
+        (["index", "manifest="], "manifest= is empty: give a path"),
+        (["compare", "runs=['']"], "runs= is empty: give a path"),
+        (["doctor", "hydra.run.dir=x"], "hydra.run.dir= is a key of Hydra's launcher, .* the folder of results is out="),
+        *((["pretrain", "recipe=demo", "catalog=c", "out=o", f"{key}={value}"],
+           f"{key}={value}: expected a number of steps, such as {key}=1000")
+          for key, value in (("schedule.steps", "100k"), ("schedule.steps", "null"), ("schedule.horizon", "far"),
+                             ("phases.a.schedule.steps", "abc"))),
         (["doctor", "--verbose"], "is a flag"),
         (["pretrain"], "pretrain needs recipe=" + ".".join(choices("recipe"))),
         (["fetch"], "fetch needs dataset=bach.*data_root="),
@@ -149,7 +173,7 @@ def test_help_lists_every_choice_and_on_request_every_key(command: str) -> None:
 )  # fmt: skip
 def test_answers_need_none_of_the_weight(words: list[str], tmp_path: Path) -> None:
     program = (
-        "import sys; from histoscale.launch.cli import main; sys.argv[1:] = sys.argv[1:]; code = main(); "
+        "import sys; from histoscale.launch.cli import main; code = main(); "
         f"print(code, *[name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)

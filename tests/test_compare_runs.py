@@ -98,6 +98,12 @@ def test_one_run_and_one_run_twice_are_refused(tmp_path: Path) -> None:
         open_runs([run, f"{run}/../a"])
 
 
+def test_a_run_that_is_none_is_named(tmp_path: Path) -> None:
+    a = leave(tmp_path / "a", made_patches(), "a", 0.6)
+    with pytest.raises(PredictionsError, match="aa/predictions.npz is missing: expected the folder of a finished"):
+        invoke("compare", [f"runs=[{a},{a}a]", "logging.progress=off", f"out={tmp_path / 'compare'}"])
+
+
 def test_statistics_agree_with_scikit_learn() -> None:
     patches = made_patches()
     outcome = made_outcome(patches, "e", 0.7, runs=2)

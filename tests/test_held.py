@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from histoscale.data import fingerprint
@@ -98,19 +96,23 @@ def test_a_look_that_fails_leaves_what_was_finished(wrong: list[str], data: Path
     assert left(out) == alone["index"]
 
 
-@pytest.mark.parametrize("command", CALLS)
-@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(drawn=st.data())
-def test_refused_calls_leave_nothing_behind(
-    command: str, data: Path, alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, drawn: st.DataObject
+def test_slides_that_no_table_lists_are_not_said_to_be_there(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    out = tmp_path / "index"
+    assert call("index", CALLS["index"][0], data, out) == 0
+    (tmp_path / "m.csv").write_text("slide_id,uri\n" + "".join(f"{i},{data / 'b.svs'}\n" for i in range(7)))
+    assert execute("index", [f"manifest={tmp_path / 'm.csv'}", f"out={out}", "logging.progress=lines"]) == 2
+    said = capsys.readouterr().err
+    assert "and 2 more\n" in said and "rejected.parquet" not in said
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_refused_calls_leave_nothing_behind(command: str, data: Path, alone: dict[str, Any], tmp_path: Path) -> None:
     right, wrong = CALLS[command]
-    out = tmp_path_factory.mktemp("tried") / command
-    order = drawn.draw(st.lists(st.sampled_from(wrong), min_size=1, max_size=3))
-    after = drawn.draw(st.lists(st.sampled_from(wrong), max_size=1))
-    for keys in order:
+    out = tmp_path / command
+    for keys in [*wrong, wrong[0]]:
         assert call(command, keys, data, out) == 2
     assert call(command, right, data, out) == 0
-    for keys in after:  # refused, or with nothing to do: a batch of 0 does not matter any more
-        call(command, keys, data, out)
+    assert call(command, wrong[-1], data, out) == 2
     assert left(out) == alone[command]

@@ -77,16 +77,16 @@ def test_a_killed_study_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["slide_id", "uri", "patient_id", "site", "tumour", "role"])
         writer.writerows([s.slide_id, s.uri, s.patient_id, s.site, s.labels["tumour"], s.labels["role"]] for s in slides)
-    few = ("mil.epochs=6", "mil.repeats=2", "mil.folds=3", "interval.draws=100", "logging.progress=lines", "logging.interval_s=0")
+    few = ("mil.epochs=6", "mil.repeats=5", "mil.folds=3", "interval.draws=100", "logging.progress=lines", "logging.interval_s=0")
     given = [f"embeddings={tmp_path / 'stores'}", f"manifest={tmp_path / 'manifest.csv'}", *few]
     command = [sys.executable, "-m", "histoscale.launch.cli", "mil", *given, f"out={tmp_path / 'killed'}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as run:
         assert run.stderr is not None
-        next(line for line in run.stderr if line.startswith("slide models: 45/"))  # in the mean pooling's second model
+        next(line for line in run.stderr if line.startswith("slide models: 97/"))  # in the mean pooling's second model of 15
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
     kept = [path.parent.parent.name for path in tmp_path.glob("killed/trained/*/*/*.safetensors")]
-    assert kept.count("model") == 6 and 1 <= kept.count("mean_pooling") < 6
+    assert kept.count("model") == 15 and 1 <= kept.count("mean_pooling") < 15
     again = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert again.returncode == 0, again.stderr
     assert f"{len(kept)} models are trained already" in again.stderr

@@ -14,6 +14,7 @@ from PIL import Image
 
 from histoscale.launch import precision
 from histoscale.launch.config import Composed, load
+from histoscale.launch.held import begun
 from histoscale.launch.precision import on_cpu, on_cuda, settled
 from histoscale.launch.run import invoke
 
@@ -63,6 +64,26 @@ def test_phases_that_say_auto_become_the_same(monkeypatch: pytest.MonkeyPatch) -
     composed, _ = settled(given("auto", "phases.a.precision=auto", "phases.b.precision=fp32", "phases.c.seed=1"), None)
     assert composed.config.phases == composed.values["phases"]
     assert [composed.config.phases[name].get("precision") for name in "abc"] == ["bf16", "fp32", None]
+
+
+def test_a_phase_alone_may_say_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "on_cpu", one("bf16"))
+    asked = given("fp32", "phases.a.precision=auto", "phases.b.seed=1")
+    composed, said = settled(asked, None)
+    assert composed.config.precision == "fp32" and said and said.startswith("phases.a.precision=auto: bf16")
+    assert composed.config.phases == composed.values["phases"] == {"a": {"precision": "bf16"}, "b": {"seed": 1}}
+    monkeypatch.delattr(precision, "on_cpu")
+    again, _ = settled(asked, {"result": {"precision": "fp32", "phases": {"a": {"precision": "fp16"}}}})
+    assert again.config.phases["a"] == {"precision": "fp16"}
+
+
+def test_more_steps_go_on_in_what_the_run_began_with(tmp_path: Path) -> None:
+    result = {"seed": 0, "precision": "bf16", "longer": [], "phases": {}}
+    state = {"command": "pretrain", "identity": "", "status": "done", "result": result, "facts": {}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    module = given("auto").module
+    for asked in ({"longer": [7]}, {"phases": {"a": {}}}):
+        assert begun("pretrain", module, {**result, "precision": "auto", **asked}, tmp_path, True) == state
 
 
 def test_colour_and_files_have_nothing_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,15 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from histoscale.data import fingerprint
 from histoscale.data.keys import key
 from histoscale.launch.config import ConfigError, load
 from histoscale.launch.phases import phases_of
-from histoscale.launch.pretrain import MADE
+from histoscale.launch.pretrain import MADE, identity
 from histoscale.launch.run import Refused, execute, invoke
+from histoscale.pretrain.backbone import build_backbone
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 from histoscale.pretrain.preempted import Preempted
 
@@ -185,7 +188,7 @@ def test_a_finished_run_goes_on_with_one_key_twice_and_onto_a_grown_catalog(
     capfd.readouterr()
     assert execute("pretrain", [*SMALL, f"catalog={slides / 'catalog'}", f"out={run}", told]) == 0
     said = capfd.readouterr().err
-    assert "nothing to do" in said and f"checkpoint: {run / 'checkpoints/step-4'}" in said and "and longer=[4]" in said
+    assert "nothing to do" in said and f"checkpoint: {run / 'checkpoints/step-4'}" in said and "and 'longer=[4]'" in said
     assert f"histoscale release checkpoint={run} out={run}_release" in said
     longer = pretrain(run, slides / "catalog", "longer=[2]", told)["pretrain"]
     said = capfd.readouterr().err
@@ -211,6 +214,96 @@ def test_a_finished_run_goes_on_with_one_key_twice_and_onto_a_grown_catalog(
     for other in (["longer=[2,4]"], ["longer=[3]"], []):
         with pytest.raises(Refused, match="longer"):
             pretrain(run, slides / "catalog", *other)
+
+
+def standing(run: Path) -> tuple[set[str], list[str]]:
+    """Every name in a folder, and the texts that say whose it is."""
+    names = ("state.json", "config.yaml", "inputs.jsonl", "metrics.jsonl", "summary.json")
+    return {str(path.relative_to(run)) for path in run.rglob("*")}, [(run / name).read_text() for name in names]
+
+
+def test_a_continuation_that_is_refused_or_fails_leaves_what_stood(
+    tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run: a phase that cannot be read, one that memory does not hold, more steps that fail once their pictures are
+    there; then the corrected phase."""
+    from histoscale.launch import pretrain as command
+
+    run, pictured = tmp_path / "run", command.pictured
+    pretrain(run, catalog)
+    before = standing(run)
+    with pytest.raises(ConfigError, match=r"phases.next.sampler.unservable=drop"):
+        pretrain(run, catalog, *NEXT, "phases.next.sampler.mpps=[0.25,0.5]", "phases.next.sampler.weights=[3,1]")
+    assert standing(run) == before
+    with pytest.raises(ConfigError, match="phase next: reading would hold"):
+        pretrain(run, catalog, *NEXT, "phases.next.sampler.patch_px=1024", "stream.memory_gb=0.4")
+    assert standing(run) == before
+
+    def failing(*args: Any) -> Any:
+        next(pictured(*args))
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "pictured", failing)
+        with pytest.raises(RuntimeError):
+            pretrain(run, catalog, "longer=[7]")
+    assert standing(run) == before
+    assert pretrain(run, catalog)["pretrain"]["steps"] == 4  # nothing to do
+    assert standing(run) == before
+    fine = ["phases.next.sampler.mpps=[0.25,0.5]", "phases.next.sampler.weights=[3,1]", "phases.next.sampler.unservable=drop"]
+    assert pretrain(run, catalog, *NEXT, *fine)["pretrain"]["steps"] == 6
+
+
+def weights_in(folder: Path, shards: int) -> list[Path]:
+    """A backbone that fits SMALL, as one model.safetensors or as shards behind an index."""
+    config = load("pretrain", [*SMALL, "catalog=c", "out=o"]).config
+    tensors = build_backbone(config.model, 7).state_dict()
+    folder.mkdir(exist_ok=True)
+    files = [f"model-{i}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
+    place = {name: files[i % len(files)] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: x for name, x in tensors.items() if place[name] == file}, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    return [folder / file for file in files]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_knows_the_weights_that_it_starts_from(tmp_path: Path, catalog: Path, shards: int) -> None:
+    """A folder with weights alone; replaced, they are other weights, also for a run that has ended and would go on."""
+    folder = tmp_path / "weights"
+    files = weights_in(folder, shards)
+    keys = [f"start.weights={folder}", "schedule.steps=1"]
+    pretrain(tmp_path / "run", catalog, *keys)
+    rows = fingerprint.load(tmp_path / "run" / fingerprint.LIST)
+    assert {name for name in rows if not name.startswith("catalog")} == {file.name for file in files}
+    files[-1].write_bytes(files[-1].read_bytes()[:-4] + b"\0\0\0\0")
+    for more in ([], ["longer=[1]"]):
+        with pytest.raises(Refused, match=rf"{files[-1].name} has changed"):
+            pretrain(tmp_path / "run", catalog, *keys, *more)
+
+
+def test_a_run_knows_the_weights_of_its_gram_teachers(tmp_path: Path, catalog: Path) -> None:
+    [file] = weights_in(tmp_path / "weights", 1)
+    gram = ["phase=[gram]", f"phases.gram.method.gram.source={file}"]
+    config = load("pretrain", [*SMALL, f"catalog={catalog}", "out=o", *gram]).config
+    with fingerprint.noting() as noted:
+        before = identity(config)
+    assert str(file) in noted.files
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    assert identity(config) != before
+
+
+def test_what_a_key_says_wrong_is_found_before_weights_are_read(tmp_path: Path, catalog: Path) -> None:
+    for wrong, said in (
+        ("optim.global_batch=10", "^optim.global_batch=10 does not divide"),
+        ("precision=bf61", "^precision='bf61': expected fp32, bf16, fp16"),
+        ("phases.next.precision=bf61", "^phase next: precision='bf61': expected fp32"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            pretrain(tmp_path / "run", catalog, *NEXT, "start.weights=missing.safetensors", wrong)
+    with pytest.raises(ValueError, match="start.weights=missing.safetensors: missing.safetensors cannot be read"):
+        pretrain(tmp_path / "run", catalog, "start.weights=missing.safetensors")
 
 
 def test_a_longer_phase_is_the_recipe_once_more() -> None:

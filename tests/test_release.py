@@ -1,6 +1,7 @@
 """A release is opened by timm alone, gives the checkpoint's features to the bit, and its card says what is known."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -130,8 +131,7 @@ def code_of(card: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", card, re.M | re.S)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "precision"), [*((shape, "fp32") for shape in SHAPES), ("plain", "bf16"), ("rotary", "bf16")])
 def test_timm_transformers_and_torch_hub_agree_and_the_card_runs_as_printed(
     tmp_path: Path, shape: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +218,42 @@ def test_the_folder_holds_a_release_alone_and_a_second_call_has_nothing_to_do(
     assert execute("release", arguments(tmp_path)) == 0 and weights.exists()
     assert execute("release", arguments(tmp_path, "precision=bf16")) == 2  # another result
     assert "'fp32' there, 'bf16' now" in capsys.readouterr().err
+
+
+def test_a_link_stays_and_what_it_names_is_replaced(tmp_path: Path) -> None:
+    """Also where the target lies on another disk, which no rename leaves: what is half written stands beside it."""
+    checkpoint(tmp_path / "run", PLAIN)
+    (tmp_path / "disk/target").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/target")
+    for _ in range(2):
+        assert execute("release", arguments(tmp_path)) == 0
+        assert (tmp_path / "out").is_symlink() and {path.name for path in (tmp_path / "disk/target").iterdir()} == set(FILES)
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target"]
+        (tmp_path / "out/README.md").write_text("edited")
+
+
+def test_what_stood_stays_until_the_new_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that refuses the second rename, a kill before it, and a mount point, which cannot be renamed."""
+    checkpoint(tmp_path / "run", PLAIN)
+    out, weights = tmp_path / "out", tmp_path / "out/model.safetensors"
+    assert execute("release", arguments(tmp_path)) == 0
+    weights.write_bytes(b"damaged")
+    rename = os.rename
+
+    def refusing(old: Path, new: Path) -> None:
+        if str(old).endswith(".partial"):
+            raise OSError("no space")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refusing)
+        assert execute("release", arguments(tmp_path)) == 2 and weights.read_bytes() == b"damaged"
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+        assert execute("release", arguments(tmp_path)) == 2 and weights.read_bytes() == b"damaged"
+    out.rename(tmp_path / ".out.old")  # as a kill between two renames leaves it
+    assert execute("release", arguments(tmp_path)) == 0 and weights.stat().st_size > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out", ".out.run"}
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

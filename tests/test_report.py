@@ -83,10 +83,24 @@ def test_footprint_sees_what_a_stage_held() -> None:
 
 def test_a_footprint_holds_the_children_of_a_stage() -> None:
     hold = "import sys; held = b'x' * (100 << 20); print('up', flush=True); sys.stdin.read()"
-    before, footprint = rss_bytes(os.getpid()), Footprint(0.01)
+    before, alone, footprint = rss_bytes(os.getpid()), memory_bytes(), Footprint(0.01)
     with footprint.stage("child"), subprocess.Popen([sys.executable, "-c", hold], stdin=-1, stdout=-1, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "up\n"
         assert rss_bytes(os.getpid()) > before + (90 << 20)
         footprint._look()
         child.communicate()
-    assert footprint.stages[0].peak_bytes > 90 << 20
+    assert footprint.stages[0].peak_bytes > alone + (90 << 20)
+
+
+def test_a_peak_is_seen_where_shared_pages_become_own_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident pages stay as many, while others let go of them: the share of this process rises."""
+    from histoscale.launch import footprint as module
+
+    shares = iter([100, 500, 300, 200])
+    monkeypatch.setattr(module, "rss_bytes", lambda pid: 1000)
+    monkeypatch.setattr(module, "memory_bytes", lambda: next(shares))
+    footprint = Footprint(3600)
+    with footprint.stage("shared"):
+        footprint._look()
+        footprint._look()
+    assert footprint.stages[0].peak_bytes == 500

@@ -296,6 +296,16 @@ def test_a_table_of_registered_tiles_that_cannot_be_used_is_refused(tmp_path: Pa
         open_registered(tmp_path, config, 1)
 
 
+def test_registered_tiles_may_be_named_by_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered(tmp_path, [("s1", "a"), ("s2", "a")], 3)
+    wanted = open_registered(tmp_path, RegisteredConfig([1], None), 1).patches.hash
+    with (tmp_path / "registered.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    write(tmp_path, [{**row, "path": f"{tmp_path}/{row['path']}"} for row in rows])
+    monkeypatch.chdir(tmp_path)
+    assert open_registered(Path("."), RegisteredConfig([1], None), 1).patches.hash == wanted
+
+
 def test_perturbed_pictures_do_not_depend_on_threads() -> None:
     before = Perturbation("downscale", 2.0)(picture())
     threads = torch.get_num_threads()

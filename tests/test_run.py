@@ -126,6 +126,15 @@ def test_what_was_there_before_is_no_leftover(toy: list[int], tmp_path: Path) ->
     assert {path.name for path in out.glob("*.txt")} == {"made.txt", "notes.txt"}
 
 
+@pytest.mark.parametrize("name", ["state.json", "config.yaml", "metrics.jsonl", "summary.json", "error.log"])
+def test_files_of_something_else_are_neither_overwritten_nor_deleted(toy: list[int], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    for size in (-1, 2):
+        with pytest.raises(Refused, match=rf"holds {name} of something that is no run.*such as out={tmp_path / 'toy'}, or move"):
+            invoke("toy", [f"size={size}", f"out={tmp_path}"])
+    assert (tmp_path / name).read_text() == '{"mine": 1}' and not toy
+
+
 @pytest.mark.parametrize("harm", ["edited", "gone"])
 def test_a_summary_that_the_run_did_not_write_is_refused(toy: list[int], tmp_path: Path, harm: str) -> None:
     out = tmp_path / "o"

@@ -137,6 +137,9 @@ def test_a_package_that_is_not_permitted_fails(
     monkeypatch.setattr(licences, "LIST", tmp_path / "LICENSES.md")
     assert licences.main() == 1 and f"odd-one has {said}" in capsys.readouterr().err
     assert not (tmp_path / "LICENSES.md").exists()
+    (tmp_path / "LICENSES.md").write_text("| odd-one | MIT |\n")  # what an earlier version said
+    assert licences.main() == 1 and f"odd-one has {said}" in capsys.readouterr().err
+    assert (tmp_path / "LICENSES.md").read_text() == "| odd-one | MIT |\n"
 
 
 def advisory(folder: Path, name: str = "Odd_One", **part: object) -> None:
