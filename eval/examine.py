@@ -15,14 +15,18 @@ from typing import IO, Any
 from histoscale.data.processes import out_of_the_way
 
 _MOST_S = 3.0  # of a processor, for one file: a million chunks take half a second
+_PATIENCE_S = 60.0  # by the clock, for one file: a disk that is gone, or a pipe, answers never
 _MOST_BYTES = 512 << 20  # beyond what the process holds when it begins
 
 
 class Examiner:
-    """One process that is asked file by file, from any thread; begun when it is first asked, and anew when it has died."""
+    """One process that is asked file by file, from any thread; begun when it is first asked, and anew when it has died.
 
-    def __init__(self, module: str) -> None:
-        self.module, self._lock = module, threading.Lock()
+    It limits itself, by timers whose signals end it inside the library too, so that it is gone soon after this process is.
+    """
+
+    def __init__(self, module: str, patience_s: float = _PATIENCE_S) -> None:
+        self.module, self.patience_s, self._lock = module, patience_s, threading.Lock()
         self._child: subprocess.Popen[str] | None = None
         self._pid = 0
 
@@ -32,7 +36,7 @@ class Examiner:
             for last in (False, True):
                 child = self._running()
                 try:
-                    _told(child.stdin).write(json.dumps([str(path), os.getcwd()]) + "\n")
+                    _told(child.stdin).write(json.dumps([str(path), os.getcwd(), self.patience_s]) + "\n")
                     _told(child.stdin).flush()
                     line = _told(child.stdout).readline()
                 except BrokenPipeError:
@@ -43,6 +47,8 @@ class Examiner:
                 self._child = None
                 if code == -signal.SIGPROF:
                     return f"kept HDF5 busy for {_MOST_S:g} s"
+                if code == -signal.SIGALRM:
+                    return f"did not answer for {self.patience_s:g} s (is its disk there?)"
                 if last:  # the first time it may have been somebody else who ended it
                     return f"ended the process that opened it (code {code})"
         raise AssertionError
@@ -76,11 +82,14 @@ def _serve(answer: Any) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
     print("ready", flush=True)
     for line in sys.stdin:
-        path, folder = json.loads(line)
+        path, folder, patience_s = json.loads(line)
         os.chdir(folder)
-        signal.setitimer(signal.ITIMER_PROF, _MOST_S)
+        limits = {signal.ITIMER_PROF: _MOST_S, signal.ITIMER_REAL: patience_s}
+        for timer, most_s in limits.items():
+            signal.setitimer(timer, most_s)
         said = answer(Path(path))
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer in limits:
+            signal.setitimer(timer, 0)
         print(json.dumps(said), flush=True)
 
 

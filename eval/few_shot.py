@@ -28,13 +28,13 @@ class FewShotConfig:
     seed: int
 
 
-def draw(labels: np.ndarray, classes: int, units: np.ndarray, most: int, run: int, seed: int) -> list[np.ndarray]:
-    """Rows of each class in the order in which shots take them, at most `most`. labels: int [n], units: [n], slides or patients.
+def draw(labels: np.ndarray, classes: int, own: np.ndarray, most: int, run: int, seed: int) -> list[np.ndarray]:
+    """Rows of each class in the order in which shots take them, at most `most`. labels: int [n]; own: int [n], the
+    slide or patient of each, as `codes` counts them.
 
     One row of each unit in keyed order, then a second one of each, and so on. Raises ValueError for a class with fewer rows.
     """
     places = key_array(seed, "few_shot/row", run, np.arange(len(labels)))
-    own = codes(units)
     turns = key_array(seed, "few_shot/unit", run, np.arange(own.max(initial=-1) + 1))
     found = []
     for c in range(classes):
@@ -61,7 +61,8 @@ def few_shot(
     device: str | torch.device,
 ) -> dict[str, np.ndarray]:
     """By `few_shot/S` (logistic regression) and `few_shot_prototype/S`: float64 log-probabilities [draws, m, K]."""
-    drawn = [draw(labels, classes, units, max(config.shots), run, config.seed) for run in draws]
+    own = codes(units)  # once: of a large set it takes longer than a draw
+    drawn = [draw(labels, classes, own, max(config.shots), run, config.seed) for run in draws]
     found = {}
     for shots in config.shots:
         rows = np.stack([np.concatenate([part[:shots] for part in run]) for run in drawn])

@@ -59,6 +59,8 @@ def attributes(holder: h5py.Group | h5py.Dataset, names: Iterable[str]) -> dict[
 
 
 def _own(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    if name in ("", ".") or "/" in name or "\0" in name:  # h5py follows whatever a path goes through, and looks at its last part
+        raise Hdf5Error(f"names {name[:80]!r}, expected the name of something that lies in the group itself")
     link = group.get(name, getlink=True)
     if isinstance(link, h5py.ExternalLink):
         raise Hdf5Error(f"holds {name} as a link to another file")

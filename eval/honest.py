@@ -71,17 +71,20 @@ def question_of(patches: LabelledPatches) -> Question:
     return _sealed(patches, train, select, asked)
 
 
-def outer_questions(patches: LabelledPatches, folds: int, seed: int) -> list[Question]:
+def outer_questions(
+    patches: LabelledPatches, folds: int, seed: int, option: str = "honest.outer_folds"
+) -> list[Question]:
     """Grouped folds over every labelled row but the external ones: each row is asked once, by the question it is sealed in.
+    option: the key that asked for `folds`.
 
-    Raises DatasetError when there is one block, or a class that a fold has to itself.
+    Raises DatasetError when there is one block, or a class that a fold has to itself; ValueError as `inner_folds`.
     """
     rows = np.flatnonzero((patches.roles != "") & (patches.roles != "external"))
     labels = patches.labels[rows]
     if len(np.unique(patches.blocks[rows])) < 2:
         unit = "unit that no fold may split" if patches.groups == "none" else patches.groups
         raise DatasetError(f"{patches.name} has one {unit}: outer folds need at least two, or name parts to train on")
-    outside = inner_folds(labels, patches.blocks[rows], folds, seed)
+    outside = inner_folds(labels, patches.blocks[rows], folds, seed, option)
     for held in outside:
         alone = sorted(set(labels[held].tolist()) - set(labels[~held].tolist()))
         if alone:

@@ -132,7 +132,7 @@ class Online:
         config, labels, classes = self.config.probe, self.patches.labels[self.train], len(self.patches.classes)
         standard = Standard.of(x[self.train])
         known = Rows.of(x[self.train], standard, "cpu")
-        outside = inner_folds(labels, self.patches.patients[self.train], config.folds, config.seed)
+        outside = inner_folds(labels, self.patches.patients[self.train], config.folds, config.seed, "online.probe.folds")
         mine = sorted(config.penalties, reverse=True)[self.ranks.rank :: self.ranks.world]
         tried = try_penalties(known, labels, classes, outside, None, mine, config)[0] if mine else []
         penalty, _ = choose_penalty([row for part in self.ranks.objects(tried) for row in part], config.penalties)

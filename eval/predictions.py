@@ -26,7 +26,7 @@ from histoscale.eval.scores.interval import Interval
 FORMAT = "histoscale-predictions-1"
 FILE = "predictions.npz"
 # of a zip, its streams, its arrays (a shape beyond any memory among them) and its JSON
-_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, NotImplementedError,
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RuntimeError,
            zipfile.BadZipFile, zlib.error)  # fmt: skip
 _OUTCOME = ("encoder", "embedding", "protocol", "probe", "role", "note")
 

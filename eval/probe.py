@@ -109,8 +109,11 @@ def fit_final(rows: Rows, labels: np.ndarray, classes: int, penalty: float, conf
     return found, short if found.left > 10 * config.tolerance else ""
 
 
-def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def inner_folds(
+    labels: np.ndarray, groups: np.ndarray, folds: int, seed: int, option: str = "probe.folds"
+) -> np.ndarray:
     """bool [folds, n]: which rows each fold holds out. Stratified by label, groups whole; with fewer groups, one fold a group.
+    option: the key that asked for `folds`, as an error names it.
 
     Raises ValueError with a single group, inside which nothing can be chosen, and where every class has fewer rows than folds.
     """
@@ -123,7 +126,8 @@ def inner_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -
         raise ValueError(f"train has {count} patient: choosing a penalty needs at least two")
     most = int(np.unique(labels, return_counts=True)[1].max())
     if folds <= count and most < folds:
-        raise ValueError(f"no class has over {most} images to choose with, and probe.folds={folds}: set probe.folds={most}")
+        advice = f"set {option}={most}" if most > 1 else "every class needs at least 2 images, one a fold: add some"
+        raise ValueError(f"no class has over {most} images to share among folds, and {option}={folds}: {advice}")
     rows = np.zeros(len(labels))
     if count < folds:
         splits = LeaveOneGroupOut().split(rows, labels, groups)

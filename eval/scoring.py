@@ -21,7 +21,7 @@ from histoscale.eval.scores.classification import (
     quadratic_kappa_of,
 )
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling
-from histoscale.eval.scores.rare import ONE_CLASS, of_classes
+from histoscale.eval.scores.rare import OF_EVERY_UNIT, ONE_CLASS, of_classes
 
 FLOORS = ("random", "colour")
 COUNTED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -185,7 +185,8 @@ def _measured(metric: str, outcomes: list[Outcome], cell: _Cell, patches: Labell
 
     sums = np.concatenate([one for one, _ in parts], 1)
     found, level = cell.draws.interval(sums, statistic), cell.config.interval.level if len(outcomes) == 1 else None
-    found = of_classes(found, cell.labels, cell.draws.codes, level) if metric in OF_CLASSES else found
+    if metric in OF_CLASSES and metric not in OF_EVERY_UNIT:
+        found = of_classes(found, cell.labels, cell.draws.codes, level)
     return found, runs_of(sums.sum(0))[0]
 
 

@@ -58,6 +58,7 @@ class StoreLocked(StoreError):
 
 
 _AGAIN = "embed that slide again"
+_GIVE = "give a folder of <slide_id>.h5"
 
 
 def unreadable(path: Path, why: str, advice: str = _AGAIN) -> StoreError:
@@ -326,6 +327,8 @@ class _opened:
 
     def __enter__(self) -> h5py.File:
         try:
+            if self.path.exists() and not self.path.is_file():  # HDF5 would wait at a pipe until somebody writes into it
+                raise unreadable(self.path, f"is {'a folder' if self.path.is_dir() else 'no file'}", _GIVE)
             self.file = h5py.File(self.path, "r")
         except OSError as error:
             raise _refusal(self.path, error) from error
@@ -364,8 +367,6 @@ def _refusal(path: Path, error: OSError) -> StoreError:
             return StoreLocked(f"{path} {why}, which writes to it: wait until it is done, or stop it", why)
         case PermissionError():
             return unreadable(path, "may not be read (permission denied)", "let this user read it")
-    if path.is_dir():
-        return unreadable(path, "is a folder", "give a folder of <slide_id>.h5")
     if path.stat().st_size == 0:
         return unreadable(path, "is an empty file")
     if "truncated" in text:

@@ -184,6 +184,10 @@ def test_geojson_corners_are_level_0_coordinates(tmp_path: Path) -> None:
     centres = coords + 50
     assert np.flatnonzero(Outline(first.rings[0]).contains_points(centres)).tolist() == [11, 12, 22]
     assert np.flatnonzero(Outline(second.rings[0]).contains_points(centres)).tolist() == [45]
+    unknown, again = np.where(np.arange(len(coords)) == 11, np.nan, attention), tmp_path / "again.geojson"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_geojson(again, coords, 100, {"attention": unknown}, shown, top)
+    assert not again.exists()
 
 
 @settings(deadline=None, max_examples=80)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from histoscale.data.names import codes
+from histoscale.eval import few_shot
 from histoscale.eval import honest as module
 from histoscale.eval.datasets.patches import DatasetError, LabelledPatches, Usage
 from histoscale.eval.few_shot import FewShotConfig, draw, fit_few
@@ -15,6 +17,7 @@ from histoscale.eval.floors import FloorsConfig
 from histoscale.eval.honest import SEALED, HonestConfig, colour_floor, honest, outer_questions, question_of, random_floor
 from histoscale.eval.probe import ProbeConfig
 from histoscale.eval.prototype import centred, prototype_log_probabilities, prototypes
+from histoscale.eval.robustness.curves import questions_of
 
 PROBE = ProbeConfig("cls", [1.0, 0.1, 0.01], 0.1, 3, 1e-6, 2e-3, 500, 5, 0.07, 0)
 FEW = FewShotConfig(shots=[1, 4], draws=6, penalty=0.01, tolerance=1e-6, max_iterations=500, seed=0)
@@ -96,6 +99,15 @@ def test_outer_folds_ask_every_row_once_and_know_no_block_of_it() -> None:
         outer_questions(replace(patches, labels=lonely), 4, 0)
 
 
+def test_too_many_outer_folds_name_the_key_that_asked_for_them() -> None:
+    rows = np.arange(360)
+    few = patches_of("outer", labels=rows % 3, blocks=rows.astype(str), roles=np.where(rows < 12, "train", ""))
+    with pytest.raises(ValueError, match="no class has over 4 images .*, and honest.outer_folds=5: set honest.outer_folds=4"):
+        outer_questions(few, 5, 0)
+    with pytest.raises(ValueError, match="and curves.folds=5: set curves.folds=4"):
+        questions_of(few, 5, 0)
+
+
 def test_floors_go_the_same_way() -> None:
     patches = patches_of()
     colour = colour_floor(np.abs(vectors(patches.labels, 1.0, 5)), patches, CONFIG, PROBE, FLOORS, "cpu")
@@ -111,7 +123,7 @@ def test_floors_go_the_same_way() -> None:
 
 def test_draws_take_slides_before_patches_and_more_shots_hold_the_fewer() -> None:
     rng = np.random.default_rng(0)
-    labels, slides = rng.integers(0, 2, 200), np.repeat(np.arange(10), 20).astype(str)
+    labels, slides = rng.integers(0, 2, 200), np.repeat(np.arange(10), 20)
     for run in range(5):
         for c, rows in enumerate(draw(labels, 2, slides, 16, run, 0)):
             assert (labels[rows] == c).all() and len(set(rows.tolist())) == 16
@@ -123,6 +135,13 @@ def test_draws_take_slides_before_patches_and_more_shots_hold_the_fewer() -> Non
     assert len(set(firsts)) == 10  # every slide comes first in some draw
     with pytest.raises(ValueError, match="asks for 150"):
         draw(labels, 2, slides, 150, 0, 0)
+
+
+def test_units_are_counted_once_and_not_in_every_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    patches, counted = patches_of(), []
+    monkeypatch.setattr(few_shot, "codes", lambda units: counted.append(len(units)) or codes(units))
+    honest([vectors(patches.labels, 1.0)], "e", "cls", patches, replace(CONFIG, probes=["few_shot"]), PROBE, "cpu")
+    assert CONFIG.few_shot.draws > 2 == len(counted)  # report and external
 
 
 def test_few_shot_regressions_are_scikit_learns() -> None:

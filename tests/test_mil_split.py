@@ -104,6 +104,20 @@ def test_every_patient_is_read_once_by_folds(column: str | None) -> None:
         assert all(len({bags.rows[i].columns["fold"] for i in trial.internal}) == 1 for trial in folds)
 
 
+def test_a_fold_is_one_however_it_is_written() -> None:
+    bags = cohort()
+    other = bags
+    for i, row in enumerate(bags.rows):
+        fold = row.columns["fold"]
+        other = changed(other, i, columns={"fold": (f"{fold}.0", f" {fold}")[i % 2]})
+    config = replace(FOLDS, column="fold", folds=None)
+    wanted = [trial.internal for trial in make_plan(bags, config).trials]
+    assert [trial.internal for trial in make_plan(other, config).trials] == wanted
+    torn = changed(changed(bags, 0, columns={"fold": "one a"}), 1, columns={"fold": "onea"})
+    with pytest.raises(SplitError, match="the folds of split.column=fold 'one a' and 'onea' differ by a blank inside alone"):
+        make_plan(torn, config)
+
+
 def test_a_slide_without_a_fold_is_left_out_by_name() -> None:
     bags = changed(cohort(), 0, columns={})
     plan = make_plan(bags, replace(FOLDS, column="fold", folds=None))
@@ -303,6 +317,7 @@ def test_what_cannot_be_planned_is_named(config: FixedSplit | FoldSplit | SiteSp
     [
         (FIXED, {"external_sites": ["far"]}, "both say what is external"),
         (FIXED, {"internal": ["train"]}, "share train"),
+        (FIXED, {"external": ["Train "]}, "share train: name a value once, in one part"),
         (DRAWN, {"test": 1.0}, "expected a share"),
         (DRAWN, {"unit": "tile"}, "expected patient or slide"),
         (FOLDS, {"column": "fold"}, "give one"),

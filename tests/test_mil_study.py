@@ -330,3 +330,15 @@ def test_intervals_of_perfect_and_of_pooled_numbers_stay_inside_what_they_can_be
                 interval = part.metrics.get(name)
                 if interval is not None and interval.low is not None and interval.high is not None:
                     assert 0 <= interval.low <= interval.high <= 1, (part.name, name, interval)
+
+
+def test_only_proportions_get_the_exact_interval_of_units_that_all_agree() -> None:
+    """A model without a fault: its accuracy of both classes is a proportion of patients, its Brier skill is none."""
+    bags = made_bags(BINARY, 120)
+    plan = made_plan(bags, FIXED)
+    right = np.where(np.isnan(made_outputs(bags, plan, BINARY)), np.nan, np.array([[bag.target] for bag in bags.rows]))
+    found = study(bags, plan, right, {}, BINARY, INTERVAL, CONFIG)
+    assert found.internal is not None
+    own = found.internal.intervals()
+    assert own["balanced_accuracy"].low is not None and "exact" in own["balanced_accuracy"].note
+    assert own["brier_skill"].value == 1 and own["brier_skill"].low is None

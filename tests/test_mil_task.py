@@ -72,6 +72,9 @@ def test_what_a_task_does_not_name_is_an_error(task: Task, columns: dict[str, st
     ("make", "message"),
     [
         (lambda: BinaryTask("binary", "t", "l", ["1"], ["0", "1"], [0.9], [], "conformal", 0.1, "slide"), "share a value"),
+        (lambda: BinaryTask("binary", "t", "l", ["M"], ["m "], [0.9], [], "conformal", 0.1, "slide"), "share a value"),
+        (lambda: BinaryTask("binary", "t", "l", ["1"], ["yes"], [0.9], [], "conformal", 0.1, "slide"), "share a value"),
+        (lambda: ClassesTask("classes", "t", "l", {"a": ["1"], "b": ["1.0"]}, False, "slide"), "no value in two"),
         (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [1.0], [], "conformal", 0.1, "slide"), "numbers between 0 and 1"),
         (lambda: BinaryTask("binary", "t", "l", ["1"], ["0"], [0.9], [], "guess", 0.1, "slide"), "conformal or empirical"),
         (lambda: ClassesTask("classes", "t", "l", {"a": ["1"], "b": ["1"]}, False, "slide"), "no value in two"),
@@ -82,6 +85,11 @@ def test_what_a_task_does_not_name_is_an_error(task: Task, columns: dict[str, st
 def test_tasks_without_sense(make: Callable[[], Task], message: str) -> None:
     with pytest.raises(TaskError, match=message):
         make()
+
+
+def test_one_class_may_list_a_value_in_several_spellings() -> None:
+    task = ClassesTask("classes", "t", "l", {"a": ["1", "1.0", "yes"], "b": ["0", "no"]}, False, "slide")
+    assert read_targets([slide("x", "p", "s", l="True")], task)[0]["x"].value == 0.0
 
 
 @pytest.mark.parametrize(

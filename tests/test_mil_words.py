@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from study_fixtures import BINARY, CONFIG, FIXED, FOLDS, INTERVAL, SITES, TASKS, made_bags, made_outputs, made_plan
 
+from histoscale.eval.evidence.case import Case
 from histoscale.eval.evidence.page import sentence
 from histoscale.eval.mil.decodability import DecodabilityConfig, decodability
-from histoscale.eval.mil.explain import finding
+from histoscale.eval.mil.explain import Outlines, case_of, finding
 from histoscale.eval.mil.floors import plain_floors
 from histoscale.eval.mil.metrics import NAMES, headline
 from histoscale.eval.mil.report import write_mil_page
@@ -132,6 +135,32 @@ def test_a_rule_that_flags_none_is_called_that_too() -> None:
     assert found.flags(0) == "no" and "flags no slide (0 of 72 read)" in " ".join(cannot_say(found, [], None))
     own = finding(np.array([0.2]), 0, RULED, found.of_trials["fixed"], found.flagged_by["fixed"])
     assert not own.flagged and "flags no slide, nor this one" in sentence(own) and "as none of the 72 slides" in own.rule
+
+
+def test_a_rule_that_sweeps_one_trial_alone_is_not_said_to_sweep(tmp_path: Path) -> None:
+    """A trial that reads a single slide gives all that it reads one answer; the study does not."""
+    bags = made_bags(RULED, 120)
+    bags = replace(bags, rows=tuple(replace(bag, columns={"label": str(bag.label)}) for bag in bags.rows))
+    plan = made_plan(bags, SITES)
+    outputs = made_outputs(bags, plan, RULED)
+    first = plan.trials[0]
+    outputs[0, list(first.external)] = 0.9999
+    found = study(bags, plan, outputs, {}, RULED, INTERVAL, CONFIG)
+    assert [rate.hits == rate.n for rate in found.flagged_by[first.name]] == [True] * 3 and found.flags(0) == ""
+
+    def shown(row: int) -> Case:
+        reading = SimpleNamespace(output=outputs[0, row], attention=np.ones(1), contribution=np.ones((1, 1)))
+        fitted: Any = SimpleNamespace(held_out={}, ensemble=SimpleNamespace(occlusion=lambda *_: None))
+        features: Any = SimpleNamespace(whole=lambda row: None, coords=lambda row: np.zeros((1, 2)))
+        trained: Any = SimpleNamespace(
+            arm=SimpleNamespace(bags=bags, features=features), fitted=[fitted] * len(plan.trials), read=lambda *_: reading
+        )
+        store: Any = None
+        return case_of(trained, plan, row, RULED, found, Outlines(None, tmp_path, []), None, store)
+
+    own = shown(first.external[0]).finding
+    assert own.flagged and not own.sweeping and "every" not in own.rule
+    assert sentence(own) == "The model flags this slide for review."
 
 
 def above_all(task: BinaryTask, high: float) -> Study:

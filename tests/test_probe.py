@@ -195,3 +195,5 @@ def test_fewer_rows_of_every_class_than_folds_is_a_sentence() -> None:
     with pytest.raises(ValueError, match="no class has over 4 images .* set probe.folds=4"):
         inner_folds(labels, np.arange(12), 5, 0)
     assert inner_folds(labels, np.arange(12), 4, 0).sum(0).tolist() == [1] * 12
+    with pytest.raises(ValueError, match="and probe.folds=2: every class needs at least 2 images"):
+        inner_folds(np.arange(4), np.arange(4), 2, 0)

@@ -184,3 +184,15 @@ def test_what_cannot_be_compared_is_refused() -> None:
         score([outcome(patches, 1.0), other], patches, Truth(patches), SEEN, CONFIG)
     with pytest.raises(ValueError, match="expected some of balanced_accuracy"):
         score([outcome(patches, 1.0)], patches, Truth(patches), SEEN, replace(CONFIG, metrics=["kappa"]))
+
+
+def test_kappa_is_no_proportion_and_gets_no_exact_interval_of_one() -> None:
+    """All called one class: kappa is 0 and balanced accuracy a half, whoever is drawn."""
+    patches = patches_of(2, patients=10)
+    logs = np.log(np.tile([0.9, 0.1], (1, 400, 1)))
+    found = by_metric(score([outcome(patches, 1.0, logs=logs)], patches, Truth(patches), SEEN, CONFIG))
+    kappa = found["quadratic_kappa"].interval
+    assert kappa.value == 0 and kappa.high == 0 and "exact" not in kappa.note
+    alone = replace(patches, labels=np.zeros(400, np.int64))
+    alone = by_metric(score([outcome(patches, 1.0)], alone, Truth(alone), SEEN, CONFIG))
+    assert "one class" in alone["quadratic_kappa"].interval.note

@@ -1,6 +1,7 @@
 """Images of one's own: every layout, whole patients, any size; nothing is guessed that could be wrong."""
 
 import csv
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from pydantic import TypeAdapter
 from set_fixtures import picture
@@ -69,6 +71,50 @@ def test_a_list_without_splits_is_reported_by_outer_folds(tmp_path: Path) -> Non
     patches = opened(tmp_path)
     assert patches.usage.choose == "outer" and len(set(patches.blocks.tolist())) == 4 and set(patches.roles) == {"train"}
     assert "folds over all 4 patients are reported" in patches.notes[0]
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["plain", "through a link"])
+def test_a_list_of_whole_paths_is_read_from_wherever_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linked: bool
+) -> None:
+    (tmp_path / "set").mkdir()
+    rows = own_rows(tmp_path / "set")
+    (tmp_path / "link").symlink_to("set")
+    home = tmp_path / ("link" if linked else "set")
+    listing(tmp_path / "set", rows)
+    wanted = opened(tmp_path / "set")
+    listing(tmp_path / "set", [{**row, "path": f"{home}/{row['path']}"} for row in rows])
+    monkeypatch.chdir(tmp_path)
+    for root in (Path("set"), tmp_path / "set", Path("link")):
+        assert opened(root).read(np.array([3]))[0][0, 0, 0] == 30 and len(opened(root)) == len(wanted)
+    assert opened(Path("set")).hash == wanted.hash
+
+
+@pytest.mark.parametrize(("path", "words"), [
+    ("img/\0.png", "line 3: the path .* holds a character that no name of a file does: name an image"),
+    ("x" * 300, "line 3: the path 'x+' cannot be followed .File name too long.: name an image"),
+    ("img", "line 3: the path 'img' is a folder: name an image"),
+    ("pipe", "line 3: the path 'pipe' is no plain file: name an image"),
+    ("circle", "line 3: the path 'circle' cannot be followed .Symlink loop .*: name an image"),
+])  # fmt: skip
+def test_what_can_be_no_image_is_named_with_its_line(tmp_path: Path, path: str, words: str) -> None:
+    rows = own_rows(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "circle").symlink_to("circle")
+    listing(tmp_path, [rows[0], {**rows[1], "path": path}, *rows[2:]])
+    with pytest.raises(DatasetError, match=words):
+        opened(tmp_path)
+
+
+def test_a_broken_picture_of_floats_is_named_and_no_other(tmp_path: Path) -> None:
+    rows = [{**row, "path": row["path"].replace("png", "tif")} for row in own_rows(tmp_path)]
+    for row in rows:
+        tifffile.imwrite(tmp_path / row["path"], np.full((16, 16), 0.5, np.float32), compression="zlib")
+    listing(tmp_path, rows)
+    patches, broken = opened(tmp_path), tmp_path / rows[6]["path"]
+    broken.write_bytes(broken.read_bytes()[:-8])
+    with pytest.raises(DatasetError, match=f"{broken} cannot be decoded"):
+        patches.read(np.array([0]))
 
 
 def tree(root: Path, *paths: str) -> Path:

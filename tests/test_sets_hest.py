@@ -148,6 +148,17 @@ def test_other_names_of_the_keys_and_other_data(tmp_path: Path) -> None:
     assert (after.read(np.array([5])) == before.read(np.array([1 + 4]))).all() and after.hash != before.hash
 
 
+@pytest.mark.parametrize("name", ["ext/secret", "/obs/names", ".", ""])
+def test_an_index_lies_in_its_group_and_in_no_other_file(tmp_path: Path, name: str) -> None:
+    path = write_hest(tmp_path, "IDC", SPLITS, spots=4) / "IDC/adata/S2.h5ad"
+    with h5py.File(path, "a") as file, h5py.File(tmp_path / "other.h5", "w") as other:
+        other["secret"] = file["obs/names"] = file["obs/_index"][()]
+        file["obs/ext"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/")
+        file["obs"].attrs["_index"] = name
+    with pytest.raises(DatasetError, match="S2.h5ad names '.*', expected the name of something that lies in the group itself"):
+        open_hest(tmp_path, ONE)
+
+
 def test_from_files_to_the_colour_floor(tmp_path: Path) -> None:
     """Counts that follow the green channel are read off the colours; the other genes are not."""
     folder = write_hest(tmp_path, "IDC", SPLITS, spots=30) / "IDC"

@@ -87,6 +87,13 @@ def test_the_list_says_where_flags_sort_nothing(tmp_path: Path, sweeping: str, s
     assert (said in page) and ('class="flag"' in page) == (not sweeping)
 
 
+def test_the_list_says_nothing_of_all_slides_that_some_contradict(tmp_path: Path) -> None:
+    every, no, sorts = (Finding(0.5, "score 0.500 for tumour", "", each != "no", 1.0, each) for each in ("every", "no", ""))
+    one = Measured("s", "p", 3, every, {"pen": (0.1, 0.1)}, None, {"attention": 0.1}, {"attention": 1.0}, "s/overlay.png", "")
+    write_index(tmp_path / "index.html", ABOUT, [replace(one, finding=each) for each in (every, no, sorts, sorts)])
+    assert "slide that it reads" not in (tmp_path / "index.html").read_text()
+
+
 def test_pages_need_nothing_from_outside_and_escape_names(pages: tuple[Path, list[Measured]]) -> None:
     folder, _ = pages
     for path in (folder / "index.html", folder / "s1/page.html", folder / HOSTILE / "page.html"):

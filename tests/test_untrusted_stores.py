@@ -1,5 +1,6 @@
 """Stores that mean harm: values that lie in other files or nowhere, sizes that are not there, and files that hang the library."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from store_layouts import grid, write_trident
 
+from histoscale.eval.examine import Examiner
 from histoscale.eval.stores import StoreConfig, StoreError, matches, open_store, read_coords, read_features, write_store
 
 ATTRS = {"slide_id": "a", "encoder_hash": "e1", "mpp": 0.5, "patch_size": 32, "level0_mpp": 0.26}
@@ -153,6 +155,26 @@ def test_a_file_that_hangs_the_library_is_left_out_and_the_next_one_opens(store:
     assert time.process_time() - begun < 1  # it was the other process that worked
     store.write_bytes(whole)
     assert open_store(store).tiles == 20
+
+
+def test_a_pipe_is_no_store(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5")
+    for reading in (open_store, read_coords):
+        with pytest.raises(StoreError, match="a.h5 is no file: give a folder of"):
+            reading(tmp_path / "a.h5")
+    assert not matches(tmp_path / "a.h5", ATTRS)
+
+
+def test_a_file_that_keeps_its_reader_waiting_is_given_up_and_the_next_one_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waits.py").write_text("def answer(path):\n    return {'read': path.read_text()}\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "whole").write_text("text")
+    examiner = Examiner("waits", patience_s=1.0)
+    assert examiner.ask(tmp_path / "pipe") == "did not answer for 1 s (is its disk there?)"
+    assert examiner.ask(tmp_path / "whole") == {"read": "text"}
 
 
 def test_what_others_write_in_chunks_still_opens(tmp_path: Path) -> None:

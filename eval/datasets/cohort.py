@@ -24,18 +24,16 @@ from histoscale.eval.datasets.patches import (
     encode_labels,
     hash_of,
 )
+from histoscale.eval.resolution import LevelConfig
 
 _TEXTS = ("slide_id", "patient_id", "site", "role", "task", "label")
 COLUMNS = ("slide_id", "patient_id", "site", "role", "task", "x", "y", "mpp", "size_px", "label")
 
 
 @dataclass(frozen=True)
-class CutConfig:
-    """How labelled patches are cut from slides: a level within `mpp_tolerance` of the target is taken unscaled, and nothing is
-    enlarged more than `max_upsample`. threads: slides that are read at once."""
+class CutConfig(LevelConfig):
+    """threads: slides that are read at once."""
 
-    mpp_tolerance: float
-    max_upsample: float
     threads: int
 
 

@@ -241,7 +241,7 @@ def _csv_rows(root: Path) -> tuple[_Rows, tuple[str, ...]]:
                 f"{path} line {number}: the image {row['path']!r} has no label (nan, NA, null and none are none): fill it in or "
                 "drop the row"
             )
-        rows.add(image.relative_to(root).as_posix(), row["label"], *(row.get(name, "") for name in OPTIONAL))
+        rows.add(image.as_posix(), row["label"], *(row.get(name, "") for name in OPTIONAL))
     twice = sorted(name for name, times in Counter(rows.paths).items() if times > 1)
     if twice:
         raise DatasetError(f"{path} lists {len(twice)} images twice ({', '.join(twice[:4])}): every image must stand there once")

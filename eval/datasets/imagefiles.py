@@ -52,28 +52,14 @@ class ImageFiles:
 
 def measure(paths: Sequence[Path], threads: int) -> np.ndarray:
     """int64 [n, 2], width and height from the headers. Raises DatasetError for a file that is no image."""
-
-    def one(path: Path) -> tuple[int, int]:
-        try:
-            return size_of(path)
-        except (PictureError, OSError) as error:
-            raise DatasetError(f"{path} cannot be decoded: {error}") from error
-
-    return np.array(_mapped(one, paths, threads), dtype=np.int64).reshape(-1, 2)
+    return np.array(_mapped(size_of, paths, threads), dtype=np.int64).reshape(-1, 2)
 
 
 def dark_note(paths: Sequence[Path], threads: int) -> tuple[str, ...]:
     """A sentence where pictures of 16 bits look like data of fewer that were never scaled: how they are read does not hang on it.
     A few files, evenly spaced, are looked at. Raises DatasetError for one that is no image."""
-
-    def one(path: Path) -> tuple[int, int] | None:
-        try:
-            return bits_used(path)
-        except (PictureError, OSError) as error:
-            raise DatasetError(f"{path} cannot be decoded: {error}") from error
-
     some = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, _LOOKED_AT).round().astype(int))]
-    deep = [found for found in _mapped(one, some, threads) if found is not None]
+    deep = [found for found in _mapped(bits_used, some, threads) if found is not None]
     used = max((bits for _, bits in deep), default=0)
     if not deep or not 8 < used <= max(stored for stored, _ in deep) - _UNUSED:
         return ()
@@ -89,5 +75,13 @@ def common_side(sizes: np.ndarray) -> int | None:
 
 
 def _mapped(one: Callable[[Path], Found], paths: Sequence[Path], threads: int) -> list[Found]:
+    """In order. Raises DatasetError, which names the file that `one` could not read."""
+
+    def named(path: Path) -> Found:
+        try:
+            return one(path)
+        except (PictureError, OSError) as error:
+            raise DatasetError(f"{path} cannot be decoded: {error}") from error
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(one, paths))
+        return list(pool.map(named, paths))

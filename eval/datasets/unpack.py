@@ -84,13 +84,8 @@ def _members(zipped: zipfile.ZipFile, archive: Path, folder: str, most_bytes: in
         kind = stat.S_IFMT(member.external_attr >> 16)
         packed = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what others unpack in one piece is a bomb
         plain = kind in (0, stat.S_IFREG, stat.S_IFDIR) and packed and not member.flag_bits & 1 and _is_name(member.filename)
-        short = all(len(part.encode()) <= _LONGEST_NAME for part in name.parts)
         inside = (
-            short
-            and not name.is_absolute()
-            and ".." not in name.parts
-            and "\\" not in member.filename
-            and name.parts[:1] == (folder,)
+            not name.is_absolute() and ".." not in name.parts and "\\" not in member.filename and name.parts[:1] == (folder,)
         )
         if not plain or not inside:
             raise FetchError(f"{archive} holds {member.filename!r}: expected plain files in {folder}/ alone; remove it")

@@ -4,6 +4,7 @@ The GeoJSON dialect is that of qupath/qupath, QuPathTypeAdapters: `objectType`, 
 (name -> number) under `properties`; coordinates are level-0 pixels.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import label
 
-from histoscale.data.journal import write_json
+from histoscale.data.journal import write_atomic
 from histoscale.eval.evidence.display import Shown
 
 REGION = "attended region"
@@ -32,7 +33,9 @@ def write_geojson(
     for number, (rings, rows) in enumerate(regions(coords, size_px, top, attention), 1):
         share = {"tiles": float(len(rows)), "attention": float(attention[rows].sum())}
         features.append(_feature(rings, "annotation", REGION, [200, 40, 40], share, f"{REGION} {number}"))
-    write_json(path, {"type": "FeatureCollection", "features": features}, compact=True)
+    # Numbers and fixed words alone: there is nothing to scrub or to read back in what may be a hundred thousand tiles.
+    text = json.dumps({"type": "FeatureCollection", "features": features}, allow_nan=False, separators=(",", ":"))
+    write_atomic(path, text + "\n")
 
 
 def regions(coords: np.ndarray, size_px: int, top: np.ndarray, weight: np.ndarray) -> list[tuple[list[list], np.ndarray]]:

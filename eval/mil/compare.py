@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from histoscale.data.jsonfiles import read_object
 from histoscale.data.spreadsheet import read_table
-from histoscale.eval.mil.metrics import NAMES, OF_EVERY_UNIT, Metric, headline, metrics
+from histoscale.eval.mil.metrics import NAMES, Metric, headline, metrics
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, SurvivalTask, Task, TaskConfig
 from histoscale.eval.mil.units import Units, joined
 from histoscale.eval.runs import RunsError, check_folders
@@ -19,7 +19,7 @@ from histoscale.eval.scores.auroc import areas, difference, report_difference
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
 from histoscale.eval.scores.mcnemar import holm, mcnemar
 from histoscale.eval.scores.operating import rule_name
-from histoscale.eval.scores.rare import cautious
+from histoscale.eval.scores.rare import OF_EVERY_UNIT, cautious
 
 PARTS = ("internal", "external")
 SCORES, SUMMARY = "scores.csv", "summary.json"

@@ -16,7 +16,7 @@ from histoscale.eval.mil.bags import Bag
 from histoscale.eval.mil.study import Study
 from histoscale.eval.mil.task import BinaryTask, ClassesTask, RegressionTask, SurvivalTask, Task
 from histoscale.eval.mil.trials import Plan
-from histoscale.eval.scores.operating import Rate, Threshold, answer_of, rate, score_words, sweeping
+from histoscale.eval.scores.operating import Rate, Threshold, answer_of, score_words, sweeping
 
 OUTLINES = ("{id}.xml", "{id}.geojson", "{id}/foci.geojson")  # where a folder of annotations may hold a slide's
 COLUMN = "annotations"  # of the manifest
@@ -57,7 +57,7 @@ def case_of(
     """
     bag, (t, part) = trained.arm.bags.rows[row], reader_of(plan, row)
     rules = found.of_trials.get(plan.trials[t].name, found.thresholds)
-    flagged = found.flagged_by.get(plan.trials[t].name, [rate(0, 0)] * len(rules))
+    flagged = [found.flagged(k) for k in range(len(rules))]  # over all trials: one that reads a single slide sweeps it always
     fitted, features = trained.fitted[t], trained.arm.features
     reading, members = trained.read(t, row), fitted.held_out.get(row)
     explained = int(np.argmax(reading.output)) if isinstance(task, ClassesTask) else 0
@@ -94,7 +94,7 @@ def place_of(catalog: Catalog, slide_id: str) -> int | None:
 
 def finding(output: np.ndarray, explained: int, task: Task, thresholds: Sequence[Threshold], flagged: Sequence[Rate]) -> Finding:
     """output: float64 [K], as a Reading has it. thresholds: of the trial that read the slide, the first of which rules; flagged:
-    what each of them flags of all that the trial reads."""
+    what the rule of each flags of all that the study reads, each unit by the threshold of its trial."""
     value = float(output[explained])
     match task:
         case BinaryTask():
@@ -118,7 +118,7 @@ def rule_words(flagged: bool, at: Threshold, of: Rate, unit: str) -> str:
     """A slide under a rule, and whether the rule says the same of all. of: what it flags of all that it reads."""
     answer = f"{'Flagged' if flagged else 'Not flagged'} for a required {at.keeps} of {at.required:g}"
     if math.isinf(at.value):
-        return f"{answer}, as every {unit} is: {at.note}."
+        return f"{answer}, as every {unit} is under this threshold: {at.note}."
     all_of = f"of the {of.n} {unit}s that it read is"
     same = {"every": f", as every one {all_of}", "no": f", as none {all_of}"}
     return f"{answer}, from a score of {score_words(at.value)} on{same.get(sweeping(of), '')}."

@@ -26,18 +26,16 @@ from histoscale.eval.scores.classification import (
 from histoscale.eval.scores.concordance import Concordance
 from histoscale.eval.scores.interval import Interval, IntervalConfig
 from histoscale.eval.scores.ranking import Ranking
+from histoscale.eval.scores.rare import PROPORTIONS
 
 Metric = Callable[[np.ndarray], np.ndarray]  # weights float64 [b, U] -> [b], NaN where undefined
 
 _SHARE, _SIGNED = (0.0, 1.0), (-1.0, 1.0)
 RANGES = {  # what a number can be: intervals by Student's t do not know it
-    **dict.fromkeys(("auroc", "auprc", "balanced_accuracy", "macro_f1", "accuracy", "c_index"), _SHARE),
-    **dict.fromkeys(("sensitivity", "specificity"), _SHARE),
+    **dict.fromkeys(PROPORTIONS, _SHARE),
     "quadratic_kappa": _SIGNED, "pearson": _SIGNED, "brier": (0.0, 2.0), "brier_skill": (-math.inf, 1.0), "r2": (-math.inf, 1.0),
     "mae": (0.0, math.inf), "rmse": (0.0, math.inf),
 }  # fmt: skip
-PROPORTIONS = tuple(name for name, ends in RANGES.items() if ends == _SHARE)  # Clopper-Pearson's interval where all agree
-OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy", "quadratic_kappa")  # which no rare class decides
 
 NAMES = {
     "auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "accuracy": "accuracy",

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from histoscale.data.keys import key
+from histoscale.data.names import NamesError, one_spelling, value_key
 from histoscale.data.names import fold as folded
 from histoscale.data.splits import UNITS, SplitError, ordered
 from histoscale.eval.mil.bags import Bag, Bags
@@ -38,10 +39,11 @@ class FixedSplit:
 
     def __post_init__(self) -> None:
         _check_unit(self.unit)
-        listed = [value for part in PARTS for value in getattr(self, part)]
+        listed = [folded(value) for part in PARTS for value in getattr(self, part)]
         twice = sorted({value for value in listed if listed.count(value) > 1})
         if twice:
-            raise SplitError(f"split.train, split.internal and split.external share {', '.join(twice)}: name a value in one part")
+            named = ", ".join(twice)
+            raise SplitError(f"split.train, split.internal and split.external share {named}: name a value once, in one part")
         if self.role is not None and self.external_sites:
             raise SplitError(
                 f"split.role={self.role} and split.external_sites={self.external_sites} both say what is external: set one"
@@ -210,7 +212,10 @@ def _folds(rows: Sequence[Bag], config: FoldSplit) -> tuple[list[Trial], dict[st
         values = _column(rows, config.column, "split.column")
         left_out = {rows[i].slide_id: f"it has no {config.column}" for i in inside if not values[i]}
         inside = [i for i in inside if values[i]]
-        names = [values[i] for i in inside]
+        try:
+            names, _ = one_spelling([values[i] for i in inside], f"folds of split.column={config.column}", value_key)
+        except NamesError as error:
+            raise SplitError(str(error)) from error
         if len(set(names)) < 2:
             raise SplitError(f"split.column={config.column} names {len(set(names))} folds: expected 2 or more different values")
         _whole(rows, inside, names, config.column)

@@ -9,8 +9,6 @@ import numpy as np
 
 from histoscale.eval.mil.bags import Bags
 from histoscale.eval.mil.metrics import (
-    OF_EVERY_UNIT,
-    PROPORTIONS,
     Metric,
     bounded,
     chance,
@@ -28,7 +26,7 @@ from histoscale.eval.scores.calibration import reliability
 from histoscale.eval.scores.interval import Interval, IntervalConfig, Resampling, independent_difference
 from histoscale.eval.scores.operating import Rate, Threshold, answer_of, operate, operation, rate, threshold
 from histoscale.eval.scores.ranking import roc_points
-from histoscale.eval.scores.rare import cautious
+from histoscale.eval.scores.rare import OF_EVERY_UNIT, PROPORTIONS, cautious
 from histoscale.eval.scores.recalibration import Recalibrated, RecalibrationConfig, local_recalibration
 
 
@@ -173,8 +171,10 @@ class _Reads:
         others = {floor: other for floor, other in others.items() if not np.isnan(other.outputs).any()}
         rarer = found.rarer(task)
         held = {metric: draws.weighted(statistic) for metric, statistic in of.items() if metric != headline(task)}
-        level = self.interval.level
-        held = {metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer, level) for metric, one in held.items()}
+        exact = dict.fromkeys(PROPORTIONS, self.interval.level)
+        held = {
+            metric: one if metric in OF_EVERY_UNIT else cautious(one, rarer, exact.get(metric)) for metric, one in held.items()
+        }
         held = {metric: bounded(one, metric) for metric, one in held.items()}
         main, floors, minus = _beside(found, of[headline(task)], others, task, draws)
         if isinstance(task, BinaryTask | ClassesTask):

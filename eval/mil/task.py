@@ -1,8 +1,9 @@
 """What a slide model is asked: two classes, several classes, a number, or a time until an event; targets from a manifest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -48,7 +49,7 @@ class BinaryTask:
         if not self.sensitivities or not all(0 < value < 1 for value in shares):
             given = f"task.sensitivities is {self.sensitivities}, task.specificities {self.specificities}, "
             raise TaskError(f"{given}task.prevalence {self.prevalence}: expected numbers between 0 and 1")
-        if not self.positive or not self.negative or set(self.positive) & set(self.negative):
+        if not self.positive or not self.negative or _share([self.positive, self.negative]):
             given = f"task.positive is {self.positive}, task.negative {self.negative}"
             raise TaskError(f"{given}: expected a value or more in each, and none in both (they share a value or one is empty)")
 
@@ -78,7 +79,8 @@ class ClassesTask:
     def __post_init__(self) -> None:
         _check_decision(self.decision)
         values = [value for each in self.classes.values() for value in each]
-        if len(self.classes) < 2 or not all(self.classes.values()) or len(set(values)) < len(values):
+        twice = len(set(values)) < len(values) or _share(self.classes.values())
+        if len(self.classes) < 2 or not all(self.classes.values()) or twice:
             raise TaskError(
                 f"task.classes is {self.classes}: expected two classes or more, a value or more in each, and no value in two"
             )
@@ -197,6 +199,11 @@ def _expected(task: Task) -> str:
 
 def _among(text: str, values: Sequence[str]) -> bool:
     return any(same_value(text, value) for value in values)
+
+
+def _share(sides: Iterable[Sequence[str]]) -> bool:
+    """Whether a value stands on two sides, however it is written."""
+    return any(_among(value, other) for one, other in combinations(sides, 2) for value in one)
 
 
 def _number(text: str) -> float | None:

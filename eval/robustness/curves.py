@@ -45,7 +45,9 @@ class Probed:
 
 def questions_of(patches: LabelledPatches, folds: int, seed: int) -> list[Question]:
     """The set's own parts, or outer folds where it has no tested part."""
-    return outer_questions(patches, folds, seed) if patches.usage.choose == "outer" else [question_of(patches)]
+    if patches.usage.choose != "outer":
+        return [question_of(patches)]
+    return outer_questions(patches, folds, seed, "curves.folds")
 
 
 def fit_probes(features: np.ndarray, questions: Sequence[Question], probe: ProbeConfig, device: str) -> Probed:

@@ -73,7 +73,7 @@ def open_registered(root: Path, config: RegisteredConfig, threads: int) -> Regis
     for number, row in table.rows:
         place = (row["tile_id"], row["scanner"], row["stain"])
         try:
-            row["path"] = find_image(root, row["path"]).relative_to(root).as_posix()
+            row["path"] = find_image(root, row["path"]).as_posix()
         except DatasetError as error:
             raise RobustnessError(f"{path} line {number}: {error}") from error
         if not all(place) or place in seen:

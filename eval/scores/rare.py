@@ -9,6 +9,8 @@ from histoscale.eval.scores.auroc import REPORTABLE_CLASS
 from histoscale.eval.scores.binomial import clopper_pearson
 from histoscale.eval.scores.interval import REPORTABLE_PATIENTS, Interval
 
+PROPORTIONS = ("auroc", "auprc", "balanced_accuracy", "macro_f1", "accuracy", "c_index", "sensitivity", "specificity")
+OF_EVERY_UNIT = ("brier", "mae", "rmse", "accuracy", "quadratic_kappa")  # which no rare class decides
 ONE_CLASS = "withheld: all that is scored is of one class, and a mean over classes would be the recall of that one"
 
 
