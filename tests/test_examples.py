@@ -34,9 +34,9 @@ def test_composes_and_would_not_with_one_changed_key(example: Example) -> None:
 
 def test_a_readme_with_one_changed_key_has_exactly_one_problem() -> None:
     """The walk above is over text as it is found, not over a list of its own."""
-    assert "recipe=dinov2_vits14 out=runs/pretrain" in README
-    for old, new in (("recipe=dinov2_vits14 out=runs/pretrain", "recipes=dinov2_vits14 out=runs/pretrain"),
-                     ("recipe=dinov2_vits14 out=runs/pretrain", "recipe=dinov2_vits41 out=runs/pretrain"),
+    assert "recipe=dinov2_vits14 out=runs/vits14" in README
+    for old, new in (("recipe=dinov2_vits14 out=runs/vits14", "recipes=dinov2_vits14 out=runs/vits14"),
+                     ("recipe=dinov2_vits14 out=runs/vits14", "recipe=dinov2_vits41 out=runs/vits14"),
                      ("task=slide task.label=tumour", "task=slide task.labels=tumour"),
                      ("--nproc-per-node 8", "--nproc-per-nodes 8"),
                      ("'runs=[runs/crc,runs/phikon_crc]'", "runs=[runs/crc,runs/phikon_crc]")):  # fmt: skip

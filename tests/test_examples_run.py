@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from child_fixtures import end
 from example_world import World, lay
 from examples import Example, of_help, of_readme, of_up
 
@@ -60,12 +61,10 @@ class Fetches:
 
 CTRL_C = {"by": signal.SIGINT, "code": 130, "says": "the same command goes on"}
 TERM = {"by": signal.SIGTERM, "code": 75, "says": "the same command continues"}
-HUB = Composes("takes weights from a hub")
 SUITE = Composes("is this very suite")
 LONG = Composes("measures for many minutes, by design; tests/test_bench*.py run it with smaller values")
-CURVES = Composes("a quarter of an hour of curves of a ViT-S under every stain; tests/test_robustness_cli.py runs a small one")
 RANKS = Composes("eight processes with a GPU each, and a folder that they share")
-SMALL = "schedule.steps=2 optim.global_batch=8 model.depth=2"
+SMALL = "schedule.steps=2 optim.global_batch=16"
 WAYS: dict[str, Composes | Stops | Refused | Fetches] = {
     "python3 launch/up.py demo": Stops("outputs/demo/cohort/slides/*", **CTRL_C),
     "python3 launch/up.py demo out=runs/demo": Stops("runs/demo/cohort/slides/*", **CTRL_C),
@@ -77,8 +76,11 @@ WAYS: dict[str, Composes | Stops | Refused | Fetches] = {
     "python3 launch/up.py audit database=advisories": Composes("needs saved advisories; tests/test_supply.py writes some"),
     "python3 launch/up.py licences": Composes("writes into the checkout; tests/test_supply.py reads what it would write"),
     "python3 launch/up.py pin --upgrade": Composes("asks the package index for everything, and writes into the checkout"),
-    "histoscale pretrain catalog=runs/catalog recipe=dinov2_vits14 out=runs/pretrain": Stops(
-        "runs/pretrain/parameters-base.tsv", **TERM, then=SMALL
+    "histoscale pretrain catalog=runs/catalog recipe=demo out=runs/pretrain": Stops(
+        "runs/pretrain/metrics.jsonl", **TERM, then=SMALL
+    ),
+    "histoscale pretrain catalog=runs/catalog recipe=dinov2_vits14 out=runs/vits14": Stops(
+        "runs/vits14/parameters-base.tsv", **TERM
     ),
     "histoscale pretrain catalog=runs/catalog recipe=one_gpu_hour start.weights=weights/model.safetensors out=runs/hour": Stops(
         "runs/hour/parameters-base.tsv", **TERM
@@ -113,14 +115,23 @@ WAYS: dict[str, Composes | Stops | Refused | Fetches] = {
     "out=runs/phikon_crc": Refused("dataset.counts=any", "dataset.counts=any"),
     "histoscale probe encoder=hf:~/models/phikon dataset=pcam data_root=~/data/pcam 'protocols=[honest,eva]' "
     "out=runs/phikon_pcam": Refused("dataset.counts=any", "dataset.counts=any"),
-    "histoscale probe encoder=timm:vit_small_patch14_dinov2.lvd142m dataset=folder data_root=tiles out=runs/lvd_own": HUB,
-    "histoscale robustness encoder=timm:vit_small_patch14_dinov2.lvd142m registered=plism out=runs/plism": HUB,
-    "histoscale robustness encoder=runs/release dataset=folder data_root=sites out=runs/sites": CURVES,
+    "histoscale probe encoder=timm:vit_small_patch14_dinov2.lvd142m dataset=folder data_root=tiles out=runs/lvd_own": Fetches(
+        "huggingface.co"
+    ),
+    "histoscale robustness encoder=timm:vit_small_patch14_dinov2.lvd142m registered=plism out=runs/plism": Fetches(
+        "huggingface.co"
+    ),
+    # a quarter of an hour of curves of a ViT-S under every stain; tests/test_robustness_cli.py runs a small one to its end
+    "histoscale robustness encoder=runs/release dataset=folder data_root=sites out=runs/sites": Stops(
+        "runs/sites/features/*", **TERM
+    ),
     "histoscale robustness encoder=hf:~/models/phikon dataset=folder data_root=camelyon robustness=pathorob_camelyon "
-    "out=runs/pathorob": CURVES,
+    "out=runs/pathorob": Stops("runs/pathorob/features/*", **TERM),
     "histoscale bench what=read catalog=runs/catalog sampler.grid=8 'sampler.mpps=[0.25]' 'sampler.weights=[1]' "
     "out=runs/bench_grid": Composes("8 x 8 patches at 0.25 um/px need larger slides than these"),
-    "histoscale robustness encoder=runs/release dataset=cohort data_root=runs/cohort out=runs/cohort_sites": CURVES,
+    "histoscale robustness encoder=runs/release dataset=cohort data_root=runs/cohort out=runs/cohort_sites": Stops(
+        "runs/cohort_sites/features/*", **TERM
+    ),
     "histoscale bench what=read out=runs/bench": LONG,
     "histoscale bench what=catalog out=runs/bench_catalog": LONG,
     "histoscale bench what=remote catalog=runs/catalog out=runs/bench_remote": LONG,
@@ -218,14 +229,17 @@ def stopped(world: World, line: str, way: Stops) -> None:
     shutil.rmtree(out, ignore_errors=True)
     with (world.folder / "said").open("w+") as said:
         child = started(line, world, world.environment, stdout=said, stderr=said)
-        while child.poll() is None and not any(place.parent.glob(place.name)):
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(0.05)
-        if way.by is signal.SIGINT and child.poll() is None:
-            os.killpg(child.pid, way.by)  # as a terminal sends it
-        else:
-            child.send_signal(way.by)
-        code = child.wait()
+        try:
+            while child.poll() is None and not any(place.parent.glob(place.name)):
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(0.05)
+            if way.by is signal.SIGINT and child.poll() is None:
+                os.killpg(child.pid, way.by)  # as a terminal sends it
+            else:
+                child.send_signal(way.by)
+            code = child.wait()
+        finally:
+            end(child)
         said.seek(0)
         text = said.read()
     if way.then is not None:  # later examples go on whatever is said of this one
@@ -239,11 +253,15 @@ def first_request(world: World, line: str) -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         through = {f"{scheme}_proxy": f"http://127.0.0.1:{server.getsockname()[1]}" for scheme in ("http", "https")}
         environment = {**world.environment, **through, "HOME": str(world.folder / "nothing")}
+        del environment["HF_HUB_OFFLINE"]
         child = started(line, world, environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        server.settimeout(120)
-        with server.accept()[0] as asked:
-            first = asked.makefile().readline()
-        os.killpg(child.pid, signal.SIGINT)
-        said = child.communicate()[1]
+        try:
+            server.settimeout(120)
+            with server.accept()[0] as asked:
+                first = asked.makefile().readline()
+                os.killpg(child.pid, signal.SIGINT)
+                said = child.communicate()[1]
+        finally:
+            end(child)
     assert child.returncode == 130 and "Traceback" not in said, said
     return first.split()[1].split(":")[0]
