@@ -39,6 +39,11 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    async def show(self, width: int, scheme: str) -> None:
+        """On a window of so many px; scheme: `light` or `dark`."""
+        await self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        await self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     async def wait(self, event: str) -> None:
         while not any(each["method"] == event for each in self.events):
             self._note(await asyncio.wait_for(self.socket.receive_json(), 60))
@@ -95,8 +100,7 @@ def in_the_dark(page: Path, profile: Path, width: int = 400) -> tuple[int, float
     how bright paper and ink are, 0 to 1."""
 
     async def act(opened: Page) -> tuple[int, float, float]:
-        await opened.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-        await opened.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        await opened.show(width, "dark")
         wider = await opened.run("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         paper, ink = [
             await opened.run(f"{_RGB.format(name)}.slice(0, 3).reduce((sum, each) => sum + each / 765, 0)")

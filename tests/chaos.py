@@ -2,10 +2,10 @@
 
     python tests/chaos.py KILLS SEED FOLDER
 
-Slides lie behind a server and a proxy on loopback; pretrain has workers, embed is two ranks under torchrun. A kill is SIGKILL, at
-a random moment, to the main process, a worker, a rank, the server or the proxy: of those there are, one of a kind that was killed
-least so far. It prints what it did, and ends with 1 where a result differs, a command hangs, or one ends otherwise than it says
-in the README.
+Slides lie behind a server and a proxy on loopback; index and pretrain have workers, embed is two ranks under torchrun. A kill is
+SIGKILL, at a random moment, to the main process, a worker, a rank, the server or the proxy: one of a kind that was killed least
+so far. A command that gets none of few kills is run once, for the others to read, or not at all. It prints what it did, and ends
+with 1 where a result differs, a command hangs, or one ends otherwise than it says in the README.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 from typing import Any
 
 import h5py
@@ -34,7 +35,15 @@ from histoscale.launch.loopback import Server, proxy, range_server
 from histoscale.pretrain.checkpoint import read_checkpoint, read_tensors
 
 SLIDES, LIMIT_S = 24, 300.0
-STEPS = ("index", "pretrain", "probe", "embed", "mil")
+STEPS = {  # and who of each can be killed
+    "index": ("main", "worker"),
+    "pretrain": ("main", "worker"),
+    "probe": ("main",),
+    "embed": ("main", "rank"),
+    "mil": ("main",),
+}
+SHARED = ("embed", "pretrain", "mil", "index", "probe")  # the order in which kills are handed out: only embed has ranks
+ENDS = ("probe", "mil")  # nothing reads what they make
 RUN = [sys.executable, "-m"]
 TWO = [*RUN, "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 QUIET = ["logging.progress=lines"]
@@ -118,6 +127,15 @@ def command(step: str, folder: Path, out: Path) -> list[str]:
 
 
 @dataclass
+class Account:
+    """killed: by kind. faults: what must not be. pids: of whoever may have left something in /dev/shm when it was killed."""
+
+    killed: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    pids: set[int] = field(default_factory=set)
+
+
+@dataclass
 class Child:
     """A command that runs; `text`: where its output goes."""
 
@@ -181,10 +199,10 @@ def session(pid: int) -> int:
         return 0
 
 
-def calm(folder: Path, out: Path) -> dict[str, float]:
+def calm(steps: list[str], folder: Path, out: Path) -> dict[str, float]:
     """Every command once, undisturbed; the seconds of each."""
     taken = {}
-    for step in STEPS:
+    for step in steps:
         child = Child.start(step, folder, out)
         if child.ended(LIMIT_S * 2) != 0:
             raise Found(f"{step} of the calm run: {child.text.read_text()}")
@@ -194,11 +212,10 @@ def calm(folder: Path, out: Path) -> dict[str, float]:
 
 
 def disturbed(
-    step: str, kills: int, chance: random.Random, folder: Path, out: Path, seconds: float, far: Far, faults: list[str],
-    done: Counter[str],
-) -> None:  # fmt: skip
-    """One command, killed so often and started again until it is done. To `done` who was killed is added, to `faults` what must
-    not be."""
+    step: str, kills: int, chance: random.Random, folder: Path, out: Path, seconds: float, far: Far, account: Account
+) -> None:
+    """One command, killed so often and started again until it is done."""
+    done = account.killed
     child, until = Child.start(step, folder, out), done.total() + kills
     while done.total() < until:
         if (code := child.ended(chance.uniform(0, seconds))) is not None:
@@ -206,10 +223,13 @@ def disturbed(
             rmtree(out / step)
             child = Child.start(step, folder, out)
             continue
+        kinds = [*STEPS[step], *sorted(far.up)]
+        least = [kind for kind in kinds if done[kind] == min(done[kind] for kind in kinds)]
+        kind = "rank" if "rank" in least else chance.choice(least)
         family = child.family()
-        kinds = [*family, *sorted(far.up)]
-        least = min(done[kind] for kind in kinds)
-        kind = chance.choice([kind for kind in kinds if done[kind] == least])
+        if kind not in family and kind not in far.up:
+            continue  # it has yet to come
+        account.pids |= {one.pid for some in family.values() for one in some}
         done[kind] += 1
         print(f"{step} after {time.monotonic() - child.began:.1f} s: kill {done.total()}: {kind}", flush=True)
         if kind in ("server", "proxy"):
@@ -224,7 +244,7 @@ def disturbed(
             child.all_gone(family)
         except Found as wrong:  # one must not hide the others
             print(f"FOUND {wrong}", flush=True)
-            faults.append(str(wrong))
+            account.faults.append(str(wrong))
             child.end()
         child = Child.start(step, folder, out)
     if (code := child.ended(LIMIT_S * 2)) is None:
@@ -249,36 +269,61 @@ def told(step: str, kind: str, code: int | None, child: Child) -> None:
         raise Found(f"{step} ended with {code} after the death of a {kind}: {text}")
 
 
-def results(out: Path) -> dict[str, Any]:
+def results(out: Path, steps: Iterable[str]) -> dict[str, Any]:
     """What must be equal, whatever was killed."""
-    catalog = json.loads((out / "index/catalog.json").read_text())
-    found: dict[str, Any] = {f"index {name}": catalog[name] for name in ("hash", "folder", "files")}
-    for name, x in read_tensors(read_checkpoint(out / "pretrain"), "").items():
-        found[f"pretrain {name}"] = x.numpy().tobytes()
-    rows = [json.loads(line) for line in (out / "pretrain/metrics.jsonl").read_text().splitlines()]
-    found["pretrain losses"] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    with np.load(out / "probe/predictions.npz") as arrays:
-        found |= {f"probe {name}": arrays[name].tobytes() for name in arrays.files if name != "about"}
-    for path in sorted((out / "embed").glob("*.h5")):
+    return {f"{step} {name}": value for step in steps for name, value in RESULTS[step](out / step).items()}
+
+
+def index_results(out: Path) -> dict[str, Any]:
+    catalog = json.loads((out / "catalog.json").read_text())
+    return {name: catalog[name] for name in ("hash", "folder", "files")}
+
+
+def pretrain_results(out: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tensors = read_tensors(read_checkpoint(out), "")
+    return {name: x.numpy().tobytes() for name, x in tensors.items()} | {
+        "losses": [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    }
+
+
+def probe_results(out: Path) -> dict[str, Any]:
+    with np.load(out / "predictions.npz") as arrays:
+        return {name: arrays[name].tobytes() for name in arrays.files if name != "about"}
+
+
+def embed_results(out: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(out.glob("*.h5")):
         with h5py.File(path) as file:
-            found |= {f"embed {path.name} {name}": file[name][()].tobytes() for name in ("features", "coords")}
-    found["mil scores"] = (out / "mil/scores.csv").read_bytes()
+            found |= {f"{path.name} {name}": file[name][()].tobytes() for name in ("features", "coords")}
     return found
+
+
+def mil_results(out: Path) -> dict[str, Any]:
+    return {"scores": (out / "scores.csv").read_bytes()}
+
+
+RESULTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "index": index_results, "pretrain": pretrain_results, "probe": probe_results, "embed": embed_results, "mil": mil_results,
+}  # fmt: skip
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def leftovers(*outs: Path) -> list[str]:
-    """What the last start should have cleaned."""
+def leftovers(pids: set[int], *outs: Path) -> list[str]:
+    """What the last start should have cleaned; in /dev/shm, where others of this machine work too, of these processes."""
     found = [str(path) for out in outs for path in (*out.rglob("*.partial"), *out.rglob(".lease-*"))]
-    return found + [str(path) for path in Path("/dev/shm").glob("sem.hs*")]
+    return found + [str(path) for path in Path("/dev/shm").glob("sem.hs*") if int(path.name.split("-")[1]) in pids]
 
 
 def main(kills: int, seed: int, folder: Path) -> Counter[str]:
     """Raises Found."""
-    chance, began, faults = random.Random(seed), time.monotonic(), list[str]()
+    chance, began, account = random.Random(seed), time.monotonic(), Account()
+    shares = Counter(SHARED[number % len(SHARED)] for number in range(kills))
+    steps = [step for step in STEPS if shares[step] or step not in ENDS]
     lay(folder)
     far = Far(folder / "far")
     try:
@@ -287,16 +332,18 @@ def main(kills: int, seed: int, folder: Path) -> Counter[str]:
         table(folder / "manifest.csv", rows)
         for name in ("calm", "wild"):
             (folder / name).mkdir()
-        seconds = calm(folder, folder / "calm")
-        done: Counter[str] = Counter()
-        for number, step in enumerate(STEPS):
-            share = kills // len(STEPS) + (number < kills % len(STEPS))
-            disturbed(step, share, chance, folder, folder / "wild", seconds[step], far, faults, done)
+        seconds = calm(steps, folder, folder / "calm")
+        for step in steps:
+            if shares[step]:
+                disturbed(step, shares[step], chance, folder, folder / "wild", seconds[step], far, account)
+            else:
+                copytree(folder / "calm" / step, folder / "wild" / step)
     finally:
         far.stop()
-    one, other = (results(folder / name) for name in ("calm", "wild"))
-    wrong, left = differences(one, other), leftovers(folder / "calm", folder / "wild")
-    print(f"{done.total()} kills in {time.monotonic() - began:.0f} s: {dict(done)}; {len(one)} results compared", flush=True)
+    one, other = (results(folder / name, shares) for name in ("calm", "wild"))
+    wrong, left = differences(one, other), leftovers(account.pids, folder / "calm", folder / "wild")
+    done, faults, took_s = account.killed, account.faults, time.monotonic() - began
+    print(f"{done.total()} kills in {took_s:.0f} s: {dict(done)}; {len(one)} results compared", flush=True)
     if wrong or left or faults:
         raise Found(f"results differ: {wrong}; left over: {left}; {len(faults)} commands ended otherwise than they should")
     return done

@@ -11,7 +11,7 @@ import torch
 
 from histoscale.data.journal import Journal, JournalConfig
 
-pytest_plugins = ["slide_fixtures", "loopback_fixtures"]
+pytest_plugins = ["slide_fixtures", "loopback_fixtures", "child_fixtures"]
 ROOT = Path(__file__).resolve().parents[1]
 hypothesis.settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's business
 hypothesis.settings.load_profile("untimed")

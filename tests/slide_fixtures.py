@@ -36,6 +36,17 @@ def make_slide() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four ready tiles of noise, 40 px wide, in the folders a and b."""
+    folder = tmp_path_factory.mktemp("tiles")
+    for i in range(4):
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def draw_tissue() -> Callable[..., np.ndarray]:
     """`tissue_pixels` below."""
     return tissue_pixels

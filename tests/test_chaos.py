@@ -6,6 +6,8 @@ from pathlib import Path
 import chaos
 import pytest
 
+from histoscale.data.processes import worker_context
+
 KILLS, SEED = (
     int(os.environ.get(name, default)) for name, default in (("HISTOSCALE_CHAOS", "3"), ("HISTOSCALE_CHAOS_SEED", "1"))
 )
@@ -14,7 +16,18 @@ KILLS, SEED = (
 @pytest.mark.slow
 @pytest.mark.timeout(600 + 60 * KILLS)
 def test_whatever_is_killed_the_results_are_those_of_a_calm_run(tmp_path: Path) -> None:
-    assert chaos.main(KILLS, SEED, tmp_path).total() == KILLS
+    killed = chaos.main(KILLS, SEED, tmp_path)
+    assert killed.total() == KILLS and killed["rank"] > 0
+
+
+def test_what_others_leave_is_not_ours(tmp_path: Path) -> None:
+    """A live stream beside it has names in /dev/shm too."""
+    context = worker_context()
+    event = context.Event()
+    (tmp_path / "a.partial").touch()
+    assert chaos.leftovers(set(), tmp_path) == [str(tmp_path / "a.partial")]
+    assert len(chaos.leftovers({os.getpid()}, tmp_path)) > 1
+    del event
 
 
 def test_a_difference_is_found() -> None:

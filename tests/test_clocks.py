@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_dying import LONG, tiles  # noqa: F401
+from test_dying import LONG
 
 from histoscale.data.clients.azure import Azure
 from histoscale.data.clients.faults import Refusal, retry_after_s
@@ -86,11 +86,7 @@ def jumping(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_run_under_a_clock_that_jumps_is_the_run_of_a_steady_one(
-    tmp_path: Path,
-    tiles: Path,  # noqa: F811
-    jumping: Path,
-) -> None:
+def test_a_run_under_a_clock_that_jumps_is_the_run_of_a_steady_one(tmp_path: Path, tiles: Path, jumping: Path) -> None:
     keys = [key for key in LONG if "schedule.steps" not in key] + ["schedule.steps=6", "stream.workers=1", f"tiles={tiles}"]
     rows, base = [], {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, first in (("steady", ""), ("jumping", str(jumping))):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import psutil
 import pytest
 import yaml
 from corners import catalog_of
-from PIL import Image
 from test_pretrain_cli import SMALL
 from test_stopping import KEYS
 
@@ -57,16 +56,6 @@ def sampler() -> SamplerConfig:
     values |= {"mpps": [0.5], "weights": [1], "patch_px": 32, "grid": 1, "lanes_per_slot": 1}
     values["pixel_filter"] = PixelFilterConfig(**values["pixel_filter"])
     return SamplerConfig(**values)
-
-
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiles")
-    for i in range(4):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
 
 
 def source_of(tiles: Path, sampler: SamplerConfig, store: Store) -> TileSource:
@@ -183,12 +172,19 @@ def test_a_run_on_a_catalog_that_was_rebuilt_goes_on_only_as_a_phase(tmp_path: P
 # Whole commands.
 
 
-def command(name: str, out: Path, *keys: str, start: list[str] | None = None, **more: str) -> subprocess.Popen[str]:
-    words = [sys.executable, *(start or []), "-m", f"histoscale.launch.{name}", *keys, f"out={out}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
-    return subprocess.Popen(
-        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, env=environment
-    )
+Train = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def train(start: Callable[..., "subprocess.Popen[str]"], tiles: Path) -> Train:
+    """A pretrain that would go on for hours: its folder, further keys, what starts it, and variables of its shell."""
+
+    def started(out: Path, *keys: str, by: Sequence[str] = (), **more: str) -> "subprocess.Popen[str]":
+        words = [sys.executable, *by, "-m", "histoscale.launch.pretrain", *LONG, f"tiles={tiles}", *keys, f"out={out}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
+        return start(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+
+    return started
 
 
 def until(said: str, child: subprocess.Popen[str]) -> list[str]:
@@ -210,8 +206,8 @@ def last_words(child: subprocess.Popen[str], within_s: float) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_pretrain_in_one_sentence(tmp_path: Path, tiles: Path) -> None:
-    child = command("pretrain", tmp_path / "run", *LONG, "stream.workers=2", f"tiles={tiles}")
+def test_a_killed_worker_ends_pretrain_in_one_sentence(tmp_path: Path, train: Train) -> None:
+    child = train(tmp_path / "run", "stream.workers=2")
     until("pretrain: 3/", child)
     workers = [
         one for one in psutil.Process(child.pid).children(recursive=True) if "forkserver" in " ".join(one.parent().cmdline())
@@ -224,8 +220,8 @@ def test_a_killed_worker_ends_pretrain_in_one_sentence(tmp_path: Path, tiles: Pa
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_others_soon_and_in_one_sentence(tmp_path: Path, tiles: Path) -> None:
-    child = command("pretrain", tmp_path / "run", *LONG, "stream.workers=0", f"tiles={tiles}", start=TORCHRUN)
+def test_a_killed_rank_ends_the_others_soon_and_in_one_sentence(tmp_path: Path, train: Train) -> None:
+    child = train(tmp_path / "run", "stream.workers=0", by=TORCHRUN)
     until("pretrain: 3/", child)
     ranks = [one for one in psutil.Process(child.pid).children() if "torch.distributed.run" not in " ".join(one.cmdline())]
     ranks[1].kill()
@@ -239,8 +235,8 @@ def test_a_killed_rank_ends_the_others_soon_and_in_one_sentence(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_ranks_whose_torchrun_is_killed_save_themselves(tmp_path: Path, tiles: Path) -> None:
-    child = command("pretrain", tmp_path / "run", *LONG, "stream.workers=0", f"tiles={tiles}", start=TORCHRUN)
+def test_ranks_whose_torchrun_is_killed_save_themselves(tmp_path: Path, train: Train) -> None:
+    child = train(tmp_path / "run", "stream.workers=0", by=TORCHRUN)
     until("pretrain: 3/", child)
     ranks = psutil.Process(child.pid).children()
     child.kill()
@@ -250,12 +246,12 @@ def test_ranks_whose_torchrun_is_killed_save_themselves(tmp_path: Path, tiles: P
     child.communicate()
 
 
-def test_a_rank_that_waits_for_a_torchrun_that_is_gone_hears_that_it_should_stop(tmp_path: Path, tiles: Path) -> None:
+def test_a_rank_that_waits_for_a_torchrun_that_is_gone_hears_that_it_should_stop(tmp_path: Path, train: Train) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1]), "GROUP_WORLD_SIZE": "1"}
         place |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
         place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-        child = command("pretrain", tmp_path / "run", *LONG, "stream.workers=0", f"tiles={tiles}", **place)
+        child = train(tmp_path / "run", "stream.workers=0", **place)
         silent.settimeout(120)
         with silent.accept()[0]:  # it waits for an answer now
             child.terminate()
@@ -309,10 +305,10 @@ def test_a_store_on_a_full_disk_is_named_in_one_line_and_leaves_nothing(disk: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["deleted", "full", "read-only"])
-def test_a_folder_that_goes_away_is_named_and_holds_nothing_half(disk: Path, tiles: Path, how: str) -> None:
+def test_a_folder_that_goes_away_is_named_and_holds_nothing_half(disk: Path, train: Train, how: str) -> None:
     out = disk / "run"
-    keys = [*LONG, "stream.workers=0", f"tiles={tiles}", "checkpoint.every=2"]
-    child = command("pretrain", out, *keys)
+    keys = ["stream.workers=0", "checkpoint.every=2"]
+    child = train(out, *keys)
     until("pretrain: 5/", child)
     take_away(out, how)
     said = last_words(child, 120)
@@ -322,10 +318,10 @@ def test_a_folder_that_goes_away_is_named_and_holds_nothing_half(disk: Path, til
         return
     subprocess.run(f"umount {out}; rm -f {disk}/other", shell=True, capture_output=True)
     assert json.loads((out / "state.json").read_text())["status"] in ("running", "failed")
-    again = command("pretrain", out, *keys)  # and goes on where it was
+    again = train(out, *keys)  # and goes on where it was
     assert any("continuing from" in line for line in until("pretrain: 8/", again))
     again.kill()
-    again.communicate()
+    again.wait()  # before its disk goes
 
 
 # What the dead leave.
@@ -352,14 +348,12 @@ sys.stdin.read()
 """
 
 
-def test_the_next_start_removes_what_a_killed_group_left(tmp_path: Path) -> None:
+def test_the_next_start_removes_what_a_killed_group_left(tmp_path: Path, start: Callable[..., "subprocess.Popen[str]"]) -> None:
     """In /dev/shm and in the temporary folder; a run that lives keeps its own."""
 
-    def start(how: str) -> subprocess.Popen[str]:
+    def leaving(how: str) -> subprocess.Popen[str]:
         pipe, place = subprocess.PIPE, {**os.environ, "TMPDIR": str(tmp_path)}
-        return subprocess.Popen(
-            [sys.executable, "-c", LEAVES, how], stdin=pipe, stdout=pipe, text=True, env=place, start_new_session=True
-        )
+        return start([sys.executable, "-c", LEAVES, how], stdin=pipe, stdout=pipe, env=place)
 
     def left(pid: int) -> list[str]:
         found = [path.name for place in (Path("/dev/shm"), tmp_path) for path in place.glob(f"*hs*-{pid}-*")]
@@ -369,13 +363,15 @@ def test_the_next_start_removes_what_a_killed_group_left(tmp_path: Path) -> None
         assert child.stdout is not None
         return int(child.stdout.readline())
 
-    lives, died = start("live"), start("die")
-    living, dead = pid_of(lives), pid_of(died)
+    lives = leaving("live")
+    living = pid_of(lives)
+    died = leaving("die")  # when the other has started, which would remove what this one leaves
+    dead = pid_of(died)
     assert died.wait(60) == -signal.SIGKILL
     there = left(living)
     assert "" in there and "sem." in there
     assert "" in left(dead)  # its names in /dev/shm too, until anything of ours starts on this machine, another test say
-    third = start("live")
+    third = leaving("live")
     pid_of(third)
     assert left(dead) == [] and left(living) == there
     for child in (lives, third, died):

@@ -1,7 +1,8 @@
 """Every kind of JPEG tile, every part of it: the pixels and the verdict of the whole tile, and always an answer.
 
 tests/fuzz/ holds what is compiled here: draw_tiles.c makes a tile of every kind, every_part.c compares all parts of a tile with
-the whole tile as libjpeg decodes it, part_fuzz.c does so for any bytes under libFuzzer. HISTOSCALE_FUZZ_S=600 fuzzes ten minutes.
+the whole tile as libjpeg decodes it, part_fuzz.c does so for any bytes under libFuzzer, and for saved ones under replay.c.
+HISTOSCALE_FUZZ_S=600 fuzzes ten minutes.
 """
 
 import io
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
+from test_fuzz_parsers import asked_s
 
 from histoscale.data.pictures import PictureError, pixels_of
 from histoscale.data.readers import codec
@@ -27,9 +30,6 @@ from histoscale.data.readers.pyramid import DecodeError, Level
 
 Draw = Callable[..., dict[str, bytes]]
 jpegparts = codec.jpegparts
-pytestmark = pytest.mark.skipif(
-    jpegparts is None, reason="jpegparts was not compiled: this machine lacks a C compiler or libjpeg-turbo's headers"
-)
 ROOT = Path(__file__).resolve().parents[1]
 FUZZ, READERS = ROOT / "tests/fuzz", ROOT / "data/readers"
 DECODER = [READERS / "jpegtile.c", READERS / "jpegscan.c"]
@@ -37,7 +37,9 @@ SIDE, REDUCTIONS = 64, (1, 2, 4, 8)
 PROVEN = ("1x1_", "2x1_", "1x2_", "2x2_", "4x1_", "grey_")  # samplings that are decoded in parts
 NEVER_RETURNED = {2: (0, 0, 1, 13), 4: (0, 0, 1, 5)}  # parts of a progressive tile of 2x4, by scale
 ANSWER_S = 60
-FUZZ_S = int(os.environ.get("HISTOSCALE_FUZZ_S", "30"))
+FUZZ_S = round(asked_s(30.0))
+LACKING = "jpeglib.h: No such file|'jpeglib.h' file not found|cannot find .*(libclang_rt|-lasan|-lubsan)"
+SANITIZERS = ("-g", "-O1", "-fno-sanitize-recover=all")
 
 
 def compiled(folder: Path, name: str, *sources: Path, compiler: str = "cc", flags: tuple[str, ...] = ("-O2",)) -> Path:
@@ -45,8 +47,8 @@ def compiled(folder: Path, name: str, *sources: Path, compiler: str = "cc", flag
         pytest.skip(f"this machine has no {compiler}")
     program = folder / name
     done = subprocess.run([compiler, *flags, "-o", program, *sources, "-ljpeg"], capture_output=True, text=True)
-    if "jpeglib.h" in done.stderr or "libclang_rt" in done.stderr:
-        pytest.skip(f"{compiler} lacks libjpeg-turbo's headers or its sanitizers: {done.stderr.splitlines()[0]}")
+    if lacks := re.search(LACKING, done.stderr):
+        pytest.skip(f"{compiler} lacks libjpeg-turbo's headers or its sanitizers: {lacks[0]}")
     assert done.returncode == 0, done.stderr
     return program
 
@@ -54,6 +56,8 @@ def compiled(folder: Path, name: str, *sources: Path, compiler: str = "cc", flag
 @pytest.fixture(scope="session")
 def draw(tmp_path_factory: pytest.TempPathFactory) -> Draw:
     """Tiles of some size, by sampling_kind; `only` the one of that name."""
+    if jpegparts is None:
+        pytest.skip("jpegparts was not compiled: this machine lacks a C compiler or the headers of Python or libjpeg-turbo")
     folder = tmp_path_factory.mktemp("tiles")
     program = compiled(folder, "draw_tiles", FUZZ / "draw_tiles.c")
 
@@ -109,6 +113,17 @@ def whole(data: bytes, side: int, reduce: int) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         image.draft(image.mode, (side // reduce, side // reduce))
         return np.asarray(image.convert("RGB"))
+
+
+def test_the_decoder_is_there_where_it_can_be_compiled() -> None:
+    """It is optional when the package is installed: whatever keeps it from compiling would skip every other test in silence."""
+    if shutil.which("cc") is None:
+        pytest.skip("this machine has no cc")
+    command = ["cc", "-E", "-I", sysconfig.get_path("include"), "-x", "c", "-"]
+    found = subprocess.run(command, input="#include <Python.h>\n#include <jpeglib.h>\n", capture_output=True, text=True)
+    if lacks := re.search("(Python|jpeglib).h.*(No such file|not found)", found.stderr):
+        pytest.skip(f"cc lacks headers: {lacks[0]}")
+    assert jpegparts is not None
 
 
 def test_parts_that_never_returned(draw: Draw) -> None:
@@ -246,11 +261,21 @@ def seeds(draw: Draw, folder: Path) -> None:
         (folder / f"{name}_{reduce}_damaged").write_bytes(head + data[:at] + chosen.bytes(2) + data[at + 2 :])
 
 
+def test_saved_inputs_show_no_part_that_differs_and_no_fault_of_memory(draw: Draw, tmp_path: Path) -> None:
+    """What fuzzing begins with, by the sanitizers that come with the compiler."""
+    sources = (FUZZ / "replay.c", FUZZ / "part_fuzz.c", *DECODER)
+    program = compiled(tmp_path, "replay", *sources, compiler="gcc", flags=(*SANITIZERS, "-fsanitize=address,undefined"))
+    seeds(draw, tmp_path / "seeds")
+    paths = sorted((tmp_path / "seeds").iterdir())
+    done = subprocess.run([program, *paths], capture_output=True, text=True, errors="replace", timeout=280)
+    assert len(paths) > 1000 and done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.timeout(600 + FUZZ_S)
 @pytest.mark.slow
 def test_fuzzing_finds_no_part_that_differs_and_none_that_stands(draw: Draw, tmp_path: Path) -> None:
-    sanitizers = ("-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-DFUZZING")
-    program = compiled(tmp_path, "part_fuzz", FUZZ / "part_fuzz.c", *DECODER, compiler="clang", flags=sanitizers)
+    flags = (*SANITIZERS, "-fsanitize=fuzzer,address,undefined")
+    program = compiled(tmp_path, "part_fuzz", FUZZ / "part_fuzz.c", *DECODER, compiler="clang", flags=flags)
     seeds(draw, tmp_path / "seeds")
     options = [f"-max_total_time={FUZZ_S}", "-timeout=5", "-rss_limit_mb=512", "-max_len=8192", "-print_final_stats=1"]
     command = ["sh", "-c", '"$@"; exit $?', "sh", program, *options, tmp_path / "seeds"]  # else its peak begins with ours

@@ -22,16 +22,19 @@ from histoscale.launch import lease
 from histoscale.launch.lease import Lost, Refused, take
 
 HERE = this_process()
-# Another process. argv: out, its machine, when it looks first, how long a silent lease is waited for, seconds between its beats.
+STALE_S = 30.0
+# Another process: says `ready`, and looks when a line comes. argv: out, its machine, how long a silent lease is waited for, and
+# the seconds between its beats.
 OTHER = """
-import sys, threading, time
+import sys, threading
 from dataclasses import replace
 from pathlib import Path
 from histoscale.data.living import this_process
 from histoscale.launch.lease import Refused, take
-out, machine, at, stale_s, beat_s = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:])
+out, machine, stale_s, beat_s = Path(sys.argv[1]), sys.argv[2], *map(float, sys.argv[3:])
 me = replace(this_process(), machine=machine or this_process().machine)
-time.sleep(max(0.0, at - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     mine = take(out, me, lambda text: None, stale_s)
 except Refused as refused:
@@ -43,16 +46,27 @@ mine.end()
 """
 
 
-def other(out: Path, machine: str, at: float = 0.0, stale_s: float = 1.0, beat_s: float = 0.2) -> subprocess.Popen[str]:
-    pipe, words = subprocess.PIPE, [str(out), machine, str(at), str(stale_s), str(beat_s)]
+def other(out: Path, machine: str, stale_s: float, beat_s: float = 0.2) -> subprocess.Popen[str]:
+    pipe, words = subprocess.PIPE, [str(out), machine, str(stale_s), str(beat_s)]
     return subprocess.Popen([sys.executable, "-c", OTHER, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
+def begun(*children: subprocess.Popen[str]) -> list[str]:
+    """What each says that was let go at the same moment, when all were ready."""
+    for child in children:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.flush()
+    return [child.stdout.readline() for child in children if child.stdout is not None]
+
+
 @contextlib.contextmanager
-def holding(out: Path, machine: str, **more: float) -> Iterator[subprocess.Popen[str]]:
-    child = other(out, machine, **more)
+def holding(out: Path, machine: str) -> Iterator[subprocess.Popen[str]]:
+    child = other(out, machine, stale_s=1.0)
     try:
-        assert child.stdout is not None and child.stdout.readline() == "holds\n"
+        assert begun(child) == ["holds\n"]
         yield child
     finally:
         child.kill()
@@ -82,8 +96,8 @@ def test_who_lives_is_named_and_not_disturbed(tmp_path: Path, where: str) -> Non
         began = time.monotonic()
         words = rf"another run is writing to .* \(process {child.pid} on .*, begun .* UTC, last heard of .* UTC\); wait for it"
         with pytest.raises(Refused, match=words):
-            take(tmp_path, HERE, silent, stale_s=30.0)
-        assert time.monotonic() - began < 5 and left(tmp_path) == [".lease-1"]
+            take(tmp_path, HERE, silent, stale_s=STALE_S)
+        assert time.monotonic() - began < STALE_S and left(tmp_path) == [".lease-1"]
 
 
 def test_one_that_was_killed_here_blocks_nobody(tmp_path: Path) -> None:
@@ -104,7 +118,7 @@ def test_an_id_that_was_given_away_again_is_another_process() -> None:
 
 def test_one_that_fell_silent_on_another_machine_is_taken_over_after_a_while(tmp_path: Path) -> None:
     """Its clock may stand anywhere: what counts is how long the looker saw nothing new."""
-    with holding(tmp_path, "another machine", beat_s=0.2) as child:
+    with holding(tmp_path, "another machine") as child:
         child.send_signal(signal.SIGSTOP)  # a machine that hangs, and comes back
         record = tmp_path / ".lease-1"
         os.utime(record, (2e9, 2e9))
@@ -164,9 +178,9 @@ def test_of_those_who_come_at_once_exactly_one_wins(
     if before != "nobody":
         gone = replace(HERE, pid=2**22 + 1, machine="d" if before == "silent" else where[0])
         os.close(take(out, gone, silent)._descriptor)  # as SIGKILL leaves it
-    at = time.time() + 3.0
-    children = [other(out, place, at) for place in where]
-    said = [child.stdout.readline() for child in children if child.stdout is not None]
+    stale_s = 3.0 if before == "silent" else 10.0  # only who fell silent is waited for; a beat may wait as long for the disk
+    children = [other(out, place, stale_s) for place in where]
+    said = begun(*children)
     for child in children:
         child.communicate()
     assert sorted(text.partition(":")[0].strip() for text in said) == ["holds", "refused", "refused", "refused"], said

@@ -41,8 +41,7 @@ def seen(page: Path, profile: Path, width: int) -> list[tuple[list[str], str]]:
     async def act(opened: Page) -> list[tuple[list[str], str]]:
         found = []
         for scheme in ("light", "dark"):
-            await opened.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
-            await opened.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            await opened.show(width, scheme)
             found.append((await opened.run(CUT), await opened.run("getComputedStyle(document.body).backgroundColor")))
         return found
 

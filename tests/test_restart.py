@@ -41,12 +41,12 @@ def being_written(out: Path) -> bool:
     return any((out / "checkpoints").glob("step-*.partial"))
 
 
-def wait_for(what: Callable[[], bool], child: subprocess.Popen[bytes]) -> bool:
+def wait_for(what: Callable[[], bool], child: subprocess.Popen[bytes], every_s: float = 0.02) -> bool:
     """Poll until it is so; False when the child has ended before."""
     while child.poll() is None:
         if what():
             return True
-        time.sleep(0.001)
+        time.sleep(every_s)
     return False
 
 
@@ -62,7 +62,7 @@ def moment(out: Path, child: subprocess.Popen[bytes], chance: random.Random, ins
     if not wait_for(trained_further(out, chance.randint(1, 2), since), child):
         return False
     if inside:
-        return wait_for(lambda: being_written(out), child)
+        return wait_for(lambda: being_written(out), child, every_s=0.001)
     time.sleep(chance.uniform(0, 0.2))
     return child.poll() is None
 

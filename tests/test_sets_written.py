@@ -1,7 +1,9 @@
 """Labelled sets as people write them: spellings, tables, encodings and odd files change nothing, or are named in a sentence."""
 
+import errno
+import os
 import random
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +180,7 @@ def test_pictures_of_many_kinds_are_one_set(tmp_path: Path) -> None:
             path = tmp_path / way / "uv"[i % 2] / str(i)
             path.parent.mkdir(parents=True, exist_ok=True)
             save(pixels, path)
-        found = open_folder(tmp_path / way, replace(OWN), 2)
+        found = open_folder(tmp_path / way, OWN, 2)
         seen[way] = np.asarray(found.read(np.arange(8)))
     assert all(np.array_equal(pixels, seen["png"]) for pixels in seen.values())
     assert seen["png"].max() < 60
@@ -196,3 +198,21 @@ def test_deep_pictures_that_use_few_bits_are_told_and_read_as_declared(tmp_path:
     assert len(told) == 1 and "SMaxSampleValue=4095" in told[0] and not any("bits" in note for note in said.notes)
     assert np.array_equal(np.asarray(silent.read(np.arange(1)))[0, 0], values >> 8)
     assert np.array_equal(np.asarray(said.read(np.arange(1)))[0, 0], values >> 4)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without the permission to read it; root may read everything."""
+    for name in ("dark", "light"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").touch()
+    scan = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "dark":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="Permission denied, so .* would be missing.*dark") as failed:
+        list_pictures(tmp_path)
+    assert failed.value.filename == str(tmp_path / "dark")

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from histoscale.pretrain.preempted import SIGNALS, Preempted, stop_signals, stoppable, was_asked
 
@@ -114,46 +113,36 @@ def test_what_a_batch_system_sends_to_every_process_ends_neither_workers_nor_the
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiles")
-    for i in range(4):
-        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
-        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / "ab"[i % 2] / f"{i}.png")
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "number", "everyone"),
+    ("moment", "numbers", "everyone"),
     [
-        ("reading holds", signal.SIGTERM, False),  # before sources are opened
-        ("phase base, steps 0", signal.SIGUSR1, True),  # the model is built, workers start, the first batch is read
-        ("phase base, steps 0", signal.SIGTERM, True),
-        ("pretrain: 3/60", signal.SIGTERM, True),  # a batch system tells every process of a job
-        ("pretrain: 3/60", signal.SIGUSR1, True),
+        ("reading holds", [signal.SIGTERM], False),  # before sources are opened
+        ("phase base, steps 0", SIGNALS, True),  # the model is built, workers start, the first batch is read
+        ("pretrain: 3/60", SIGNALS, True),  # a batch system tells every process of a job
     ],
 )
 def test_a_run_that_is_stopped_ends_with_75_and_goes_on(
-    tmp_path: Path, tiles: Path, moment: str, number: int, everyone: bool
-) -> None:
-    command = [sys.executable, "-m", "histoscale.launch.pretrain", *KEYS, f"tiles={tiles}", f"out={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stderr is not None
-    said, family = [], list[psutil.Process]()
-    for line in process.stderr:
-        said.append(line)
-        if moment in line and not family:
-            family = psutil.Process(process.pid).children(recursive=True)
-            os.killpg(process.pid, number) if everyone else process.send_signal(number)
-            family = family or [psutil.Process(process.pid)]
-    assert process.wait() == 75
-    assert said[-1].endswith("; the same command continues\n") and not any("Traceback" in line for line in said)
-    assert psutil.wait_procs(family, timeout=60)[1] == []
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert state["preempted"] and (state["step"] is None) == ("3/60" not in moment)
-    again = subprocess.run([*command, "logging.progress=off"], capture_output=True, text=True)
+    tmp_path: Path, tiles: Path, start: Callable[..., "subprocess.Popen[str]"], moment: str, numbers: Sequence[int],
+    everyone: bool,
+) -> None:  # fmt: skip
+    for number in numbers:
+        command = [sys.executable, "-m", "histoscale.launch.pretrain", *KEYS, f"tiles={tiles}", f"out={tmp_path / str(number)}"]
+        process = start(command, stderr=subprocess.PIPE)
+        assert process.stderr is not None
+        said, family = [], list[psutil.Process]()
+        for line in process.stderr:
+            said.append(line)
+            if moment in line and not family:
+                family = psutil.Process(process.pid).children(recursive=True)
+                os.killpg(process.pid, number) if everyone else process.send_signal(number)
+                family = family or [psutil.Process(process.pid)]
+        assert process.wait() == 75
+        assert said[-1].endswith("; the same command continues\n") and not any("Traceback" in line for line in said)
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+        state = json.loads((tmp_path / str(number) / "state.json").read_text())
+        assert state["preempted"] and (state["step"] is None) == ("3/60" not in moment)
+    again = subprocess.run([*command, "logging.progress=off"], capture_output=True, text=True)  # whichever signal it was
     assert again.returncode == 0, again.stderr
-    steps = [row["step"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()) if "step" in row]
-    assert steps == list(range(61))  # each once, whatever was computed twice
+    rows = map(json.loads, (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "step" in row] == list(range(61))  # each once, whatever was computed twice

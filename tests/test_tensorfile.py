@@ -171,7 +171,7 @@ def test_a_header_that_lies_is_named(step: Path, tmp_path: Path, store: Store, h
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(TensorFileError):
         read_wholes([path])
-    if "no part" not in words and "rightly" not in words and "damaged header" not in words:
+    if "no part" not in words:
         with pytest.raises(StartError, match=words):
             read_weights(str(path))
         shutil.copy(path, tmp_path / "model.safetensors")

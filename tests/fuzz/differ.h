@@ -86,7 +86,7 @@ static void decode_whole(Whole *tile) {
     jpeg_destroy_decompress(&c);
 }
 
-/* What is wrong with a part of the tile, or NULL. taken: how many tiles were decoded twice so far. */
+/* What is wrong with a part of the tile, or NULL. again: how many tiles were decoded twice so far. */
 static const char *wrong(const Whole *tile, unsigned left, unsigned top, unsigned right, unsigned bottom, Scan *scan, long *again) {
     const unsigned width = right - left + 2 * AROUND, height = bottom - top + 2 * AROUND;
     unsigned char *pixels = malloc((size_t)width * height * 3), *scratch = malloc((size_t)tile->full_width * 3 * TILE_ROWS);

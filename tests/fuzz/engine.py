@@ -1,7 +1,7 @@
 """Mutated inputs to parsers, in a child process of bounded time and memory: a named error or a right result, else a finding.
 
 A file of targets has a function `targets(folder)` that gives name -> Target. `fuzzed("fuzz.parsers", 60, folder)` runs them all.
-What gave an error from a new place in the code, or a result for the first time, is mutated further. No coverage is measured.
+What gave an error from a new place in the code is mutated further, as the seeds are, which give results. No coverage is measured.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one target did. outcomes: different results and places of errors. peak_mb: above what was held before."""
+    """What one target did. outcomes: a result, and the places of errors. peak_mb: above what was held before."""
 
     target: str
     executions: int
