@@ -33,7 +33,7 @@ class Known(NamedTuple):
 
     uri: str
     mpp: float | None  # as the manifest had it
-    fingerprint: Fingerprint | None  # None: there was no such file
+    fingerprint: Fingerprint | None  # None: there was no such file, or its decoder did not return
     mask: str | None  # the drawn mask and its fingerprint
 
 
