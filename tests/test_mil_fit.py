@@ -59,8 +59,11 @@ def test_folds_depend_on_the_seed_and_need_patients(studied: tuple[Bags, Feature
     bags = [studied[0].rows[i] for i in parts(studied[0]).train]
     assert inner_folds(bags, TASK, 3, 1) == inner_folds(bags, TASK, 3, 1) != inner_folds(bags, TASK, 3, 2)
     positive = [b for b in bags if b.label == 1]
-    with pytest.raises(BagError, match="1 training patients with a positive slide"):
+    with pytest.raises(BagError, match="1 training patients with a positive slide for mil.folds=3: give more slides"):
         inner_folds([b for b in bags if b.label == 0] + positive[:1], TASK, 3, 0)
+    two = [next(b for b in positive if b.group == group) for group in sorted({b.group for b in positive})[:2]]
+    with pytest.raises(BagError, match="set mil.folds=2, or give more slides"):
+        inner_folds([b for b in bags if b.label == 0] + two, TASK, 3, 0)
     with pytest.raises(BagError, match="0 training patients with a slide of class c"):
         inner_folds(bags, GRADES, 3, 0)
     with pytest.raises(BagError, match="0 training patients with an event"):

@@ -131,7 +131,8 @@ def inner_folds(bags: Sequence[Bag], task: Task, count: int, seed: int) -> list[
     for level, name, least in _needed(task, count):
         having = len({bag.group for bag in bags if level == (bag.event if isinstance(task, SurvivalTask) else bag.label)})
         if having < least:
-            raise BagError(f"{having} training patients with {name} for mil.folds={count}: fewer folds, or more slides")
+            advice = f"set mil.folds={having}, or give more slides" if 2 <= having and least == count else "give more slides"
+            raise BagError(f"{having} training patients with {name} for mil.folds={count}: {advice}")
     places = grouped_folds(bags, count, seed)
     return [[i for i, place in enumerate(places) if place == fold] for fold in range(count)]
 
