@@ -116,7 +116,7 @@ def test_one_process_of_a_machine_of_64_gb_reads_every_recipe(recipe: str) -> No
 
 # Steps of the schedule, of its warm-up and the temperature's, and those that last layers and the backbone are frozen for.
 COUNTED = {
-    "demo": (300, 24, 0, 0, 0),
+    "demo": (200, 16, 0, 0, 0),
     "dinov2_vitl16_short": (125000, 12500, 37500, 1250, 0),
     "dinov2_vits14": (125000, 12500, 37500, 1250, 0),
     "kaiko_vitb16_dino": (500400, 50040, 0, 5004, 0),

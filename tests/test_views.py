@@ -274,7 +274,7 @@ def test_shapes_normalisation_and_the_global_generator() -> None:
 
 def test_every_key_changes_something() -> None:
     changes: dict[str, Any] = {
-        "global_px": 32, "global_scale": [0.9, 1.0], "local_count": 2, "local_px": 16, "local_scale": [0.8, 0.9],
+        "global_px": 32, "global_scale": [0.9, 1.0], "local_count": 3, "local_px": 16, "local_scale": [0.8, 0.9],
         "ratio": [1.0, 1.0], "scale_of": "view", "hflip": 0.0, "vflip": 0.0, "quarter_turns": False,
         "hed_p": 0.0, "hed_sigma_od": 0.1, "jitter_p": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0,
         "hue": 0.0, "grey_p": 0.0, "global_solarize_p": [1.0, 0.0], "mean": [0.4] * 3, "std": [0.4] * 3,
