@@ -210,7 +210,7 @@ def test_entities_do_not_expand(tmp_path: Path, store: Store, make_slide: MakeSl
 def test_a_wide_level_is_shrunk_in_blocks_of_bounded_memory(
     tmp_path: Path, store: Store, make_slide: MakeSlide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 gigapixels, of which one tile is stored; and blocks give what strips give."""
+    """2 gigapixels in long rows, of which one tile is stored; and blocks give what strips give."""
     path = make_slide(tmp_path / "a.tif", 900, 700, 64, (1,), kind="generic")
     reader = open_reader(str(path), read_layout(str(path), store), store)
     strips = thumbnail(reader, 0, 5)
@@ -219,12 +219,12 @@ def test_a_wide_level_is_shrunk_in_blocks_of_bounded_memory(
         patched.setattr(indexing, "_WIDEST_PX", 1000)
         patched.setattr(indexing, "_STRIP_PX", 10_000)
         np.testing.assert_array_equal(thumbnail(reader, 0, 5), strips)
-    offsets, counts = np.zeros(128 * 128, np.int64), np.zeros(128 * 128, np.int64)
-    offsets[5000], counts[5000] = level.offsets[40], level.counts[40]
-    wide = replace(level, width=1 << 17, height=1 << 17, tile_width=1024, tile_height=1024, offsets=offsets, counts=counts)
+    offsets, counts = np.zeros(128 * 16, np.int64), np.zeros(128 * 16, np.int64)
+    offsets[1000], counts[1000] = level.offsets[40], level.counts[40]
+    wide = replace(level, width=1 << 17, height=1 << 14, tile_width=1024, tile_height=1024, offsets=offsets, counts=counts)
     reader.layout = replace(reader.layout, levels=(wide,))
     with within(256):
-        assert thumbnail(reader, 0, 32).shape == (4096, 4096, 3)
+        assert thumbnail(reader, 0, 32).shape == (512, 4096, 3)
 
 
 def siz(width: int, height: int, part: int, components: int = 3) -> bytes:
